@@ -1,0 +1,23 @@
+"""Grass as a torch.compile graph transformation: compact gradients for every linear weight.
+
+    backend.py      the Dynamo backend "grass": find, tap, compile, hand over
+    runtime.py      the callable Dynamo runs: variants, selections in, CompactGrads out
+    optim/          optimizers that step in the subspace: grass_fx.AdamW
+    passes/         the graph passes, one per file
+    lowering/       how Inductor lowers grass::select and grass::selected_mm
+    subspace.py     each weight's selection and schedule; the registry from Parameter to Subspace
+    selection.py    the selection rules: numbers in, numbers out
+    gradient.py     CompactGrad, the gradient on weight.grad
+    config.py       options and defaults
+    ops.py          the operators grass::select and grass::selected_mm
+    testing/        a plain eager reference
+
+Importing this does not import Inductor.
+"""
+
+from grass_fx.errors import GrassError, GrassWarning
+from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.optim import AdamW
+
+__all__ = ["AdamW", "CompactGrad", "GrassError", "GrassWarning", "Selection", "__version__"]
+__version__ = "0.1.0"

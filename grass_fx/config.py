@@ -1,0 +1,191 @@
+"""The options of ``torch.compile(model, backend="grass", options={...})`` and all defaults.
+
+Why these defaults: ``docs/method.md``. They stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grass_fx.errors import OptionError
+
+# Defaults of the subspace update, a matter of the optimizer (grass_fx.AdamW).
+SCALE = 1.0
+WARMUP_STEPS = 20
+ON_REFRESH = "carry"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the runtime must know of a selection rule."""
+
+    needs_scores: bool
+    """Whether it looks at gradient norms: then the last step of a period is a scoring step."""
+    replacement: bool = False
+    """Whether it can draw with replacement."""
+    power: int = 0
+    """The random rules: q_i ∝ ‖g_i‖^power."""
+    freezes: bool = False
+    """Whether its first full selection is its last."""
+
+
+RULES = {
+    "cyclic": Rule(needs_scores=False),
+    "uniform": Rule(needs_scores=False, replacement=True),
+    "multinomial_norm": Rule(needs_scores=True, replacement=True, power=1),
+    "multinomial_norm_sq": Rule(needs_scores=True, replacement=True, power=2),
+    "top": Rule(needs_scores=True),
+    "frozen_top": Rule(needs_scores=True, freezes=True),
+}
+
+SIDES = ("auto", "out", "in")
+COMPILERS = ("inductor", "aot_eager")
+
+
+def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
+    """The end of an error message: the closest valid name if there is one, else all of them."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(map(repr, words))}."
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class GrassConfig:
+    """Validated options of the "grass" backend.
+
+    Raises :class:`~grass_fx.errors.OptionError` naming the option and the remedy.
+    """
+
+    rank: int | float = 0.25
+    """Rows kept of each weight: a number, or a fraction of the selected dimension in (0, 1)."""
+    refresh_every: int | float = 100
+    """K, in optimizer steps; ``math.inf`` keeps the first selection."""
+    selection: str = "cyclic"
+    """The selection rule: a key of :data:`RULES`."""
+    block: int = 1
+    """B: consecutive rows that are selected together."""
+    replacement: bool = False
+    """Draw rows with replacement (random rules only), scaled so that E[PPᵀG] = G (equation 6)."""
+    side: str = "auto"
+    """"out" selects output features, "in" input features, "auto" the smaller dimension."""
+    include: tuple[str, ...] | None = None
+    """Patterns (fnmatch) of parameter names to take; None means all."""
+    exclude: tuple[str, ...] = ()
+    """Patterns (fnmatch) of parameter names to leave dense; stronger than ``include``."""
+    seed: int = 0
+    """Seed of all draws; independent of torch's global generator."""
+    compiler: str = "inductor"
+    """"inductor", or "aot_eager": the rewritten graphs run without Inductor."""
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor's own options, as ``torch.compile(options=...)`` takes them."""
+    dump_dir: str | None = None
+    """A directory that receives the graphs of every stage as text."""
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if value is not None:
+                value = tuple(value)
+                if not all(isinstance(pattern, str) for pattern in value):
+                    raise OptionError(f"{name}={value!r} must be patterns of parameter names.")
+            object.__setattr__(self, name, value)
+        self._check_rank()
+        if self.refresh_every != math.inf and not (
+            _is_int(self.refresh_every) and self.refresh_every >= 1
+        ):
+            raise OptionError(
+                f"refresh_every={self.refresh_every!r} must be a number of optimizer steps >= 1, "
+                "or math.inf to keep the first selection."
+            )
+        for name, valid in (
+            ("selection", tuple(RULES)),
+            ("side", SIDES),
+            ("compiler", COMPILERS),
+        ):
+            if getattr(self, name) not in valid:
+                value = getattr(self, name)
+                raise OptionError(f"{name}={value!r} is not known: {nearest(value, valid)}")
+        if not isinstance(self.replacement, bool):
+            raise OptionError(f"replacement={self.replacement!r} must be True or False.")
+        if self.replacement and not RULES[self.selection].replacement:
+            able = [name for name, rule in RULES.items() if rule.replacement]
+            raise OptionError(
+                f"selection={self.selection!r} cannot draw with replacement: "
+                f"use replacement=False, or one of {', '.join(able)}."
+            )
+        if not _is_int(self.seed) or self.seed < 0:
+            raise OptionError(f"seed={self.seed!r} must be an integer >= 0.")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"inductor={self.inductor!r} must be a dict of Inductor's options.")
+
+    def _check_rank(self) -> None:
+        if not _is_int(self.block) or self.block < 1:
+            raise OptionError(f"block={self.block!r} must be a number of rows >= 1.")
+        if _is_int(self.rank):
+            if self.rank < 1:
+                raise OptionError(f"rank={self.rank!r} must be at least 1.")
+            if self.rank % self.block:
+                raise OptionError(
+                    f"block={self.block} does not divide rank={self.rank}: "
+                    "make rank a multiple of block."
+                )
+        elif not (isinstance(self.rank, float) and 0 < self.rank < 1):
+            raise OptionError(
+                f"rank={self.rank!r} must be a number of rows, or a fraction in (0, 1) "
+                "of each weight's selected dimension."
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> GrassConfig:
+        """The configuration that ``torch.compile(..., options=options)`` asks for."""
+        options = dict(options or {})
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise OptionError(
+                    f"grass has no option {name!r}: {nearest(name, names)} Options of Inductor "
+                    'go into options={"inductor": {...}}.'
+                )
+        return cls(**options)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the rule looks at gradients, so that a scoring variant is compiled."""
+        return RULES[self.selection].needs_scores
+
+    def wants(self, name: str) -> str | None:
+        """None if ``include``/``exclude`` let the parameter in, else the reason they do not."""
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(name, pattern):
+                return f"excluded by {pattern!r}"
+        if self.include is not None and not any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in self.include
+        ):
+            return "not in include"
+        return None
+
+    def rank_and_block(self, size: int) -> tuple[int, int]:
+        """(r, B) for a selected dimension of ``size``; a weight with r > size stays dense.
+
+        A fraction is rounded to the nearest multiple of max(8, B), at least that; if that reaches
+        the dimension, r = max(B, floor(fraction * size / B) * B). B = 1 where it does not divide.
+        """
+        block = self.block if size % self.block == 0 else 1
+        if isinstance(self.rank, int):
+            return self.rank, block
+        unit = math.lcm(8, block)  # max(8, B) for every power of two
+        rank = max(unit, math.floor(self.rank * size / unit + 0.5) * unit)
+        if rank >= size:
+            rank = max(block, math.floor(self.rank * size / block) * block)
+        return rank, block

@@ -1,0 +1,31 @@
+"""What a user can get wrong, one class each. A message says what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class GrassError(Exception):
+    """Base of every error that grass_fx raises on purpose."""
+
+
+class OptionError(GrassError, ValueError):
+    """An option is unknown, has an impossible value, or contradicts another one."""
+
+
+class CompactGradError(GrassError, RuntimeError):  # python hides a TypeError of an operator
+    """An operation that a compact gradient cannot answer without becoming dense."""
+
+
+class SelectionChangedError(GrassError, RuntimeError):
+    """Compact gradients of two different selections met."""
+
+
+class StateError(GrassError, ValueError):
+    """A saved optimizer or subspace state does not fit the weight it is loaded into."""
+
+
+class UnsupportedTorchError(GrassError, RuntimeError):
+    """This version of torch lacks something that grass_fx needs."""
+
+
+class GrassWarning(UserWarning):
+    """Something works, but probably not as the user meant it."""
