@@ -1,0 +1,428 @@
+"""CompactGrad: the gradient of a taken weight, on ``weight.grad``, storing only its selected rows.
+
+To the rest of torch it is a tensor of the weight's shape: it accumulates, is clipped, unscaled and
+zeroed like any gradient. What has no meaning without the rows that are not there raises a
+:class:`~grass_fx.errors.CompactGradError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from grass_fx.errors import CompactGradError, SelectionChangedError
+from grass_fx.ops import along, select
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """One selection of a weight: immutable, so that a gradient kept for later stays true.
+
+    ``indices`` σ: (r,) int64 ascending; ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor
+    dimension they select; ``generation`` counts the weight's selections.
+    """
+
+    indices: Tensor
+    scale: Tensor | None
+    dim: int
+    generation: int
+    name: str = "a weight"
+
+    def to(self, device: torch.device) -> Selection:
+        """The same selection on another device."""
+        if self.indices.device == device:
+            return self
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, indices=self.indices.to(device), scale=scale)
+
+    def same_as(self, other: Selection) -> bool:
+        """Whether both select the same rows; compares values only where identity does not tell."""
+        if self is other or self.indices is other.indices:
+            return True
+        return self.generation == other.generation and torch.equal(self.indices, other.indices)
+
+    def project(self, dense: Tensor) -> Tensor:
+        """C = PᵀG (equation 2 or 3)."""
+        return select(dense, self.indices, self.scale, self.dim)
+
+    def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
+        """P C: each selected row times ρ at its place, repeated rows adding, 0 elsewhere."""
+        if self.scale is not None:
+            compact = (compact * along(self.scale, self.dim, compact.dim())).to(compact.dtype)
+        return compact.new_zeros(shape).index_add_(self.dim, self.indices, compact)
+
+    def lift(self, compact: Tensor, shape: torch.Size) -> Tensor:
+        """A dense tensor whose projection is C: C_j / ρ_j at row σ_j, once per distinct row."""
+        first = torch.ones_like(self.indices, dtype=compact.dtype)
+        first[1:] = (self.indices[1:] != self.indices[:-1]).to(compact.dtype)
+        if self.scale is not None:
+            first = first / self.scale
+        rows = (compact * along(first, self.dim, compact.dim())).to(compact.dtype)
+        return compact.new_zeros(shape).index_add_(self.dim, self.indices, rows)
+
+
+class CompactGrad(Tensor):
+    """The compact gradient C of a weight (m, n), equations 2 and 3 of docs/method.md.
+
+    Attributes: ``compact`` C, (r, n) or (m, r); ``subspace``, the :class:`Selection` it belongs to;
+    ``scores`` s, (m,) or (n,) float32, the rows' squared gradient norms in a scoring step, else
+    None. ``zeroed`` tells a gradient that ``zero_`` emptied: it adopts the next one's selection.
+    """
+
+    compact: Tensor
+    subspace: Selection
+    scores: Tensor | None
+    zeroed: bool
+
+    @staticmethod
+    def __new__(
+        cls: Any,
+        compact: Tensor,
+        subspace: Selection,
+        shape: Sequence[int],
+        scores: Tensor | None = None,
+        zeroed: bool = False,
+    ) -> CompactGrad:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=compact.dtype, device=compact.device
+        )
+        self._hold(compact, subspace, scores, zeroed)
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def _hold(
+        self, compact: Tensor, subspace: Selection, scores: Tensor | None, zeroed: bool
+    ) -> CompactGrad:
+        self.compact, self.subspace, self.scores, self.zeroed = compact, subspace, scores, zeroed
+        return self
+
+    def _with(self, compact: Tensor, scores: Tensor | None) -> CompactGrad:
+        return CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed)
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
+        return self.subspace.embed(self.compact, self.shape)
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        parts = [
+            f"shape={tuple(self.shape)}",
+            f"compact={tuple(self.compact.shape)}",
+            f"dim={self.subspace.dim}",
+            f"generation={self.subspace.generation}",
+            f"dtype={self.dtype}",
+        ]
+        if self.device.type != "cpu":
+            parts.append(f"device='{self.device}'")
+        if self.scores is not None:
+            parts.append("with scores")
+        return f"CompactGrad({', '.join(parts)})"
+
+    # ``module.to(dtype)`` assigns ``grad.data``, which replaces only what torch keeps of a tensor.
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, CompactGrad):
+            raise CompactGradError(
+                f"the compact gradient of {self.subspace.name} cannot become a dense tensor in "
+                "place: assign weight.grad = ... instead."
+            )
+        torch.Tensor.data.__set__(self, value)
+        self._hold(value.compact, value.subspace, value.scores, value.zeroed)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        s = self.subspace
+        state = (self.compact, s.indices, s.scale, s.dim, s.generation, s.name)
+        return _rebuild, (*state, tuple(self.shape), self.scores, self.zeroed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
+        return self._with(copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        handler = _HANDLERS.get(func) or _HANDLERS.get(func.overloadpacket)
+        result = handler(func, args, kwargs or {}) if handler else NotImplemented
+        if result is NotImplemented:
+            raise CompactGradError(
+                f"{func} cannot be done on a compact gradient, which holds only the selected rows "
+                "of its weight. Use weight.grad.compact for those rows, weight.grad.to_dense() for "
+                "the whole matrix, or a grass_fx optimizer to step with it."
+            )
+        return result
+
+
+def _rebuild(
+    compact: Tensor,
+    indices: Tensor,
+    scale: Tensor | None,
+    dim: int,
+    generation: int,
+    name: str,
+    shape: tuple[int, ...],
+    scores: Tensor | None,
+    zeroed: bool,
+) -> CompactGrad:
+    return CompactGrad(
+        compact, Selection(indices, scale, dim, generation, name), shape, scores, zeroed
+    )
+
+
+torch.serialization.add_safe_globals([CompactGrad, _rebuild])
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_HANDLERS: dict[Any, Handler] = {}
+
+
+def _handles(*ops: Any) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+def _bare(tree: Any) -> Any:
+    return tree_map(lambda t: t.compact if isinstance(t, CompactGrad) else t, tree)
+
+
+def _is_factor(value: Any) -> bool:
+    return not isinstance(value, CompactGrad) and (
+        not isinstance(value, Tensor) or value.numel() == 1
+    )
+
+
+def _times(scores: Tensor | None, factor: Any, power: int) -> Tensor | None:
+    """Scores of a gradient times ``factor``**``power``: squared norms go with its square."""
+    if scores is None:
+        return None
+    if isinstance(factor, Tensor):
+        factor = factor.to(scores.device, scores.dtype).reshape(())
+    return scores * factor ** (2 * power)
+
+
+@_handles(aten.detach, aten.alias)
+def _share(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._with(args[0].compact.detach(), args[0].scores)
+
+
+@_handles(aten.detach_)
+def _itself(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]
+
+
+@_handles(aten.clone)
+def _clone(func: Any, args: Any, kwargs: Any) -> Any:
+    grad = args[0]
+    return grad._with(grad.compact.clone(), None if grad.scores is None else grad.scores.clone())
+
+
+@_handles(aten._to_copy)
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    grad = args[0]
+    compact = func(grad.compact, **kwargs)
+    scores = None if grad.scores is None else grad.scores.to(compact.device)
+    subspace = grad.subspace.to(compact.device)
+    return CompactGrad(compact, subspace, grad.shape, scores, grad.zeroed)
+
+
+@_handles(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg)
+def _scale(func: Any, args: Any, kwargs: Any) -> Any:
+    grad, factor, power = _factor(func, args)
+    if grad is None or kwargs:
+        return NotImplemented
+    return grad._with(func(*_bare(args)), _times(grad.scores, factor, power))
+
+
+@_handles(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.neg_)
+def _scale_(func: Any, args: Any, kwargs: Any) -> Any:
+    grad, factor, power = _factor(func, args)
+    if grad is not args[0] or kwargs:
+        return NotImplemented
+    func(*_bare(args))
+    grad.scores = _times(grad.scores, factor, power)
+    return grad
+
+
+def _factor(func: Any, args: Any) -> tuple[CompactGrad | None, Any, int]:
+    """(gradient, factor, power) of a multiplication by one number; no gradient if it is another."""
+    if len(args) == 1:
+        return args[0], -1, 1
+    divides = func.overloadpacket in (aten.div, aten.div_)
+    grad, factor = args if isinstance(args[0], CompactGrad) or divides else args[::-1]
+    if isinstance(grad, CompactGrad) and _is_factor(factor):
+        return grad, factor, -1 if divides else 1
+    return None, None, 0
+
+
+@_handles(aten.clamp, aten.clamp_min.default, aten.clamp_max.default)
+def _clamp(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._with(func(*_bare(args), **kwargs), args[0].scores)
+
+
+@_handles(aten.clamp_.default, aten.clamp_min_.default, aten.clamp_max_.default)
+def _clamp_(func: Any, args: Any, kwargs: Any) -> Any:
+    func(*_bare(args), **kwargs)
+    return args[0]
+
+
+@_handles(aten.zero_)
+def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
+    grad = args[0]
+    grad.compact.zero_()
+    grad.scores, grad.zeroed = None, True
+    return grad
+
+
+@_handles(aten.zeros_like)
+def _zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
+    grad = args[0]
+    compact = torch.zeros_like(grad.compact, dtype=kwargs.get("dtype"))
+    return CompactGrad(compact, grad.subspace, grad.shape, None, zeroed=True)
+
+
+@_handles(aten.empty_like, aten.new_empty_strided, aten.new_empty)
+def _empty(func: Any, args: Any, kwargs: Any) -> Any:
+    grad = args[0]
+    if len(args) > 1 and tuple(args[1]) != tuple(grad.shape):
+        return NotImplemented
+    compact = torch.empty_like(grad.compact, dtype=kwargs.get("dtype"))
+    return CompactGrad(compact, grad.subspace, grad.shape, None, zeroed=True)
+
+
+@_handles(aten.copy_)
+def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
+    into, source = args[:2]
+    if not (isinstance(into, CompactGrad) and isinstance(source, CompactGrad)):
+        return NotImplemented
+    compact = source.compact.to(into.device, into.dtype, copy=True)
+    scores = None if source.scores is None else source.scores.to(into.device, copy=True)
+    return into._hold(compact, source.subspace.to(into.device), scores, source.zeroed)
+
+
+@_handles(aten.linalg_vector_norm)
+def _vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    dims = args[2] if len(args) > 2 else kwargs.get("dim")
+    return func(*_bare(args), **kwargs) if dims is None else NotImplemented
+
+
+@_handles(aten.is_same_size)
+def _is_same_size(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0].shape == args[1].shape
+
+
+@_handles(aten.add.Tensor)
+def _add(func: Any, args: Any, kwargs: Any) -> Any:
+    grad, other = args[:2]
+    alpha = kwargs.get("alpha", 1)
+    if isinstance(grad, CompactGrad):
+        return _add_(func, (_clone(func, (grad,), {}), other), kwargs)
+    if not isinstance(other, CompactGrad) or grad.shape != other.shape or alpha != 1:
+        return NotImplemented
+    return grad + other.subspace.lift(other.compact, other.shape)
+
+
+@_handles(aten.add_.Tensor)
+def _add_(func: Any, args: Any, kwargs: Any) -> Any:
+    """C += C′ of the same selection, C += PᵀG, or G += (what projects to C)."""
+    grad, other = args[:2]
+    alpha = kwargs.get("alpha", 1)
+    if not isinstance(other, Tensor) or grad.shape != other.shape:
+        return NotImplemented
+    if not isinstance(grad, CompactGrad):
+        # With a factor it is no accumulation, but an optimizer that knows nothing of subspaces.
+        if alpha != 1 or not isinstance(other, CompactGrad):
+            return NotImplemented
+        return grad.add_(other.subspace.lift(other.compact, other.shape))
+    if not isinstance(other, CompactGrad):
+        grad.compact.add_(grad.subspace.project(other), alpha=alpha)
+        grad.zeroed = False
+        return grad
+    if not grad.subspace.same_as(other.subspace):
+        newer = other.subspace.generation > grad.subspace.generation
+        if other.zeroed and not newer:
+            return grad
+        if not (grad.zeroed and newer):
+            raise SelectionChangedError(
+                f"{other.subspace.name}: a compact gradient of selection "
+                f"{other.subspace.generation} cannot be added to one of selection "
+                f"{grad.subspace.generation}. The selection changes at optimizer.step(): call "
+                "optimizer.zero_grad() after it, before the next backward."
+            )
+        compact = (other.compact * alpha).to(grad.dtype)
+        scores = _times(other.scores, alpha, 1)
+        return grad._hold(compact, other.subspace, scores, other.zeroed)
+    grad.compact.add_(other.compact, alpha=alpha)
+    more = _times(other.scores, alpha, 1)
+    if more is not None:
+        grad.scores = more if grad.scores is None else grad.scores + more
+    grad.zeroed = grad.zeroed and other.zeroed
+    return grad
+
+
+# Lists of gradients, compact and dense mixed: one foreach call on what is stored.
+
+
+@_handles(aten._foreach_norm)
+def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*_bare(args), **kwargs)
+
+
+@_handles(aten._foreach_zero_)
+def _foreach_zero_(func: Any, args: Any, kwargs: Any) -> Any:
+    func(_bare(args[0]))
+    for grad in args[0]:
+        if isinstance(grad, CompactGrad):
+            grad.scores, grad.zeroed = None, True
+
+
+@_handles(aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)
+def _foreach_clamp_(func: Any, args: Any, kwargs: Any) -> Any:
+    func(*_bare(args), **kwargs)
+
+
+@_handles(
+    aten._foreach_mul_.Scalar,
+    aten._foreach_mul_.Tensor,
+    aten._foreach_div_.Scalar,
+    aten._foreach_div_.Tensor,
+)
+def _foreach_scale_(func: Any, args: Any, kwargs: Any) -> Any:
+    grads, factor = args
+    if not _is_factor(factor):
+        return NotImplemented
+    func(*_bare(args))
+    power = -1 if func.overloadpacket is aten._foreach_div_ else 1
+    for grad in grads:
+        if isinstance(grad, CompactGrad):
+            grad.scores = _times(grad.scores, factor, power)
+
+
+@_handles(aten._foreach_add_.List)
+def _foreach_add_(func: Any, args: Any, kwargs: Any) -> Any:
+    for grad, other in zip(*args[:2], strict=True):
+        grad.add_(other, **kwargs)
+
+
+@_handles(aten._amp_foreach_non_finite_check_and_unscale_)
+def _amp_unscale_(func: Any, args: Any, kwargs: Any) -> Any:
+    grads, found_inf, inv_scale = args
+    func(_bare(grads), found_inf, inv_scale)
+    for grad in grads:
+        if isinstance(grad, CompactGrad):
+            grad.scores = _times(grad.scores, inv_scale, 1)
