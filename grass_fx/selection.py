@@ -1,0 +1,106 @@
+"""The selection rules of docs/method.md (equations 5 to 10): numbers in, numbers out.
+
+A *unit* is a block of B consecutive rows (B = 1: a row). Everything here runs on the CPU, in
+float64 where it matters, between two optimizer steps: the same units on every device and rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from grass_fx.config import Rule
+
+Q_FLOOR = 1e-12
+"""q is floored here before 1/√(k q), so that ρ stays finite."""
+
+
+def stream(seed: int, key: int, draw: int) -> torch.Generator:
+    """The generator of a weight's ``draw``-th draw: a function of three integers alone.
+
+    So a checkpoint needs no generator state, and every rank draws the same.
+    """
+    digest = hashlib.blake2b(f"grass {seed} {key} {draw}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def unit_norms(scores: Tensor, block: int) -> Tensor:
+    """Norms of the units, float64, from the rows' squared norms s: (m,) -> (m / B,)."""
+    return scores.double().cpu().view(-1, block).sum(1).sqrt()
+
+
+def rows_of(units: Tensor, block: int) -> Tensor:
+    """The rows of the units, unit by unit: (k,) -> (k B,)."""
+    return (units.unsqueeze(1) * block + torch.arange(block)).flatten()
+
+
+def cyclic(
+    order: Tensor, position: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, int]:
+    """Equation 10: the next ``count`` units of a walk through random permutations.
+
+    ``order`` (u,) is the current permutation, of which ``position`` units are walked. Returns the
+    units and the new (order, position). Where fewer than ``count`` are left, the piece is filled
+    from the next permutation with units not already in it; those passed over keep their place.
+    """
+    piece, position = order[position : position + count], position + count
+    missing = count - piece.numel()
+    if missing > 0:
+        order = torch.randperm(order.numel(), generator=generator)
+        fresh = ~torch.isin(order, piece)
+        filling = order[fresh][:missing]
+        piece = torch.cat([piece, filling])
+        # What was just walked moves to the front, so that one number still tells where we are.
+        order, position = torch.cat([filling, order[~torch.isin(order, filling)]]), missing
+    return piece, order, position
+
+
+def top(norms: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Equation 5: the ``count`` units of largest norm; ties go to the lowest index.
+
+    If fewer score above 0, the rest is drawn uniformly from the others.
+    """
+    largest = norms.sort(descending=True, stable=True).indices[:count]
+    largest = largest[norms[largest] > 0]
+    return _filled(largest, norms.numel(), count, generator)
+
+
+def multinomial(
+    weights: Tensor, count: int, replacement: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Equations 6 to 8: ``count`` units drawn with q ∝ ``weights``, and ρ with replacement.
+
+    Without replacement (Gumbel top-k on log q) ρ is None, all ones.
+    """
+    q = weights.double() / weights.double().sum()
+    if replacement:
+        units = torch.multinomial(q, count, replacement=True, generator=generator)
+        return units, (count * q[units].clamp(min=Q_FLOOR)).rsqrt()
+    uniform = torch.rand(q.numel(), dtype=torch.float64, generator=generator)
+    keys = q.log() - (-uniform.log()).log()
+    drawn = keys.sort(descending=True, stable=True).indices[:count]
+    drawn = drawn[q[drawn] > 0]
+    return _filled(drawn, q.numel(), count, generator), None
+
+
+def _filled(units: Tensor, total: int, count: int, generator: torch.Generator) -> Tensor:
+    """``units``, made up to ``count`` by a uniform draw from the others."""
+    missing = count - units.numel()
+    if missing == 0:
+        return units
+    shuffled = torch.randperm(total, generator=generator)
+    return torch.cat([units, shuffled[~torch.isin(shuffled, units)][:missing]])
+
+
+def select_by_scores(
+    rule: Rule, scores: Tensor, count: int, block: int, replacement: bool, gen: torch.Generator
+) -> tuple[Tensor, Tensor | None] | None:
+    """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero."""
+    norms = unit_norms(scores, block)
+    if not bool(norms.isfinite().all()) or not bool((norms > 0).any()):
+        return None
+    if rule.power:
+        return multinomial(norms**rule.power, count, replacement, gen)
+    return top(norms, count, gen), None

@@ -1,0 +1,286 @@
+"""Each taken weight's subspace: which rows it moves now, and when that changes.
+
+Selections change in one place, :meth:`Subspace.finish_step`, which grass_fx optimizers call after
+their step (docs/method.md, "Steps, periods, refreshes"). The registry finds a weight's subspace by
+the Parameter object that arrives at call time, weakly: no graph and no checkpoint owns it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from grass_fx import selection as rules
+from grass_fx.config import RULES, GrassConfig
+from grass_fx.errors import StateError
+from grass_fx.gradient import Selection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SubspaceSpec:
+    """What a compiled graph demands of a weight's subspace: shapes, rule and schedule."""
+
+    size: int
+    """The size of the selected dimension, m (side "out") or n (side "in")."""
+    dim: int
+    """The tensor dimension that is selected."""
+    side: str
+    """"out" or "in"."""
+    rank: int
+    """r."""
+    block: int
+    """B, 1 where the configured one does not divide ``size``."""
+    selection: str
+    replacement: bool
+    refresh_every: int | float
+    seed: int
+
+    @classmethod
+    def of(cls, config: GrassConfig, size: int, dim: int, side: str) -> SubspaceSpec:
+        """The subspace that ``config`` wants along a dimension of ``size``."""
+        rank, block = config.rank_and_block(size)
+        schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
+        return cls(size, dim, side, rank, block, *schedule)
+
+    def compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of C for a weight of ``shape``."""
+        return tuple(self.rank if d == self.dim else s for d, s in enumerate(shape))
+
+
+class Subspace:
+    """A weight's selection and its schedule. One optimizer step uses one selection.
+
+    ``selection`` is the current :class:`~grass_fx.gradient.Selection`; ``step`` counts optimizer
+    steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
+    gradients must carry scores.
+    """
+
+    def __init__(
+        self, spec: SubspaceSpec, key: int, name: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.spec, self.key, self.name = spec, key, name
+        self.rule = RULES[spec.selection]
+        # ρ is as exact as the weight, but never less than float32.
+        self._scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.step = 0
+        self.period = 0
+        self.frozen = False
+        self._retry = False
+        units = spec.size // spec.block
+        # An exhausted walk: the first draw starts the first permutation.
+        self._order, self._position = torch.arange(units), units
+        self.selection = Selection(torch.empty(0), None, spec.dim, -1, name)
+        self._set(*self._draw(), device)
+
+    @property
+    def scoring_due(self) -> bool:
+        """Whether this step is a scoring step: the last one of a period, or a repeated one."""
+        if not self.rule.needs_scores or self.frozen:
+            return False
+        return self._retry or self._at_period_end(self.step)
+
+    def _at_period_end(self, step: int) -> bool:
+        if self.spec.refresh_every == math.inf:
+            return step == 0
+        return step % int(self.spec.refresh_every) == 0
+
+    def finish_step(self, scores: Tensor | None) -> None:
+        """Tell that an optimizer step used the current selection; refresh it where that is due.
+
+        ``scores`` s: (size,) float32 as the gradient brought them, or None. Scores that are
+        missing, not finite or all zero keep the selection and make the next step a scoring step.
+        """
+        was_due = self.scoring_due
+        self.step += 1
+        if not self.rule.needs_scores:
+            if self._at_period_end(self.step):
+                self._set(*self._draw(), self.selection.indices.device)
+        elif was_due:
+            drawn = None if scores is None else self._draw_by(scores)
+            self._retry = drawn is None
+            if drawn is None:
+                log.info("%s: no usable scores, the selection stays for another step", self.name)
+            else:
+                self._set(*drawn, self.selection.indices.device)
+
+    def selection_on(self, device: torch.device) -> Selection:
+        """The current selection, on the device the weight lives on now."""
+        self.selection = self.selection.to(device)
+        return self.selection
+
+    def _stream(self) -> torch.Generator:
+        return rules.stream(self.spec.seed, self.key, self.period)
+
+    @property
+    def _count(self) -> int:
+        return self.spec.rank // self.spec.block
+
+    def _draw(self) -> tuple[Tensor, Tensor | None]:
+        """Units, and ρ per unit, without scores: rule 8, or rule 10 (also every rule's first)."""
+        stream = self._stream()
+        if self.spec.selection == "uniform":
+            even = torch.ones(self._order.numel())
+            return rules.multinomial(even, self._count, self.spec.replacement, stream)
+        units, self._order, self._position = rules.cyclic(
+            self._order, self._position, self._count, stream
+        )
+        return units, None
+
+    def _draw_by(self, scores: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        spec = self.spec
+        drawn = rules.select_by_scores(
+            self.rule, scores, self._count, spec.block, spec.replacement, self._stream()
+        )
+        if drawn is not None and self.rule.freezes:
+            positive = rules.unit_norms(scores, spec.block)[drawn[0]] > 0
+            self.frozen = bool(positive.all())
+        return drawn
+
+    def _set(self, units: Tensor, scale: Tensor | None, device: torch.device) -> None:
+        units, order = units.sort(stable=True)
+        if scale is not None:
+            scale = scale[order].repeat_interleave(self.spec.block)
+        elif self.spec.replacement:
+            scale = torch.ones(self.spec.rank)  # rule 10's first selection, in a graph that takes ρ
+        if scale is not None:
+            scale = scale.to(device, self._scale_dtype)
+        self.selection = replace(
+            self.selection,
+            indices=rules.rows_of(units, self.spec.block).to(device),
+            scale=scale,
+            generation=self.selection.generation + 1,
+        )
+        self.period += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
+        counters = (
+            self.step, self.period, self.selection.generation, self._position, self.key,
+            int(self.frozen), int(self._retry), self.spec.dim,
+        )  # fmt: skip
+        state = {
+            "subspace_counters": torch.tensor(counters),
+            "subspace_order": self._order,
+            "subspace_indices": self.selection.indices,
+        }
+        if self.selection.scale is not None:
+            state["subspace_scale"] = self.selection.scale
+        return state
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise StateError if :meth:`state` of another run does not fit this subspace."""
+        counters = state["subspace_counters"].tolist()
+        indices, order = state["subspace_indices"], state["subspace_order"]
+        scale = state.get("subspace_scale")
+        fits = (
+            indices.numel() == self.spec.rank
+            and order.numel() == self._order.numel()
+            and counters[7] == self.spec.dim
+            and (scale is not None) == self.spec.replacement
+        )
+        if not fits:
+            raise StateError(
+                f"{self.name}: the saved selection has {indices.numel()} rows in "
+                f"{order.numel()} units along dimension {counters[7]}"
+                f"{' with scales' if scale is not None else ''}, but the options ask for "
+                f"{self.spec.rank} rows in {self._order.numel()} units along dimension "
+                f"{self.spec.dim}{' with scales' if self.spec.replacement else ''}. Compile with "
+                "the rank, block, side and replacement of the saved run."
+            )
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`state`. If it does not fit: StateError, and nothing changed."""
+        self.check(state)
+        counters = state["subspace_counters"].tolist()
+        indices, scale = state["subspace_indices"], state.get("subspace_scale")
+        self.step, self.period, generation, self._position, self.key = counters[:5]
+        self.frozen, self._retry = bool(counters[5]), bool(counters[6])
+        self._order = state["subspace_order"].cpu()
+        device = self.selection.indices.device
+        self.selection = replace(
+            self.selection,
+            indices=indices.to(device),
+            scale=None if scale is None else scale.to(device, self._scale_dtype),
+            generation=generation,
+        )
+
+
+class Registry:
+    """From Parameter to Subspace, weakly, and what is known of a Parameter before it has one."""
+
+    def __init__(self) -> None:
+        self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._first_uses = itertools.count()
+
+    def get(self, weight: Tensor) -> Subspace | None:
+        """The weight's subspace, or None while no compiled graph has used it."""
+        return self._subspaces.get(weight)
+
+    def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
+        """An optimizer registers its parameters: their index keys their random streams."""
+        for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
+            self._keys[weight] = index
+            if name is not None:
+                self._names[weight] = name
+                if (subspace := self.get(weight)) is not None:
+                    subspace.name = name
+
+    def demand(self, weight: Tensor, spec: SubspaceSpec, name: str) -> Subspace:
+        """The weight's subspace as a compiled graph needs it, made at its first use.
+
+        A graph compiled with other options replaces it; selections go on being counted, so that
+        no gradient of the old one is taken for one of the new.
+        """
+        subspace: Subspace | None = self._subspaces.get(weight)
+        if subspace is not None and subspace.spec == spec:
+            return subspace
+        key = self._keys.get(weight)
+        if key is None:
+            key = self._keys[weight] = next(self._first_uses)
+        name = self._names.get(weight, name)
+        made = Subspace(spec, key, name, weight.device, weight.dtype)
+        saved = self._saved.get(weight)
+        if saved is not None:
+            made.load(saved)
+            del self._saved[weight]
+        elif subspace is not None:
+            log.warning("%s: compiled with other options, its subspace starts anew", name)
+            generation = subspace.selection.generation + 1
+            made.selection = replace(made.selection, generation=generation)
+        self._subspaces[weight] = made
+        return made
+
+    def check(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Raise StateError if a saved state cannot be restored."""
+        subspace: Subspace | None = self._subspaces.get(weight)
+        if subspace is not None:
+            subspace.check(state)
+
+    def restore(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Load a saved :meth:`Subspace.state`, now or when a graph first uses the weight."""
+        subspace: Subspace | None = self._subspaces.get(weight)
+        if subspace is None:
+            self._saved[weight] = dict(state)
+        else:
+            subspace.load(state)
+
+    def saved_state(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """What a checkpoint must hold of the weight's subspace; empty if it has none."""
+        subspace = self._subspaces.get(weight)
+        return subspace.state() if subspace is not None else self._saved.get(weight, {})
+
+
+registry = Registry()
+"""The one registry of this process."""
