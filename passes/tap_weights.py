@@ -1,0 +1,133 @@
+"""Tap each linear weight of a Dynamo graph: its value stays, its gradient becomes compact."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
+from grass_fx.ops import SELECT
+from grass_fx.passes.find_linear_weights import LinearWeight
+
+
+class Tap(torch.autograd.Function):
+    """Forward: the weight itself. Backward: PᵀG as the gradient of the proxy d, nothing for W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        d: Tensor,
+        e: Tensor | None,
+        indices: Tensor,
+        scale: Tensor | None,
+        dim: int,
+    ) -> Tensor:
+        ctx.save_for_backward(indices, scale)
+        ctx.dim = dim
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        indices, scale = ctx.saved_tensors
+        return None, SELECT(g, indices, scale, ctx.dim), None, None, None, None
+
+
+class ScoringTap(Tap):
+    """A tap that also yields s_i = ‖g_i‖², as the gradient of the proxy e: nothing is mutated."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        _, compact, *rest = Tap.backward(ctx, g)
+        exact = g if g.dtype == torch.float64 else g.float()
+        scores = exact.square().sum(1 - ctx.dim).float()
+        return None, compact, scores, *rest[1:]
+
+
+# Module-level functions, so that the caches can name them (_torch_compat.compile_inductor).
+def tap(*args: Any) -> Tensor:
+    """The tap of a regular step."""
+    return Tap.apply(*args)
+
+
+def scoring_tap(*args: Any) -> Tensor:
+    """The tap of a scoring step."""
+    return ScoringTap.apply(*args)
+
+
+def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one element that claims ``shape``: what receives a gradient and is never read."""
+    return torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=dtype, device=device)
+
+
+def proxies(weight: LinearWeight, w: Tensor, with_scores: bool) -> list[Tensor]:
+    """The proxies of one weight: d of C's shape, and e (size,) float32 if the rule needs scores."""
+    made = [proxy_of(weight.spec.compact_shape(w.shape), w.dtype, w.device)]
+    if with_scores:
+        made.append(proxy_of([weight.spec.size], torch.float32, w.device))
+    return made
+
+
+def tap_weights_pass(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    weights: Sequence[LinearWeight],
+    *,
+    with_scores: bool = False,
+    scoring: bool = False,
+) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of the graph in which every use of a linear weight goes through its tap.
+
+    Before::
+
+        linear = torch._C._nn.linear(x, weight, bias)
+
+    After::
+
+        tap = grass_fx_passes_tap_weights_tap(weight, weight_d, None, weight_indices, None, 0)
+        linear = torch._C._nn.linear(x, tap, bias)
+
+    The added inputs follow the graph's own, weight by weight: d, e (``with_scores``), indices, and
+    scale (with replacement). Returns the graph and the inputs, fake ones for the added.
+    ``scoring`` makes the scoring variant, which has the same inputs and the same forward.
+    """
+    gm = copy_dynamo_graph(gm)
+    graph = gm.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    last = placeholders[-1]
+    extra: list[Any] = []
+    taps: list[tuple[fx.Node, tuple[Any, ...]]] = []
+    with fake_mode_of(inputs):
+        for weight in weights:
+            w, value = placeholders[weight.position], inputs[weight.position]
+            fresh: dict[str, Any] = {"d": None, "e": None, "indices": None, "scale": None}
+            values = dict(zip(("d", "e"), proxies(weight, value, with_scores), strict=False))
+            values = {k: v.requires_grad_() for k, v in values.items()}
+            values["indices"] = torch.empty(
+                weight.spec.rank, dtype=torch.int64, device=value.device
+            )
+            if weight.spec.replacement:
+                exact = value.dtype if value.dtype == torch.float64 else torch.float32
+                values["scale"] = torch.empty(weight.spec.rank, dtype=exact, device=value.device)
+            for role, example in values.items():
+                with graph.inserting_after(last):
+                    last = graph.placeholder(f"{w.name.strip('_')}_{role}")
+                last.meta["example_value"] = example
+                mark_added_placeholder(last)
+                fresh[role] = last
+                extra.append(example)
+            taps.append((w, (*fresh.values(), weight.spec.dim)))
+    body = last.next
+    for w, operands in taps:
+        with graph.inserting_before(body):
+            tapped = graph.call_function(scoring_tap if scoring else tap, (w, *operands))
+        tapped.meta["example_value"] = w.meta.get("example_value")
+        w.replace_all_uses_with(tapped, delete_user_cb=partial(operator.is_not, tapped))
+    graph.lint()
+    gm.recompile()
+    return gm, [*inputs, *extra]
