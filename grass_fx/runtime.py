@@ -1,0 +1,108 @@
+"""The callable that Dynamo runs: picks the variant, feeds selections, delivers gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grass_fx.errors import SelectionChangedError
+from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
+from grass_fx.passes.pipeline import PushReport
+from grass_fx.passes.tap_weights import proxies
+from grass_fx.subspace import Subspace, registry
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """One call of one graph: the weights' subspaces and selections at its forward."""
+
+    weights: Sequence[LinearWeight]
+    subspaces: Sequence[Subspace]
+    selections: Sequence[Selection]
+    with_scores: bool
+
+
+class DeliverGradients(torch.autograd.Function):
+    """Makes the proxies of a call, and turns their gradients into the weights' CompactGrads.
+
+    One node for all weights of a graph. In: the weights. Out: d of every weight, then e of every
+    weight if the rule needs scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delivery: _Delivery, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
+        made = [
+            proxies(weight, w, delivery.with_scores)
+            for weight, w in zip(delivery.weights, weights, strict=True)
+        ]
+        return tuple(proxy for role in zip(*made, strict=True) for proxy in role)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        delivery: _Delivery = ctx.delivery
+        count = len(delivery.weights)
+        results: list[Tensor | None] = []
+        for k in range(count):
+            compact, subspace, selection = grads[k], delivery.subspaces[k], delivery.selections[k]
+            if compact is None:
+                results.append(None)
+                continue
+            if subspace.selection.generation != selection.generation:
+                raise SelectionChangedError(
+                    f"{subspace.name}: its selection changed between a forward and its backward "
+                    f"(from {selection.generation} to {subspace.selection.generation}). Call "
+                    "backward before optimizer.step(), and compile every graph that uses the "
+                    "weight with the same options."
+                )
+            # A graph scores all its weights if one is due; the others' scores are dropped.
+            scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
+            results.append(CompactGrad(compact, selection, ctx.shapes[k], scores))
+        return (None, *results)
+
+
+class GrassCallable:
+    """A compiled training graph with its taken weights.
+
+    ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
+    Weights are found by the Parameter that arrives, so that one graph can serve many layers.
+    """
+
+    def __init__(
+        self,
+        found: FoundWeights,
+        report: PushReport,
+        regular: Callable[..., Any],
+        scoring: Callable[..., Any] | None,
+    ) -> None:
+        self.found, self.report = found, report
+        self.regular, self.scoring = regular, scoring
+
+    def __call__(self, *args: Any) -> Any:
+        weights = self.found.taken
+        params = [args[weight.position] for weight in weights]
+        subspaces = [
+            registry.demand(param, weight.spec, weight.name)
+            for param, weight in zip(params, weights, strict=True)
+        ]
+        selections = [s.selection_on(p.device) for s, p in zip(subspaces, params, strict=True)]
+        delivery = _Delivery(weights, subspaces, selections, self.scoring is not None)
+        made = DeliverGradients.apply(delivery, *params)
+        count = len(weights)
+        extra: list[Tensor] = []
+        for k, selection in enumerate(selections):
+            extra.extend(made[k::count])
+            extra.append(selection.indices)
+            if selection.scale is not None:
+                extra.append(selection.scale)
+        if self.scoring is not None and any(s.scoring_due for s in subspaces):
+            return self.scoring(*args, *extra)
+        return self.regular(*args, *extra)
