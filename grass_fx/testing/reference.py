@@ -1,0 +1,137 @@
+"""Grass by the book: full gradients, explicit projections, plain loops, no compiler.
+
+Slow and short on purpose. Only the random streams are shared with the library (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS, GrassConfig
+from grass_fx.selection import stream
+from grass_fx.testing import rules
+from grass_fx.testing.weight import Weight
+
+
+@dataclass
+class Reference:
+    """Trains ``model`` as a grass-compiled one with grass_fx.AdamW would.
+
+    ``taken`` maps parameter names to the selected tensor dimension; all other parameters are
+    stepped by ``torch.optim.AdamW``. ``weights`` holds C and s of the last step.
+    """
+
+    model: nn.Module
+    taken: Mapping[str, int]
+    config: GrassConfig
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    scale: float = SCALE
+    warmup_steps: int = WARMUP_STEPS
+    on_refresh: str = ON_REFRESH
+
+    def __post_init__(self) -> None:
+        self.t, self.weights = 0, dict[str, Weight]()
+        for key, (name, p) in enumerate(self.model.named_parameters()):
+            if name in self.taken:
+                rank, block = self.config.rank_and_block(p.shape[self.taken[name]])
+                self.weights[name] = Weight(p, self.taken[name], key, rank, block)
+                self.refresh(self.weights[name], None)
+        self.dense = [p for n, p in self.model.named_parameters() if n not in self.weights]
+        options = (self.lr, self.betas, self.eps, self.weight_decay)
+        self.adamw = torch.optim.AdamW(self.dense, *options) if self.dense else None
+
+    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
+        """One optimizer step on the sum of ``losses``, one backward for each."""
+        self.model.zero_grad()
+        for weight in self.weights.values():
+            weight.compact = weight.scores = None
+        for loss in losses:
+            for weight in self.weights.values():
+                weight.w.grad = None
+            loss(self.model).backward()
+            for weight in self.weights.values():
+                self.gather(weight)
+        if self.adamw is not None:
+            self.adamw.step()
+        self.t += 1
+        with torch.no_grad():
+            for weight in self.weights.values():
+                self.update(weight)
+                self.finish(weight)
+
+    def gather(self, weight: Weight) -> None:
+        """C += PᵀG and, in a scoring step, s_i += ‖g_i‖²."""
+        assert weight.w.grad is not None
+        g = weight.turned(weight.w.grad)
+        c = weight.p().T @ g
+        weight.compact = c if weight.compact is None else weight.compact + c
+        due = weight.retry or self.t % self.config.refresh_every == 0
+        if self.config.needs_scores and due and not weight.frozen:
+            s = g.double().square().sum(1).float()
+            weight.scores = s if weight.scores is None else weight.scores + s
+
+    def update(self, weight: Weight) -> None:
+        """W ← (1 − lr λ) W − lr α P (warm-up · Adam(C)), bias-corrected by each row's age."""
+        c, (beta1, beta2) = weight.compact, self.betas
+        assert c is not None
+        first, second = weight.moments or (torch.zeros_like(c), torch.zeros_like(c))
+        weight.moments = [beta1 * first + (1 - beta1) * c, beta2 * second + (1 - beta2) * c * c]
+        weight.age = [age + 1 for age in weight.age]
+        delta = torch.zeros_like(c)
+        for j, age in enumerate(weight.age):
+            m, v = (weight.moments[k][j] / (1 - self.betas[k] ** age) for k in (0, 1))
+            warm = min(1.0, age / self.warmup_steps) if self.warmup_steps else 1.0
+            delta[j] = warm * m / (v.sqrt() + self.eps)
+        step = weight.turned(weight.p() @ delta)
+        weight.w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * self.scale * step)
+
+    def finish(self, weight: Weight) -> None:
+        """Between two steps (``t`` is the next one already): refresh where a period ends."""
+        s = weight.scores
+        if not self.config.needs_scores:
+            if self.t % self.config.refresh_every == 0:
+                self.refresh(weight, None)
+        elif s is not None:
+            weight.retry = not bool(s.isfinite().all()) or not bool((s > 0).any())
+            if not weight.retry:
+                self.refresh(weight, s)
+
+    def refresh(self, weight: Weight, scores: Tensor | None) -> None:
+        """Draw a selection by the rule, or by rule 10 without scores; moments move along."""
+        before, rule = (weight.rows, weight.rho, weight.age, weight.moments), self.config.selection
+        gen = stream(self.config.seed, weight.key, weight.period)
+        total, k = weight.w.shape[weight.dim] // weight.block, weight.rank // weight.block
+        s = torch.ones(total) if scores is None else scores.double().view(total, -1).sum(1)
+        norms, rho = s.double().sqrt(), [1.0] * k
+        if scores is None and rule != "uniform":
+            units = rules.cyclic(weight.queue, total, k, gen)
+        elif rule in rules.POWERS:
+            replacement = self.config.replacement
+            units, rho = rules.multinomial(norms, rules.POWERS[rule], k, replacement, gen)
+        else:
+            units = rules.top(norms, k, gen)
+            weight.frozen = rule == "frozen_top" and int((norms > 0).sum()) >= k
+        pairs = sorted(zip(units, rho, strict=True))
+        weight.rows = [u * weight.block + i for u, _ in pairs for i in range(weight.block)]
+        weight.rho = [x for _, x in pairs for _ in range(weight.block)]
+        weight.period += 1
+        self.carry(weight, *before)
+
+    def carry(
+        self, weight: Weight, rows: list[int], rho: list[float], age: list[int], old: list[Tensor]
+    ) -> None:
+        """A row that stays keeps its age and its moments, × ρ′/ρ and × (ρ′/ρ)²."""
+        weight.age, weight.moments = [0] * weight.rank, [torch.zeros_like(m) for m in old]
+        for j, row in enumerate(weight.rows):
+            if old and row in rows and self.on_refresh == "carry":
+                i = rows.index(row)
+                weight.age[j] = age[i]
+                for power, (new, was) in enumerate(zip(weight.moments, old, strict=True), start=1):
+                    new[j] = (weight.rho[j] / rho[i]) ** power * was[i]

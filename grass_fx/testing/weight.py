@@ -1,0 +1,39 @@
+"""One weight of the reference: its selection, its P and its moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Weight:
+    """The subspace of one weight, selected along ``dim``; matrices are turned so that it is 0."""
+
+    w: Tensor
+    dim: int
+    key: int
+    rank: int
+    block: int
+    rows: list[int] = field(default_factory=list)
+    rho: list[float] = field(default_factory=list)
+    age: list[int] = field(default_factory=list)
+    moments: list[Tensor] = field(default_factory=list)
+    queue: list[int] = field(default_factory=list)
+    period: int = 0
+    retry: bool = False
+    frozen: bool = False
+    compact: Tensor | None = None
+    scores: Tensor | None = None
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """``matrix``, or its transpose for ``dim`` 1; turning twice is nothing."""
+        return matrix if self.dim == 0 else matrix.T
+
+    def p(self) -> Tensor:
+        """P (m, r): Pᵀ = ρB (equation 1)."""
+        p = self.w.new_zeros(self.w.shape[self.dim], self.rank)
+        for j, (row, rho) in enumerate(zip(self.rows, self.rho, strict=True)):
+            p[row, j] = rho
+        return p
