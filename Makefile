@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Another torch:  make test TORCH="torch==2.11.0"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+
+.PHONY: demo test setup typecheck smoke wheel clean
+
+# torch first, pinned: a range would pull the CUDA build and gigabytes of its libraries.
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+setup: $(BIN)/.installed
+
+## Trains the example LLaMA full-rank and with grass on real text; prints a table, draws a picture.
+demo: setup
+	$(BIN)/python examples/compare.py
+
+## Everything a change must pass: lint, format, types, tests.
+test: setup typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# The passes are grass_fx.passes only once installed: types are checked on what users install.
+typecheck: setup
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p grass_fx
+
+## Every example, a few steps of each.
+smoke: setup
+	$(BIN)/python examples/pretrain.py --smoke
+	$(BIN)/python examples/compare.py --smoke
+	$(BIN)/python examples/inspect_graphs.py
+	$(BIN)/python examples/benchmarks/step_time.py --smoke
+	$(BIN)/python examples/benchmarks/compile_time.py --smoke
+
+## The wheel works in an empty environment, outside the checkout.
+wheel: setup
+	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
+	bash .ci/check-wheel dist/*.whl "$(TORCH)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
