@@ -35,14 +35,15 @@ def grass(
     """Compile a Dynamo graph so that its linear weights get compact gradients.
 
     Called by ``torch.compile(model, backend="grass", options={...}, mode=...)``. ``options`` are
-    the fields of :class:`~grass_fx.config.GrassConfig`; ``mode`` means what it means for Inductor.
+    the fields of :class:`~grass_fx.config.GrassConfig`; ``mode`` means what it means for Inductor
+    (``options={"mode": ...}`` where there are options: torch.compile takes one or the other).
     Without gradients, or without a weight to take, this is plain Inductor.
 
     Raises:
         OptionError: an option is unknown or impossible.
     """
     config = GrassConfig.from_options(options)
-    patches = inductor_patches(mode, config.inductor)
+    patches = inductor_patches(mode or config.mode, config.inductor)
     compiler = _Compiler(config, patches)
     if not torch.is_grad_enabled():
         return compiler.plain(gm, example_inputs)

@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,13 @@ RULES = {
 
 SIDES = ("auto", "out", "in")
 COMPILERS = ("inductor", "aot_eager")
+MODES = (
+    None,
+    "default",
+    "reduce-overhead",
+    "max-autotune",
+    "max-autotune-no-cudagraphs",
+)
 
 
 def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
@@ -85,6 +93,8 @@ class GrassConfig:
     """Seed of all draws; independent of torch's global generator."""
     compiler: str = "inductor"
     """"inductor", or "aot_eager": the rewritten graphs run without Inductor."""
+    mode: str | None = None
+    """As ``torch.compile(mode=...)``, which torch refuses beside ``options``."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Inductor's own options, as ``torch.compile(options=...)`` takes them."""
     dump_dir: str | None = None
@@ -92,14 +102,12 @@ class GrassConfig:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            if value is not None:
-                value = tuple(value)
-                if not all(isinstance(pattern, str) for pattern in value):
-                    raise OptionError(f"{name}={value!r} must be patterns of parameter names.")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, self._patterns(name))
+        object.__setattr__(self, "inductor", self._inductor_options())
+        if self.dump_dir is not None:
+            if not isinstance(self.dump_dir, (str, os.PathLike)):
+                raise OptionError(f"dump_dir={self.dump_dir!r} must be the path of a directory.")
+            object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
         self._check_rank()
         if self.refresh_every != math.inf and not (
             _is_int(self.refresh_every) and self.refresh_every >= 1
@@ -126,8 +134,23 @@ class GrassConfig:
             )
         if not _is_int(self.seed) or self.seed < 0:
             raise OptionError(f"seed={self.seed!r} must be an integer >= 0.")
+        if self.mode not in MODES:
+            modes = [m for m in MODES if m is not None]
+            raise OptionError(f"mode={self.mode!r} is not known: {nearest(self.mode, modes)}")
+
+    def _patterns(self, name: str) -> tuple[str, ...] | None:
+        value = getattr(self, name)
+        if value is None and name == "include":
+            return None
+        patterns = (value,) if isinstance(value, str) else value
+        if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+            raise OptionError(f"{name}={value!r} must be patterns of parameter names.")
+        return tuple(patterns)
+
+    def _inductor_options(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r} must be a dict of Inductor's options.")
+        return dict(self.inductor)  # a later change of the caller's dict changes nothing here
 
     def _check_rank(self) -> None:
         if not _is_int(self.block) or self.block < 1:
@@ -184,7 +207,9 @@ class GrassConfig:
         block = self.block if size % self.block == 0 else 1
         if isinstance(self.rank, int):
             return self.rank, block
-        unit = math.lcm(8, block)  # max(8, B) for every power of two
+        unit = max(8, block)
+        if unit % block:
+            unit = math.lcm(8, block)  # B = 3, 5, 6, 7: r must be a multiple of it
         rank = max(unit, math.floor(self.rank * size / unit + 0.5) * unit)
         if rank >= size:
             rank = max(block, math.floor(self.rank * size / block) * block)

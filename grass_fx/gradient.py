@@ -131,7 +131,7 @@ class CompactGrad(Tensor):
 
     # ``module.to(dtype)`` assigns ``grad.data``, which replaces only what torch keeps of a tensor.
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -141,7 +141,8 @@ class CompactGrad(Tensor):
                 f"the compact gradient of {self.subspace.name} cannot become a dense tensor in "
                 "place: assign weight.grad = ... instead."
             )
-        torch.Tensor.data.__set__(self, value)
+        theirs: Any = torch.Tensor.data
+        theirs.__set__(self, value)
         self._hold(value.compact, value.subspace, value.scores, value.zeroed)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -355,9 +356,9 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
         return grad
     if not grad.subspace.same_as(other.subspace):
         newer = other.subspace.generation > grad.subspace.generation
-        if other.zeroed and not newer:
-            return grad
-        if not (grad.zeroed and newer):
+        if other.zeroed and not (grad.zeroed and newer):
+            return grad  # nothing to add
+        if not grad.zeroed:
             raise SelectionChangedError(
                 f"{other.subspace.name}: a compact gradient of selection "
                 f"{other.subspace.generation} cannot be added to one of selection "

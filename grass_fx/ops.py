@@ -47,6 +47,8 @@ def selected_mm(a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim
     ``a``: (m, b), ``b``: (b, n). For a weight gradient DᵀX, ``a`` is the transposed view of D: the
     gather then reads D row by row. Equations 2 (``dim`` 0) and 3 (``dim`` 1) of docs/method.md.
     """
+    if dim not in (0, 1):
+        raise ValueError(f"grass::selected_mm: dim={dim} must be 0 or 1")
     if dim == 0:
         a = a.t().index_select(1, indices).t()
     else:

@@ -112,6 +112,10 @@ class Subspace:
             else:
                 self._set(*drawn, self.selection.indices.device)
 
+    def rename(self, name: str) -> None:
+        """Report the weight under another name from now on."""
+        self.name, self.selection = name, replace(self.selection, name=name)
+
     def selection_on(self, device: torch.device) -> Selection:
         """The current selection, on the device the weight lives on now."""
         self.selection = self.selection.to(device)
@@ -165,7 +169,7 @@ class Subspace:
         """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
         counters = (
             self.step, self.period, self.selection.generation, self._position, self.key,
-            int(self.frozen), int(self._retry), self.spec.dim,
+            int(self.frozen), int(self._retry), self.spec.dim, self.spec.size,
         )  # fmt: skip
         state = {
             "subspace_counters": torch.tensor(counters),
@@ -184,17 +188,17 @@ class Subspace:
         fits = (
             indices.numel() == self.spec.rank
             and order.numel() == self._order.numel()
-            and counters[7] == self.spec.dim
+            and counters[7:] == [self.spec.dim, self.spec.size]
             and (scale is not None) == self.spec.replacement
         )
         if not fits:
             raise StateError(
-                f"{self.name}: the saved selection has {indices.numel()} rows in "
+                f"{self.name}: the saved selection has {indices.numel()} rows of {counters[8]} in "
                 f"{order.numel()} units along dimension {counters[7]}"
                 f"{' with scales' if scale is not None else ''}, but the options ask for "
-                f"{self.spec.rank} rows in {self._order.numel()} units along dimension "
-                f"{self.spec.dim}{' with scales' if self.spec.replacement else ''}. Compile with "
-                "the rank, block, side and replacement of the saved run."
+                f"{self.spec.rank} rows of {self.spec.size} in {self._order.numel()} units along "
+                f"dimension {self.spec.dim}{' with scales' if self.spec.replacement else ''}. "
+                "Compile with the rank, block, side and replacement of the saved run."
             )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -235,7 +239,7 @@ class Registry:
             if name is not None:
                 self._names[weight] = name
                 if (subspace := self.get(weight)) is not None:
-                    subspace.name = name
+                    subspace.rename(name)
 
     def demand(self, weight: Tensor, spec: SubspaceSpec, name: str) -> Subspace:
         """The weight's subspace as a compiled graph needs it, made at its first use.

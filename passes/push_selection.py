@@ -111,7 +111,8 @@ class _Push:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the selection, with its value and the old one's origin."""
         with self.graph.inserting_before(self.select):
-            new = self.graph.call_function(target, args, kwargs)
+            name = target.overloadpacket.__name__
+            new = self.graph.create_node("call_function", target, args, kwargs, name)
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.select.meta["val"].fake_mode:
             new.meta["val"] = target(*values[0], **values[1])
@@ -170,7 +171,14 @@ def _transpose(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     return push.call(aten.transpose.int, push.of(x, swap.get(dim, dim), node), first, second)
 
 
-@_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+@_rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
 def _view(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     """Where the selected dimension is one dimension on both sides of the view."""
     x = cast(fx.Node, node.args[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,14 +127,17 @@ class AdamW(torch.optim.Optimizer):
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
             return grad
-        if subspace is None or grad is None:
+        if grad is None or subspace is None or p not in self.state:
+            return None
+        if "indices" not in self.state[p]:
             return None
         if not self._warned_projected:
             self._warned_projected = True
             warnings.warn(
-                f"{subspace.name} is trained in a subspace, but its gradient came dense, from code "
-                "outside the compiled graph: it was projected. Run all of the training step "
-                "through the compiled model, or exclude the weight.",
+                f"{subspace.name} has its optimizer state in a subspace, but its gradient came "
+                "dense, from code outside the compiled graph: it was projected. Run all of the "
+                "training step through the compiled model; to train the weight dense from here "
+                "on, make a new optimizer.",
                 GrassWarning,
                 stacklevel=4,
             )
@@ -240,14 +243,16 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with each taken weight's selection and schedule among its state."""
-        held = [p for p in self.state if "indices" in self.state[p]]
-        for p in held:
-            self.state[p].update(registry.saved_state(p))
-        try:
-            return super().state_dict()
-        finally:
-            for p in held:
-                _pop_subspace(self.state[p])
+        result = super().state_dict()
+        for p, key in self._keys(result):
+            if "indices" in result["state"].get(key, {}):
+                result["state"][key] = {**result["state"][key], **registry.saved_state(p)}
+        return result
+
+    def _keys(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:
+        """Each parameter with its key in a state dict."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            yield from zip(group["params"], saved["params"], strict=False)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,20 +261,20 @@ class AdamW(torch.optim.Optimizer):
         Raises StateError, and changes nothing, if a saved selection does not fit.
         """
         loaded: dict[Tensor, dict[str, Tensor]] = {}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for p, key in zip(group["params"], saved["params"], strict=False):
-                if "indices" in state_dict["state"].get(key, {}):
-                    # Torch would cast to the weight's dtype: an index 257 is 256 in bfloat16.
-                    state = state_dict["state"][key]
-                    loaded[p] = {k: v.to(p.device, copy=True) for k, v in state.items()}
-        subspaces = {p: _pop_subspace(state) for p, state in loaded.items()}
+        for p, key in self._keys(state_dict):
+            state = state_dict["state"].get(key, {})
+            if "indices" in state:
+                # Torch would cast to the weight's dtype: an index 257 is 256 in bfloat16.
+                loaded[p] = {k: v.to(p.device, copy=True) for k, v in state.items()}
+        subspaces = {p: _popped(state, _SUBSPACE) for p, state in loaded.items()}
         for p, state in subspaces.items():
-            registry.check(p, state)
+            if state:
+                registry.check(p, state)
         super().load_state_dict(state_dict)
-        for p, state in loaded.items():
-            self.state[p] = state
         for p, state in subspaces.items():
-            registry.restore(p, state)
+            self.state[p] = loaded[p]
+            if state:
+                registry.restore(p, state)
 
 
 def _equal(old: Selection, new: Selection) -> bool:
@@ -278,8 +283,8 @@ def _equal(old: Selection, new: Selection) -> bool:
     return old.scale is None or new.scale is None or torch.equal(old.scale, new.scale)
 
 
-def _pop_subspace(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    keys: Iterable[str] = [key for key in state if key.startswith(_SUBSPACE)]
+def _popped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    keys = [key for key in state if key.startswith(prefix)]
     return {key: state.pop(key) for key in keys}
 
 
