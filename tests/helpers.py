@@ -1,0 +1,62 @@
+"""What the tests share: models, capture of graphs, and their text."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from grass_fx.backend import grass
+from grass_fx.runtime import GrassCallable
+
+
+def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
+    """Linear layers of the given sizes with GELUs between them."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out, bias=bias), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Captured:
+    """A backend that is ``grass`` and keeps what it returned."""
+
+    def __init__(self, **options) -> None:
+        self.options, self.graphs = {"compiler": "aot_eager", **options}, []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list, **kwargs) -> Callable:
+        self.graphs.append(grass(gm, inputs, options=self.options, **kwargs))
+        return self.graphs[-1]
+
+    @property
+    def only(self) -> GrassCallable:
+        (graph,) = self.graphs
+        assert isinstance(graph, GrassCallable)
+        return graph
+
+
+def taken_and_left(model: nn.Module, *inputs: torch.Tensor, **options):
+    """The names of the weights taken, and the reasons of those left, of one forward call."""
+    backend = Captured(**options)
+    torch.compile(model, backend=backend)(*inputs)
+    found = backend.only.found
+    return [weight.name for weight in found.taken], found.left
+
+
+def text(graph: fx.Graph) -> str:
+    """A graph as code: one statement a line, without comments, types and deletions."""
+    code = graph.python_code("self").src
+    lines = []
+    for line in code.splitlines():
+        line = re.sub(r"\s*#.*$|;  .* = None", "", line)
+        line = re.sub(r"(\w+) : [^=]+ = ", r"\1 = ", line)
+        line = re.sub(r" -> .*:$|(\w+) ?: [\"\w\[\], \.]+(?=[,)])", r"\1", line)
+        if line.strip() and not line.startswith(("import", "from", "torch.fx._symbolic")):
+            lines.append(line.rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def dumped(directory, stage: str) -> str:
+    """The one dumped graph of a stage."""
+    (file,) = directory.glob(f"*_{stage}.txt")
+    return file.read_text()

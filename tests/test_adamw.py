@@ -1,0 +1,256 @@
+"""grass_fx.AdamW: dense parameters as torch's, taken weights in their subspace, state and its round
+trip."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import Captured, mlp
+from torch import nn
+
+import grass_fx
+from grass_fx.errors import GrassWarning, OptionError, StateError
+from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.optim.update import carried
+from grass_fx.subspace import registry
+
+
+def train(model, compiled, optimizer, steps, seed=0):
+    """A few steps on random data; returns the losses."""
+    gen, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        x, y = torch.randn(7, 8, generator=gen), torch.randn(7, 6, generator=gen)
+        dtype = next(model.parameters()).dtype
+        loss = (compiled(x.to(dtype)) - y.to(dtype)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("settings", [{}, {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6,
+                                           "weight_decay": 0.3}])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:no compact gradient")
+def test_dense_parameters_step_as_torchs_to_the_last_bit(settings, foreach):
+    ours, theirs = mlp(8, 12, 6), None
+    theirs = copy.deepcopy(ours)
+    train(ours, ours, grass_fx.AdamW(ours.parameters(), foreach=foreach, **settings), 5)
+    train(theirs, theirs, torch.optim.AdamW(theirs.parameters(), foreach=foreach, **settings), 5)
+    for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_state_of_a_taken_weight_has_the_compact_shape_and_nothing_more():
+    model = mlp(8, 12, 6)
+    backend = Captured(rank=4, selection="uniform", replacement=True)
+    optimizer = grass_fx.AdamW(model.parameters())
+    train(model, torch.compile(model, backend=backend), optimizer, 2)
+    shapes = {k: (tuple(v.shape), v.dtype) for k, v in optimizer.state[model[0].weight].items()}
+    assert shapes == {
+        "exp_avg": ((12, 4), torch.float32),
+        "exp_avg_sq": ((12, 4), torch.float32),
+        "age": ((4,), torch.int64),
+        "indices": ((4,), torch.int64),
+        "scale": ((4,), torch.float32),
+        "generation": ((), torch.int64),
+    }
+    assert {k: tuple(v.shape) for k, v in optimizer.state[model[0].bias].items()} == {
+        "step": (),
+        "exp_avg": (12,),
+        "exp_avg_sq": (12,),
+    }
+
+
+def test_only_the_selected_rows_move_without_weight_decay():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+    optimizer = grass_fx.AdamW(model.parameters(), weight_decay=0.0)
+    before = model[0].weight.detach().clone()
+    train(model, compiled, optimizer, 3)
+    moved = (model[0].weight != before).any(1).nonzero().flatten()
+    assert torch.equal(moved, model[0].weight.grad.subspace.indices)
+
+
+def test_scale_and_warm_up_touch_the_compact_update_only():
+    def first_step(**settings):
+        torch.manual_seed(1)
+        torch._dynamo.reset()
+        model = mlp(8, 6).double()
+        before = copy.deepcopy(model)
+        compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+        train(model, compiled, grass_fx.AdamW(model.parameters(), **settings), 1)
+        (layer,), (old,) = model, before
+        return layer.weight - old.weight, layer.bias - old.bias
+
+    plain, bias = first_step(weight_decay=0.0, warmup_steps=0)
+    scaled, scaled_bias = first_step(weight_decay=0.0, warmup_steps=0, scale=0.5)
+    warmed, warmed_bias = first_step(weight_decay=0.0, warmup_steps=4)
+    torch.testing.assert_close(scaled, plain * 0.5)
+    torch.testing.assert_close(warmed, plain / 4)
+    assert torch.equal(bias, scaled_bias) and torch.equal(bias, warmed_bias)
+
+
+def test_groups_have_rates_of_their_own():
+    model = mlp(8, 12, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2))
+    first = {"params": model[0].parameters(), "lr": 0.0}
+    optimizer = grass_fx.AdamW([first, {"params": model[2].parameters(), "lr": 1e-2}])
+    before = copy.deepcopy(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    train(model, compiled, optimizer, 2)
+    schedule.step()
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[2].weight, before[2].weight)
+
+
+def test_carry_keeps_the_rows_that_stay():
+    old = Selection(torch.tensor([1, 3, 5]), None, 0, 0)
+    new = Selection(torch.tensor([0, 3, 4]), None, 0, 1)
+    first, second, age = torch.randn(3, 4), torch.rand(3, 4), torch.tensor([7, 8, 9])
+    first[0] = float("nan")  # of a row that leaves
+    got = carried(old, new, first, second, age)
+    zero = torch.zeros(4)
+    torch.testing.assert_close(got[0], torch.stack([zero, first[1], zero]))
+    torch.testing.assert_close(got[1], torch.stack([zero, second[1], zero]))
+    assert got[2].tolist() == [0, 8, 0]
+
+
+def test_carry_with_replacement_scales_moments_and_copies_inherit():
+    old = Selection(torch.tensor([1, 1, 5]), torch.tensor([2.0, 2.0, 3.0]), 1, 0)
+    new = Selection(torch.tensor([1, 5, 5]), torch.tensor([1.0, 6.0, 6.0]), 1, 1)
+    first, second, age = torch.randn(4, 3), torch.rand(4, 3), torch.tensor([7, 7, 9])
+    got = carried(old, new, first, second, age)
+    torch.testing.assert_close(got[0], first[:, [0, 2, 2]] * torch.tensor([0.5, 2.0, 2.0]))
+    torch.testing.assert_close(got[1], second[:, [0, 2, 2]] * torch.tensor([0.25, 4.0, 4.0]))
+    assert got[2].tolist() == [7, 9, 9]
+
+
+def test_reset_starts_all_rows_anew_even_if_they_stay():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=6, side="out", refresh_every=2))
+    for on_refresh, age in (("reset", 1), ("carry", 3)):
+        optimizer = grass_fx.AdamW(model.parameters(), on_refresh=on_refresh)
+        while registry.get(model[0].weight) and registry.get(model[0].weight).step % 2:
+            train(model, compiled, optimizer, 1)
+        optimizer = grass_fx.AdamW(model.parameters(), on_refresh=on_refresh)
+        train(model, compiled, optimizer, 3)
+        assert set(optimizer.state[model[0].weight]["age"].tolist()) == {age}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rule", "replacement"),
+    [("cyclic", False), ("top", False), ("uniform", True), ("multinomial_norm", True)],
+)
+def test_state_dict_round_trips_the_run_and_its_selection(rule, replacement, dtype):
+    options = {"rank": 2, "refresh_every": 3, "selection": rule, "replacement": replacement}
+    whole = mlp(8, 600, 6).to(dtype)  # indices above 256, which bfloat16 cannot hold
+    part = copy.deepcopy(whole)
+
+    def begin(model):
+        compiled = torch.compile(model, backend=Captured(side="out", **options))
+        return compiled, grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=2)
+
+    compiled, optimizer = begin(whole)
+    want = train(whole, compiled, optimizer, 4) + train(whole, compiled, optimizer, 5, seed=1)
+
+    torch._dynamo.reset()
+    compiled, optimizer = begin(part)
+    got = train(part, compiled, optimizer, 4)
+    buffer = io.BytesIO()
+    torch.save({"model": part.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+
+    torch._dynamo.reset()
+    resumed = mlp(8, 600, 6).to(dtype)
+    resumed.load_state_dict(saved["model"])
+    compiled, optimizer = begin(resumed)
+    optimizer.load_state_dict(saved["optimizer"])
+    got += train(resumed, compiled, optimizer, 5, seed=1)
+    assert got == want
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_a_selection_that_does_not_fit_changes_nothing():
+    first, second = mlp(8, 12, 6), mlp(8, 12, 6)
+    optimizers = []
+    for model, rank in ((first, 2), (second, 4)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=Captured(rank=rank))
+        optimizers.append(grass_fx.AdamW(model.named_parameters()))
+        train(model, compiled, optimizers[-1], 2)
+    before = copy.deepcopy(optimizers[1].state_dict())
+    with pytest.raises(StateError, match=r"0.weight: .* has 2 rows of 8 .* for 4 rows"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    after = optimizers[1].state_dict()
+    for key, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(after["state"][key][name], value), (key, name)
+
+
+def test_it_warns_once_if_no_compact_gradient_has_ever_arrived():
+    model = mlp(8, 6)
+    optimizer = grass_fx.AdamW(model.parameters())
+    optimizer.step()  # no gradient at all: nothing to say yet
+    with pytest.warns(GrassWarning, match="no compact gradient has arrived") as caught:
+        train(model, model, optimizer, 3)
+    assert len(caught) == 1
+
+
+def test_a_dense_gradient_of_a_taken_weight_is_projected_and_reported():
+    model = mlp(8, 6).double()
+    twin = copy.deepcopy(model)
+    for m, run in ((model, None), (twin, "eager in the second step")):
+        torch._dynamo.reset()
+        compiled = torch.compile(m, backend=Captured(rank=2, side="out"))
+        optimizer = grass_fx.AdamW(m.parameters())
+        train(m, compiled, optimizer, 1)
+        if run:
+            with pytest.warns(GrassWarning, match=r"0.weight|weight has its .* projected"):
+                train(m, m, optimizer, 1, seed=1)
+        else:
+            train(m, compiled, optimizer, 1, seed=1)
+    for got, want in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_weight_that_was_dense_until_now_moves_into_its_subspace():
+    model = mlp(8, 6)
+    optimizer = grass_fx.AdamW(model.parameters())
+    with pytest.warns(GrassWarning):
+        train(model, model, optimizer, 1)
+    train(model, torch.compile(model, backend=Captured(rank=2)), optimizer, 1)
+    assert isinstance(model[0].weight.grad, CompactGrad)
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (2, 8)
+    assert "step" not in optimizer.state[model[0].weight]
+
+
+def test_a_closure_is_evaluated_and_its_loss_returned():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2))
+    optimizer = grass_fx.AdamW(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = compiled(torch.ones(2, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1e-8), ("weight_decay", -0.1), ("scale", 0.0),
+     ("warmup_steps", -1), ("on_refresh", "forget")],
+)  # fmt: skip
+def test_impossible_hyper_parameters_are_errors(name, value):
+    with pytest.raises(OptionError, match=name):
+        grass_fx.AdamW([nn.Parameter(torch.ones(2))], **{name: value})
+    with pytest.raises(OptionError, match=name):
+        grass_fx.AdamW([{"params": [nn.Parameter(torch.ones(2))], name: value}])

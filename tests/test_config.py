@@ -1,0 +1,272 @@
+"""The options: their defaults, what they accept, and what a mistake is told."""
+
+import dataclasses
+import inspect
+import math
+import textwrap
+
+import pytest
+from expecttest import assert_expected_inline
+
+import grass_fx
+from grass_fx.config import ON_REFRESH, RULES, SCALE, WARMUP_STEPS, GrassConfig
+from grass_fx.errors import GrassError, OptionError
+
+
+def message(**options):
+    """What the user is told about ``options``."""
+    with pytest.raises(OptionError) as caught:
+        GrassConfig.from_options(options)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_method():
+    assert dataclasses.asdict(GrassConfig()) == {
+        "rank": 0.25,
+        "refresh_every": 100,
+        "selection": "cyclic",
+        "block": 1,
+        "replacement": False,
+        "side": "auto",
+        "include": None,
+        "exclude": (),
+        "seed": 0,
+        "compiler": "inductor",
+        "mode": None,
+        "inductor": {},
+        "dump_dir": None,
+    }
+    assert (SCALE, WARMUP_STEPS, ON_REFRESH) == (1.0, 20, "carry")
+
+
+def test_the_optimizer_takes_its_defaults_from_here():
+    parameters = inspect.signature(grass_fx.AdamW).parameters
+    names = ("scale", "warmup_steps", "on_refresh")
+    assert [parameters[name].default for name in names] == [SCALE, WARMUP_STEPS, ON_REFRESH]
+
+
+def test_rules_that_need_scores_and_rules_that_can_replace():
+    scored = {name for name in RULES if GrassConfig(selection=name).needs_scores}
+    assert scored == {"top", "frozen_top", "multinomial_norm", "multinomial_norm_sq"}
+    replaceable = set()
+    for name in RULES:
+        try:
+            GrassConfig(selection=name, replacement=True)
+        except OptionError:
+            continue
+        replaceable.add(name)
+    assert replaceable == {"uniform", "multinomial_norm", "multinomial_norm_sq"}
+
+
+def test_no_options_are_the_defaults():
+    assert GrassConfig.from_options(None) == GrassConfig.from_options({}) == GrassConfig()
+
+
+def test_options_are_frozen_and_hold_no_list_of_the_caller():
+    patterns = ["head.*"]
+    config = GrassConfig(exclude=patterns)
+    patterns.append("*")
+    assert config.exclude == ("head.*",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 8
+
+
+VALID = [
+    {"rank": 1},
+    {"rank": 0.999},
+    {"rank": 16, "block": 8},
+    {"rank": 0.25, "block": 8},
+    {"refresh_every": 1},
+    {"refresh_every": math.inf},
+    {"seed": 2**40},
+    {"side": "in", "compiler": "aot_eager"},
+    {"selection": "uniform", "replacement": True},
+    {"inductor": {"max_autotune": True}},
+    {"include": None, "exclude": []},
+]
+
+
+@pytest.mark.parametrize("options", VALID, ids=str)
+def test_valid_options_are_kept(options):
+    config = GrassConfig.from_options(options)
+    kept = {name: getattr(config, name) for name in options}
+    assert kept == {**options, **({"exclude": ()} if "exclude" in options else {})}
+
+
+INVALID = {
+    "rank": [0, -8, 0.0, 1.0, -0.25, math.nan, math.inf, True, False, "8", None],
+    "block": [0, -1, 2.0, True, "8", None],
+    "refresh_every": [0, -1, 100.0, 0.5, math.nan, -math.inf, True, "100", None],
+    "selection": ["Cyclic", "", None, 1, ["top"]],
+    "side": ["left", None, 0],
+    "compiler": ["eager", None, 0],
+    "replacement": [0, 1, None, "True"],
+    "seed": [-1, 0.0, True, "0", None],
+    "include": [[1], ["head.*", None], [True], 5, True],
+    "exclude": [[1], ["head.*", None], [True], 5, True, None],
+    "mode": ["fast", 1],
+    "inductor": [None, ["max_autotune"], "max_autotune"],
+    "dump_dir": [5, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option in INVALID for value in INVALID[option]]
+)
+def test_an_impossible_value_is_an_error_that_names_option_and_value(option, value):
+    assert message(**{option: value}).startswith(f"{option}={value!r} ")
+
+
+def test_an_option_error_is_a_value_error_of_grass():
+    assert issubclass(OptionError, ValueError)
+    assert issubclass(OptionError, GrassError)
+
+
+def told(*mistakes):
+    """The messages of several mistakes, one below the other."""
+    texts = [textwrap.fill(message(**options), 96, subsequent_indent="  ") for options in mistakes]
+    return "\n".join(texts) + "\n"
+
+
+def test_messages_of_unknown_options():
+    assert_expected_inline(
+        told({"rnak": 8}, {"max_autotune": True}),
+        """\
+grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
+  options={"inductor": {...}}.
+grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
+  'replacement', 'side', 'include', 'exclude', 'seed', 'compiler', 'mode', 'inductor',
+  'dump_dir'. Options of Inductor go into options={"inductor": {...}}.
+""",
+    )
+
+
+def test_messages_of_rank_and_block():
+    assert_expected_inline(
+        told({"rank": 0}, {"rank": 1.5}, {"rank": True}, {"block": 0}, {"rank": 12, "block": 8}),
+        """\
+rank=0 must be at least 1.
+rank=1.5 must be a number of rows, or a fraction in (0, 1) of each weight's selected dimension.
+rank=True must be a number of rows, or a fraction in (0, 1) of each weight's selected dimension.
+block=0 must be a number of rows >= 1.
+block=8 does not divide rank=12: make rank a multiple of block.
+""",
+    )
+
+
+def test_messages_of_names():
+    assert_expected_inline(
+        told({"selection": "multinomial"}, {"side": "output"}, {"compiler": "tvm"}),
+        """\
+selection='multinomial' is not known: did you mean 'multinomial_norm'?
+side='output' is not known: did you mean 'out'?
+compiler='tvm' is not known: valid: 'inductor', 'aot_eager'.
+""",
+    )
+
+
+def test_messages_of_other_values():
+    assert_expected_inline(
+        told(
+            {"refresh_every": 0},
+            {"seed": -1},
+            {"replacement": 1},
+            {"selection": "top", "replacement": True},
+            {"include": [1, "head"]},
+            {"inductor": "max-autotune"},
+        ),
+        """\
+refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to keep the first
+  selection.
+seed=-1 must be an integer >= 0.
+replacement=1 must be True or False.
+selection='top' cannot draw with replacement: use replacement=False, or one of uniform,
+  multinomial_norm, multinomial_norm_sq.
+include=[1, 'head'] must be patterns of parameter names.
+inductor='max-autotune' must be a dict of Inductor's options.
+""",
+    )
+
+
+@pytest.mark.parametrize("name", ["epilogue_fusion", "triton.cudagraphs", "max_autotune_gemm"])
+def test_an_option_of_inductor_is_told_its_place(name):
+    assert 'go into options={"inductor": {...}}' in message(**{name: True})
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(GrassConfig)])
+def test_a_misspelt_option_is_told_the_right_one(name):
+    assert f"did you mean {name!r}?" in message(**{name[:-1] + "x": 1})
+
+
+# rank, block, size -> r, B
+RANK_AND_BLOCK = [
+    (64, 1, 768, 64, 1),
+    (64, 8, 768, 64, 8),
+    (64, 8, 100, 64, 1),  # 8 does not divide 100
+    (64, 1, 32, 64, 1),  # r > size: the weight stays dense
+    (64, 1, 64, 64, 1),
+    (0.25, 1, 768, 192, 1),
+    (0.25, 1, 100, 24, 1),  # 25, to the nearest multiple of 8
+    (0.25, 1, 112, 32, 1),  # 28 lies between: up
+    (0.01, 1, 768, 8, 1),  # at least 8
+    (0.25, 8, 768, 192, 8),
+    (0.25, 8, 100, 24, 1),
+    (0.25, 16, 768, 192, 16),
+    (0.25, 16, 96, 32, 16),  # 24 lies between: up
+    (0.25, 16, 80, 16, 16),  # 20, to the nearest multiple of 16
+    (0.01, 16, 768, 16, 16),
+    (0.25, 12, 240, 60, 12),  # max(8, B) = 12, and 60 is five blocks
+    # 8, the least, reaches the dimension:
+    (0.25, 1, 9, 8, 1),
+    (0.25, 1, 8, 2, 1),
+    (0.25, 1, 5, 1, 1),
+    (0.1, 1, 4, 1, 1),
+    (0.9, 1, 1, 1, 1),
+    (0.99, 1, 24, 23, 1),
+    (0.25, 4, 8, 4, 4),
+    (0.75, 4, 8, 4, 4),  # ⌊6 / 4⌋ blocks
+    (0.25, 4, 6, 1, 1),
+    (0.25, 8, 8, 8, 8),
+    (0.25, 16, 16, 16, 16),
+    (0.25, 16, 10, 8, 1),
+]
+
+
+@pytest.mark.parametrize(("rank", "block", "size", "r", "b"), RANK_AND_BLOCK)
+def test_rank_and_block(rank, block, size, r, b):
+    assert GrassConfig(rank=rank, block=block).rank_and_block(size) == (r, b)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 3, 12])
+@pytest.mark.parametrize("rank", [0.01, 0.25, 1 / 3, 0.5, 0.99])
+def test_a_fraction_fits_every_dimension(rank, block):
+    config = GrassConfig(rank=rank, block=block)
+    for size in range(1, 200):
+        r, b = config.rank_and_block(size)
+        assert b == (block if size % block == 0 else 1)
+        assert b <= r <= size
+        assert r % b == 0
+
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+WANTS = [
+    ({}, None),
+    ({"include": "*"}, None),
+    ({"include": NAME}, None),
+    ({"include": "*.q_proj.weight"}, None),
+    ({"include": ["*.mlp.*", "model.layers.[01].*"]}, None),
+    ({"include": []}, "not in include"),
+    ({"include": ["*.mlp.*"]}, "not in include"),
+    ({"include": "layers.0"}, "not in include"),  # patterns match the whole name
+    ({"include": "*.Q_proj.*"}, "not in include"),  # and its case
+    ({"exclude": "*.mlp.*"}, None),
+    ({"exclude": "*.q_proj.weight"}, "excluded by '*.q_proj.weight'"),
+    ({"exclude": ["*.mlp.*", "model.layers.?.*"]}, "excluded by 'model.layers.?.*'"),
+    ({"include": "*", "exclude": "*"}, "excluded by '*'"),
+    ({"include": "*.mlp.*", "exclude": NAME}, f"excluded by {NAME!r}"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), WANTS)
+def test_patterns_choose_parameters(options, reason):
+    assert GrassConfig(**options).wants(NAME) == reason

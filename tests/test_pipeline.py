@@ -1,0 +1,130 @@
+"""The pass manager: what Inductor's caches see of it, and the user's own passes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import mlp
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+import grass_fx
+from grass_fx.passes import pipeline
+from grass_fx.passes.pipeline import GrassPasses, PushReport
+
+
+class CountMatmuls(CustomGraphPass):
+    """A user's pass: it sees the graph after ours."""
+
+    def __init__(self, name="count"):
+        self.name, self.seen = name, []
+
+    def __call__(self, graph):
+        self.seen.append({str(n.target) for n in graph.nodes if n.op == "call_function"})
+
+    def uuid(self):
+        return self.name
+
+
+def manager(*users):
+    return GrassPasses(PushReport(), {}, users)
+
+
+def test_uuid_is_the_same_for_the_same_passes_and_differs_with_the_users():
+    assert manager().uuid() == manager().uuid()
+    assert manager(CountMatmuls("a")).uuid() == manager(CountMatmuls("a")).uuid()
+    ids = {manager(*users).uuid() for users in [(), (CountMatmuls("a"),), (CountMatmuls("b"),)]}
+    assert len(ids) == 3
+
+
+def test_uuid_is_none_if_a_users_pass_has_none():
+    assert manager(lambda graph: None).uuid() is None
+
+
+def test_uuid_follows_every_source_file_of_the_package(tmp_path):
+    """A change in a helper, not only in the pass, must change it."""
+    script = (
+        "import shutil, sys, pathlib, grass_fx, grass_fx.passes.pipeline as p\n"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "shutil.copytree(pathlib.Path(grass_fx.__file__).parent, root / 'grass_fx')\n"
+        "shutil.copytree(pathlib.Path(p.__file__).parent, root / 'passes')\n"
+        "grass_fx.__file__ = str(root / 'grass_fx' / '__init__.py')\n"
+        "p.__file__ = str(root / 'passes' / 'pipeline.py')\n"
+        "hashes = [p.source_hash()]\n"
+        "names = 'grass_fx/ops.py', 'grass_fx/lowering/__init__.py', 'passes/push_selection.py'\n"
+        "for name in names:\n"
+        "    (root / name).write_text((root / name).read_text() + '# changed\\n')\n"
+        "    p.source_hash.cache_clear()\n"
+        "    hashes.append(p.source_hash())\n"
+        "assert len(set(hashes)) == 4, hashes\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def train_once(rank=4, **options):
+    model = mlp(8, 16, 12)
+    compiled = torch.compile(model, backend="grass", options={"rank": rank, **options})
+    compiled(torch.randn(32, 8)).square().mean().backward()
+    assert isinstance(model[0].weight.grad, grass_fx.CompactGrad)
+    return model
+
+
+def test_the_second_compilation_hits_the_caches():
+    with fresh_cache():
+        counters.clear()
+        train_once()
+        assert counters["aot_autograd"]["autograd_cache_miss"] == 1
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+        torch._dynamo.reset()
+        first = train_once(seed=5, refresh_every=7)  # no pass reads these: the same graph
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        assert first[0].weight.grad.compact.abs().sum() > 0  # all works though no pass was called
+        torch._dynamo.reset()
+        train_once(rank=6)
+        assert counters["aot_autograd"]["autograd_cache_miss"] == 2
+
+
+def test_the_scoring_variants_forward_comes_from_the_cache():
+    with fresh_cache():
+        counters.clear()
+        model = mlp(8, 16, 12)
+        compiled = torch.compile(model, backend="grass", options={"rank": 4, "selection": "top"})
+        optimizer = grass_fx.AdamW(model.parameters())
+        for _ in range(2):  # a scoring step, then a regular one
+            compiled(torch.randn(32, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        # Two forwards and two backwards: one forward is compiled, and found again.
+        assert counters["inductor"]["fxgraph_cache_miss"] == 3
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+@pytest.mark.parametrize("slot", ["joint_custom_pre_pass", "joint_custom_post_pass"])
+@pytest.mark.parametrize("where", ["config", "options"])
+def test_a_pass_the_user_configured_still_runs(slot, where):
+    theirs = CountMatmuls(f"{slot} {where}")
+    with fresh_cache():
+        if where == "config":
+            with inductor_config.patch({slot: theirs}):
+                train_once()
+        else:
+            train_once(inductor={slot: theirs})
+    assert "grass.selected_mm.default" in theirs.seen[0]
+
+
+def test_inference_graphs_run_the_users_pass_alone():
+    theirs = CountMatmuls("inference")
+    model = mlp(8, 16, 12)
+    compiled = torch.compile(
+        model, backend="grass", options={"inductor": {"joint_custom_pre_pass": theirs}}
+    )
+    with fresh_cache(), torch.no_grad():
+        torch.testing.assert_close(compiled(torch.ones(4, 8)), model(torch.ones(4, 8)))
+    assert theirs.seen and not any("grass" in name for name in theirs.seen[0])
+
+
+def test_source_hash_is_remembered():
+    assert pipeline.source_hash() is pipeline.source_hash()

@@ -1,0 +1,299 @@
+"""Which rows a weight moves, when that changes, and who remembers it."""
+
+import copy
+import gc
+import math
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from grass_fx.config import RULES, GrassConfig
+from grass_fx.errors import StateError
+from grass_fx.subspace import Registry, Subspace, SubspaceSpec
+
+SIZE = 12
+CPU = torch.device("cpu")
+UNSCORED = ["cyclic", "uniform"]
+SCORED = [name for name, rule in RULES.items() if rule.needs_scores]
+
+
+def spec_of(selection="cyclic", **options):
+    options = {"rank": 4, "refresh_every": 3, **options}
+    return SubspaceSpec.of(GrassConfig(selection=selection, **options), SIZE, 0, "out")
+
+
+def subspace_of(selection="cyclic", key=0, dtype=torch.float32, **options):
+    return Subspace(spec_of(selection, **options), key, "a.weight", CPU, dtype)
+
+
+def scores_of(step):
+    return torch.rand(SIZE, generator=torch.Generator().manual_seed(step)) + 0.01
+
+
+def take_step(subspace):
+    """One optimizer step. Scores that are not asked for must change nothing."""
+    subspace.finish_step(scores_of(subspace.step))
+
+
+def history(subspace, steps):
+    """The subspace at each of the next ``steps`` steps."""
+    seen = []
+    for _ in range(steps):
+        now = subspace.selection
+        scale = None if now.scale is None else now.scale.tolist()
+        clock = (subspace.step, subspace.period, now.generation, subspace.scoring_due)
+        seen.append((clock, now.indices.tolist(), scale))
+        take_step(subspace)
+    return seen
+
+
+def refreshes(subspace, steps):
+    """The steps that start with another selection than the one before."""
+    generations = [clock[2] for clock, _, _ in history(subspace, steps)]
+    return [step for step in range(1, steps) if generations[step] != generations[step - 1]]
+
+
+def scored_steps(subspace, steps):
+    return [clock[0] for clock, _, _ in history(subspace, steps) if clock[3]]
+
+
+@pytest.mark.parametrize("rule", UNSCORED)
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_rules_without_scores_refresh_every_k_steps(rule, every):
+    assert refreshes(subspace_of(rule, refresh_every=every), 11) == list(range(every, 11, every))
+    assert scored_steps(subspace_of(rule, refresh_every=every), 11) == []
+
+
+@pytest.mark.parametrize("rule", ["top", "multinomial_norm", "multinomial_norm_sq"])
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_rules_with_scores_look_at_step_0_and_every_k_steps(rule, every):
+    assert scored_steps(subspace_of(rule, refresh_every=every), 11) == list(range(0, 11, every))
+    expected = [step + 1 for step in range(0, 10, every)]  # the refresh follows the scoring step
+    assert refreshes(subspace_of(rule, refresh_every=every), 11) == expected
+
+
+def test_an_infinite_period_keeps_the_first_selection_of_the_rule():
+    for rule in UNSCORED:
+        assert refreshes(subspace_of(rule, refresh_every=math.inf), 20) == []
+    subspace = subspace_of("top", refresh_every=math.inf)
+    assert scored_steps(subspace, 20) == [0]
+    assert subspace.selection.indices.tolist() == sorted(scores_of(0).topk(4).indices.tolist())
+
+
+@pytest.mark.parametrize("rule", SCORED)
+def test_the_first_selection_of_every_rule_with_scores_is_that_of_cyclic(rule):
+    assert history(subspace_of(rule), 1)[0][1:] == history(subspace_of("cyclic"), 1)[0][1:]
+
+
+UNUSABLE = {
+    "missing": None,
+    "nan": torch.ones(SIZE).index_fill(0, torch.tensor([5]), math.nan),
+    "inf": torch.ones(SIZE).index_fill(0, torch.tensor([5]), math.inf),
+    "all zero": torch.zeros(SIZE),
+}
+
+
+@pytest.mark.parametrize("rule", SCORED)
+@pytest.mark.parametrize("scores", UNUSABLE.values(), ids=UNUSABLE.keys())
+@pytest.mark.parametrize("failures", [1, 2, 4])
+def test_unusable_scores_keep_the_selection_and_are_asked_for_again(rule, scores, failures):
+    subspace = subspace_of(rule, refresh_every=3)
+    first = subspace.selection
+    for step in range(failures):
+        assert subspace.scoring_due
+        subspace.finish_step(scores)
+        assert subspace.selection is first
+        assert subspace.step == step + 1
+    assert scored_steps(subspace, 1) == [failures]
+    assert subspace.selection.generation == first.generation + 1
+    # The grid of K = 3 goes on.
+    grid = [step for step in (3, 6, 9) if step > failures and rule != "frozen_top"]
+    assert scored_steps(subspace, 10 - subspace.step) == grid
+
+
+FREEZING = [(1, [2, 5, 7], [0, 2, 5, 7], [0, 2, 5, 7]), (2, [2, 3], [2, 9], [2, 3, 8, 9])]
+
+
+@pytest.mark.parametrize(("block", "few", "enough", "frozen"), FREEZING)
+def test_frozen_top_freezes_once_enough_units_score(block, few, enough, frozen):
+    subspace = subspace_of("frozen_top", block=block)
+    subspace.finish_step(torch.zeros(SIZE).index_fill(0, torch.tensor(few), 1.0))
+    assert set(few) < set(subspace.selection.indices.tolist())  # the rest is drawn
+    history(subspace, 2)
+    subspace.finish_step(torch.zeros(SIZE).index_fill(0, torch.tensor(enough), 1.0))
+    assert scored_steps(subspace, 10) == []
+    assert subspace.selection.indices.tolist() == frozen
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_selection_kept_from_before_a_refresh_is_unchanged(rule):
+    subspace = subspace_of(rule, refresh_every=1, replacement=RULES[rule].replacement)
+    kept = []
+    for _ in range(6):
+        kept.append((subspace.selection, copy.deepcopy(subspace.selection)))
+        take_step(subspace)
+    last = 1 if rule == "frozen_top" else 5
+    generations = [selection.generation - kept[0][0].generation for selection, _ in kept]
+    assert generations == [min(i, last) for i in range(6)]
+    for selection, then in kept:
+        assert torch.equal(selection.indices, then.indices)
+        torch.testing.assert_close(selection.scale, then.scale, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block", [1, 2])
+def test_scales_of_rows_are_those_of_their_units(dtype, block):
+    options = {"replacement": True, "block": block, "refresh_every": 1}
+    subspace = subspace_of("multinomial_norm", dtype=dtype, **options)
+    assert subspace.selection.scale.tolist() == [1.0] * 4  # rule 10: it had no scores
+    uniform = subspace_of("uniform", **options).selection.scale
+    assert torch.equal(uniform, torch.full((4,), SIZE / 4).sqrt())
+    for step in range(5):
+        take_step(subspace)
+        norms = scores_of(step).double().view(-1, block).sum(1).sqrt()
+        q = (norms / norms.sum()).repeat_interleave(block)
+        rho, rows = subspace.selection.scale, subspace.selection.indices
+        assert rho.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(rho, (4 // block * q[rows]).rsqrt().to(rho.dtype))
+        assert bool((rows.view(-1, block).diff(dim=0) >= 0).all())
+
+
+def test_draws_differ_by_seed_key_and_period_and_not_by_the_global_generator():
+    def drawn(key, seed):
+        return history(subspace_of("uniform", key, seed=seed, refresh_every=1), 5)
+
+    expected = drawn(1, 0)
+    torch.manual_seed(5)
+    assert drawn(1, 0) == expected
+    assert expected != drawn(0, 0) != drawn(0, 1) != expected
+    assert len({tuple(rows) for _, rows, _ in expected}) == 5
+
+
+def test_the_shape_of_the_compact_gradient():
+    spec = spec_of()
+    assert spec.compact_shape((SIZE, 5)) == (4, 5)
+    assert replace(spec, dim=1).compact_shape(torch.Size([5, SIZE])) == (5, 4)
+    assert replace(spec, dim=1).compact_shape((3, SIZE, 5)) == (3, 4, 5)
+
+
+RESUMED = [("cyclic", {}), ("cyclic", {"block": 2}), ("uniform", {"replacement": True})]
+RESUMED += [("uniform", {}), ("top", {}), ("frozen_top", {})]
+RESUMED += [("multinomial_norm", {"replacement": True, "block": 2})]
+
+
+@pytest.mark.parametrize(("rule", "options"), RESUMED)
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_resumed_subspace_continues_exactly(rule, options, steps, failed, tmp_path):
+    subspace = subspace_of(rule, key=1, refresh_every=2, **options)
+    history(subspace, steps)
+    if failed:
+        subspace.finish_step(None)  # where scores were due they are still
+    state = subspace.state()
+    expected = history(subspace, 11)  # five refreshes, which leave the state alone
+    torch.save(state, tmp_path / "state.pt")
+    # In another run the weight may stand elsewhere: the state says which stream is its own.
+    resumed = subspace_of(rule, key=9, refresh_every=2, **options)
+    resumed.load(torch.load(tmp_path / "state.pt"))
+    assert history(resumed, 11) == expected
+
+
+OTHERS = {
+    "rank": subspace_of("uniform", rank=6),
+    "block": subspace_of("uniform", block=2),
+    "replacement": subspace_of("uniform", replacement=True),
+    "size": Subspace(replace(spec_of("uniform"), size=16), 0, "w", CPU, torch.float32),
+    "side": Subspace(replace(spec_of("uniform"), dim=1, side="in"), 0, "w", CPU, torch.float32),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_a_state_that_does_not_fit_changes_nothing(other):
+    subspace = subspace_of("uniform")
+    history(subspace, 4)
+    selection, state = subspace.selection, subspace.state()
+    with pytest.raises(StateError, match=r"^a\.weight: the saved selection has .* Compile with"):
+        subspace.load(other.state())
+    assert subspace.selection is selection
+    torch.testing.assert_close(subspace.state(), state, rtol=0, atol=0)
+
+
+def parameter():
+    return nn.Parameter(torch.zeros(SIZE, 3))
+
+
+def demand(registry, weight, **options):
+    return registry.demand(weight, spec_of(**options), "traced.name")
+
+
+def test_a_deleted_parameter_takes_its_subspace_along():
+    registry, weight = Registry(), parameter()
+    subspace = weakref.ref(demand(registry, weight))
+    assert registry.get(weight) is subspace()
+    del weight
+    gc.collect()
+    assert subspace() is None
+
+
+def test_parameters_are_known_by_identity():
+    registry, weight = Registry(), parameter()
+    subspace = demand(registry, weight)
+    copied = copy.deepcopy(weight)
+    assert registry.get(copied) is None
+    take_step(demand(registry, copied))
+    assert (registry.get(copied).step, subspace.step) == (1, 0)
+    weight.data = torch.ones(SIZE, 3)
+    assert registry.get(weight) is subspace
+
+
+def test_the_same_demand_is_the_same_subspace_and_another_starts_anew(caplog):
+    registry, weight = Registry(), parameter()
+    old = demand(registry, weight)
+    history(old, 8)
+    assert demand(registry, weight) is old
+    assert not caplog.records
+    new = demand(registry, weight, rank=6)
+    assert "traced.name: compiled with other options" in caplog.text
+    assert registry.get(weight) is new is demand(registry, weight, rank=6)
+    assert (new.step, new.selection.indices.numel()) == (0, 6)
+    assert new.selection.generation > old.selection.generation
+
+
+def test_the_order_of_the_optimizer_keys_the_streams():
+    weights = [parameter(), parameter()]
+    runs = [Registry(), Registry(), Registry()]
+    for run, order in ((runs[0], [0, 1]), (runs[1], [1, 0])):
+        run.announce(weights, [None, None])
+        assert [demand(run, weights[index]).key for index in order] == order
+    drawn = [[history(run.get(weight), 7) for weight in weights] for run in runs[:2]]
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1]
+    # Without an optimizer, the order of first use.
+    assert [demand(runs[2], weight).key for weight in (*weights[::-1], weights[1])] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_names_come_from_the_optimizer(used_before):
+    registry, weight = Registry(), parameter()
+    if used_before:
+        assert demand(registry, weight).name == "traced.name"
+    registry.announce([weight], ["layer.weight"])
+    subspace = demand(registry, weight)
+    assert subspace.name == "layer.weight"
+    assert subspace.selection.name == "layer.weight"  # what errors of its gradients say
+
+
+def test_a_state_restored_before_the_first_use_waits_for_it():
+    run, resumed, weight = Registry(), Registry(), parameter()
+    history(demand(run, weight), 7)
+    assert resumed.saved_state(weight) == {}
+    resumed.restore(weight, run.saved_state(weight))
+    assert resumed.get(weight) is None
+    assert resumed.saved_state(weight).keys() == run.saved_state(weight).keys()
+    assert history(demand(resumed, weight), 7) == history(run.get(weight), 7)
+    for load in (resumed.check, resumed.restore):
+        with pytest.raises(StateError):
+            load(weight, OTHERS["rank"].state())

@@ -1,0 +1,237 @@
+"""Training through the backend equals grass_fx/testing/reference.py, step by step."""
+
+import copy
+import itertools
+import math
+
+import llama
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Captured, mlp
+from torch import nn
+
+import grass_fx
+from grass_fx.config import GrassConfig
+from grass_fx.gradient import CompactGrad
+from grass_fx.testing.reference import Reference
+
+STEPS, K = 12, 4  # three refreshes
+RULES = [
+    ("cyclic", False),
+    ("uniform", False),
+    ("uniform", True),
+    ("multinomial_norm", False),
+    ("multinomial_norm", True),
+    ("multinomial_norm_sq", False),
+    ("multinomial_norm_sq", True),
+    ("top", False),
+    ("frozen_top", False),
+]
+RULE_IDS = [f"{rule}{'-replacement' if replacement else ''}" for rule, replacement in RULES]
+VARIANTS = [
+    pytest.param(rule, replacement, side, block, id=f"{name}-{side}-{block}")
+    for ((rule, replacement), name), side, block in itertools.product(
+        zip(RULES, RULE_IDS, strict=True), ["out", "in"], [1, 2]
+    )
+]
+# Every rule, with the sides and blocks in turn.
+SOME_VARIANTS = [VARIANTS[4 * i + i % 4] for i in range(len(RULES))]
+
+
+class Shared(nn.Module):
+    """A layer used twice, a matrix used both ways, and a head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.layer = nn.Linear(8, 8)
+        self.tied = nn.Parameter(torch.randn(8, 10) / 3)
+
+    def forward(self, tokens):
+        x = self.layer(torch.tanh(self.layer(self.embed(tokens))))
+        x = torch.tanh(x @ self.tied) @ self.tied.t()
+        return x @ self.embed.weight.t()
+
+
+def tokens_loss(model, seed):
+    """A loss of a language model on random tokens."""
+    tokens = torch.randint(12, (3, 9), generator=torch.Generator().manual_seed(seed))
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def vectors_loss(model, seed):
+    """A loss of an MLP on random vectors."""
+    gen, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
+    x, y = (torch.randn(10, n, generator=gen, dtype=torch.float64).to(dtype) for n in (8, 6))
+    return (model(x) - y).square().mean()
+
+
+def make(name):
+    """(model, loss, output dimension of each linear weight), the last found without the library."""
+    if name == "mlp":
+        model, loss = mlp(8, 12, 6), vectors_loss
+    elif name == "llama":
+        sizes = {"vocab": 12, "hidden": 16, "ffn": 24, "layers": 1, "heads": 2}
+        model, loss = llama.build("tiny", **sizes), tokens_loss
+    else:
+        model, loss = Shared(), tokens_loss
+    out_dims = {
+        f"{path}.weight": 0 for path, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    if name == "shared":
+        out_dims["tied"] = 1
+    return model, loss, out_dims
+
+
+def compare(name, compiler, dtype, options, tolerance, **adamw):
+    """Train both; compare gradients, scores, selections at every step, and weights at the end."""
+    model, loss, out_dims = make(name)
+    model = model.to(dtype)
+    twin = copy.deepcopy(model)
+    config = GrassConfig(**options)
+    side = {"out": 0, "in": 1}[config.side]
+    taken = {n: d if side == 0 else 1 - d for n, d in out_dims.items()}
+    backend = Captured(compiler=compiler, **options)
+    compiled = torch.compile(model, backend=backend)
+    adamw = {"lr": 1e-2, "warmup_steps": 3, **adamw}
+    optimizer = grass_fx.AdamW(model.named_parameters(), **adamw)
+    reference = Reference(twin, taken, config, **adamw)
+    close = {"rtol": tolerance, "atol": tolerance}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro in (0, 1):
+            loss(compiled, 2 * step + micro).backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        selected = {n: (list(w.rows), list(w.rho)) for n, w in reference.weights.items()}
+        optimizer.step()
+        reference.step([lambda m, s=2 * step + micro: loss(m, s) for micro in (0, 1)])
+        compacts = {n for n, g in grads.items() if isinstance(g, CompactGrad)}
+        assert compacts == set(taken)
+        for n, weight in reference.weights.items():
+            grad, (rows, rho) = grads[n], selected[n]
+            assert grad.subspace.indices.tolist() == rows
+            if grad.subspace.scale is not None:
+                torch.testing.assert_close(grad.subspace.scale.double(), torch.tensor(rho).double())
+            torch.testing.assert_close(grad.compact, weight.turned(weight.compact), **close)
+            p = torch.zeros(weight.w.shape[weight.dim], weight.rank, dtype=dtype)
+            p[rows, range(weight.rank)] = torch.tensor(rho, dtype=dtype)
+            torch.testing.assert_close(grad.to_dense(), weight.turned(p @ weight.compact), **close)
+            assert (grad.scores is None) == (weight.scores is None)
+            if grad.scores is not None:
+                torch.testing.assert_close(grad.scores, weight.scores)
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, want, **close)
+    assert all(not graph.report.stopped for graph in backend.graphs)
+    return backend
+
+
+def options_of(rule, replacement, side, block):
+    options = {"rank": 4, "refresh_every": K, "seed": 3, "side": side, "block": block}
+    return {**options, "selection": rule, "replacement": replacement}
+
+
+@pytest.mark.parametrize(("rule", "replacement", "side", "block"), VARIANTS)
+@pytest.mark.parametrize("name", ["mlp", "llama", "shared"])
+def test_equals_the_reference_aot_eager(name, rule, replacement, side, block):
+    options = options_of(rule, replacement, side, block)
+    backend = compare(name, "aot_eager", torch.float64, options, 1e-10)
+    assert (backend.only.scoring is not None) == backend.only.found.taken[
+        0
+    ].spec.selection.startswith(("multinomial", "top", "frozen"))
+
+
+@pytest.mark.parametrize(("rule", "replacement", "side", "block"), VARIANTS)
+def test_equals_the_reference_inductor(rule, replacement, side, block):
+    options = options_of(rule, replacement, side, block)
+    compare("mlp", "inductor", torch.float64, options, 1e-10)
+
+
+@pytest.mark.parametrize(("rule", "replacement", "side", "block"), SOME_VARIANTS)
+@pytest.mark.parametrize("name", ["llama", "shared"])
+def test_equals_the_reference_inductor_models(name, rule, replacement, side, block):
+    options = options_of(rule, replacement, side, block)
+    compare(name, "inductor", torch.float64, options, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "shared"])
+def test_equals_the_reference_in_float32(name, compiler):
+    compare(name, compiler, torch.float32, options_of("top", False, "out", 1), 1e-5)
+
+
+@pytest.mark.parametrize(("rule", "replacement", "side", "block"), SOME_VARIANTS)
+def test_equals_the_reference_with_reset(rule, replacement, side, block):
+    options = options_of(rule, replacement, side, block)
+    adamw = {"on_refresh": "reset", "scale": 0.5, "weight_decay": 0.1, "warmup_steps": 0}
+    compare("mlp", "aot_eager", torch.float64, options, 1e-10, **adamw)
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "shared"])
+def test_full_rank_is_torchs_adamw(name, compiler):
+    """r = m for every weight, no warm-up, K = ∞: AdamW on the same compiled model."""
+    model, loss, out_dims = make(name)
+    model = model.double()
+    twin = copy.deepcopy(model)
+    sizes = {n: model.get_parameter(n).shape for n in out_dims}
+    # One rank for all: the weights whose smaller dimension is that size, in turns.
+    for rank in sorted({min(shape) for shape in sizes.values()}):
+        torch._dynamo.reset()
+        names = [n for n, shape in sizes.items() if min(shape) == rank]
+        backend = Captured(
+            compiler=compiler, rank=rank, refresh_every=math.inf, include=names, seed=1
+        )
+        compiled = torch.compile(model, backend=backend)
+        optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=0)
+        theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+        for step in range(6):
+            for m, o in ((compiled, optimizer), (twin, theirs)):
+                o.zero_grad()
+                loss(m, step).backward()
+                o.step()
+        assert {w.name for w in backend.only.found.taken} == set(names)
+        assert all(w.spec.rank == w.spec.size for w in backend.only.found.taken)
+        for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_the_tied_head_is_left_with_its_reason():
+    model, loss, _ = make("shared")
+    backend = Captured(rank=4)
+    loss(torch.compile(model, backend=backend), 0)
+    assert list(backend.only.found.left) == ["embed.weight"]
+    assert "embedding" in backend.only.found.left["embed.weight"]
+
+
+def test_no_full_gradient_in_the_backward_of_a_llama(tmp_path):
+    """In the regular variant no node but a weight has the full shape of a taken weight."""
+    sizes = {"vocab": 11, "hidden": 16, "ffn": 40, "layers": 2, "heads": 2}
+    model = llama.build("tiny", **sizes)
+    graphs = []
+
+    def keep(graph):  # a user's pass: it sees every node's value after ours
+        graphs.append(graph)
+
+    backend = Captured(rank=4, compiler="inductor", inductor={"joint_custom_pre_pass": keep})
+    compiled = torch.compile(model, backend=backend)
+    tokens_loss_11 = torch.randint(11, (3, 8))
+    F.cross_entropy(compiled(tokens_loss_11).flatten(0, 1), tokens_loss_11.flatten()).backward()
+    shapes = {tuple(weight.shape) for weight in backend.only.found.taken}
+    assert len(backend.only.found.taken) == 2 * 7 + 1 and len(graphs) == 1
+    full = shapes | {shape[::-1] for shape in shapes}
+    weights = set(graphs[0].find_nodes(op="placeholder"))
+    views = (torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten.t.default)
+
+    def is_weight(node):
+        while node.target in views:
+            node = node.args[0]
+        return node in weights
+
+    offenders = [
+        node
+        for node in graphs[0].nodes
+        if isinstance(value := node.meta.get("val"), torch.Tensor)
+        and tuple(value.shape) in full
+        and not is_weight(node)
+    ]
+    assert not offenders
