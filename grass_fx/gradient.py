@@ -322,6 +322,15 @@ def _vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*_bare(args), **kwargs) if dims is None else NotImplemented
 
 
+@_handles(aten.isnan)
+def _isnan(func: Any, args: Any, kwargs: Any) -> Any:
+    """What anomaly detection asks; full-shaped, as a caller expects, and of repeated rows any."""
+    grad = args[0]
+    flags = torch.zeros(grad.shape, dtype=torch.uint8, device=grad.device)
+    bad = func(grad.compact).to(torch.uint8)
+    return flags.index_add_(grad.subspace.dim, grad.subspace.indices, bad).bool()
+
+
 @_handles(aten.is_same_size)
 def _is_same_size(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].shape == args[1].shape

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class SubspaceSpec:
     """The size of the selected dimension, m (side "out") or n (side "in")."""
     dim: int
     """The tensor dimension that is selected."""
-    side: str
-    """"out" or "in"."""
+    side: str = field(compare=False)
+    """"out" or "in", for reports: of a matrix used both ways, graphs may see different sides."""
     rank: int
     """r."""
     block: int

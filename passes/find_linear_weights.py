@@ -14,6 +14,8 @@ from grass_fx._torch_compat import parameter_name
 from grass_fx.config import GrassConfig
 from grass_fx.subspace import SubspaceSpec
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class LinearWeight:
@@ -39,21 +41,21 @@ class _NotLinear(Exception):
     """A use of a parameter that is not a matrix product; the message is the reason."""
 
 
-# How a use sees the parameter. "out": the dimension of the *parameter* that holds output features.
-LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default}
-MATMUL = {
-    torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__",
-    torch.ops.aten.mm.default, torch.ops.aten.matmul.default,
-}  # fmt: skip
-ADDMM = {torch.addmm, torch.ops.aten.addmm.default, "addmm"}
+# The calls a Dynamo graph may hold: python functions, methods by name, ATen packets.
+LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear}
+MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.mm, aten.matmul}
+ADDMM = {torch.addmm, "addmm", aten.addmm}
 EINSUM = {torch.einsum, torch.functional.einsum}
-TRANSPOSE = {
-    torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims, torch.adjoint,
-    "t", "transpose", "permute", "swapaxes", "swapdims", "mT", "T", "adjoint",
-    torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default,
+PERMUTE = {torch.permute, "permute", aten.permute}
+TRANSPOSE = PERMUTE | {
+    torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.adjoint,
+    "t", "transpose", "swapaxes", "swapdims", "T", "mT", "adjoint",
+    aten.t, aten.transpose, aten.numpy_T, aten.mT,
 }  # fmt: skip
-SAME = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
-        torch.clone, "requires_grad_"}  # fmt: skip
+SAME = {
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
+    torch.clone, "requires_grad_",
+}  # fmt: skip
 
 
 def find_linear_weights_pass(
@@ -128,7 +130,7 @@ def _output_dims(node: fx.Node, flipped: int) -> list[int]:
 
 
 def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
-    target, args = user.target, user.args
+    target, args = _called(user), user.args
     if user.op == "output":
         raise _NotLinear("it leaves the compiled graph")
     if target is getattr and args[1] in TRANSPOSE:
@@ -147,9 +149,15 @@ def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
     raise _NotLinear(f"also used by {what}, which is no matrix product with it")
 
 
+def _called(user: fx.Node) -> Any:
+    """What a node calls, whichever overload."""
+    target = user.target
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
 def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
     """The dimension of ``node`` that holds output features in this product, or None."""
-    target = user.target
+    target = _called(user)
     places = [i for i, a in enumerate(user.args) if a is node]
     if node in user.kwargs.values():
         keyword = next(k for k, v in user.kwargs.items() if v is node)
@@ -194,8 +202,9 @@ def _swaps(user: fx.Node) -> int:
     ordered = [d % 2 for d in dims if isinstance(d, int)]
     if len(ordered) != 2:
         raise _NotLinear("transposed in a way that is not understood")
-    permutes = user.target in ("permute", torch.permute, torch.ops.aten.permute.default)
-    return int(ordered != [0, 1]) if permutes else int(ordered[0] != ordered[1])
+    if _called(user) in PERMUTE:
+        return int(ordered != [0, 1])
+    return int(ordered[0] != ordered[1])
 
 
 def _subgraph(user: fx.Node) -> fx.GraphModule | None:

@@ -207,6 +207,25 @@ def test_other_options_for_the_same_weights_start_their_subspaces_anew(caplog):
     assert "compiled with other options" in caplog.text
 
 
+def test_two_graphs_may_see_a_matrix_from_two_sides():
+    class BothWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, x):
+            x = torch.tanh(x @ self.w)
+            torch._dynamo.graph_break()
+            return x @ self.w.t()
+
+    model, x = BothWays().double(), torch.randn(4, 8, dtype=torch.float64)
+    backend = Captured(rank=2)
+    torch.compile(model, backend=backend)(x).square().sum().backward()
+    assert [g.found.taken[0].spec.side for g in backend.graphs] == ["out", "in"]
+    (full,) = torch.autograd.grad(model(x).square().sum(), model.w)
+    torch.testing.assert_close(model.w.grad.compact, model.w.grad.subspace.project(full))
+
+
 def test_one_line_is_logged_for_each_compilation(caplog):
     with caplog.at_level(logging.INFO, "grass_fx"):
         taken = torch.compile(mlp(8, 16, 6, 2), backend=Captured(rank=4))

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Captured, mlp, taken_and_left
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
+
+from grass_fx.config import GrassConfig
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 
 
 class Uses(nn.Module):
@@ -150,13 +153,15 @@ def test_a_subclass_parameter_is_left():
     class Odd(torch.Tensor):
         pass
 
-    model = mlp(8, 8, 8)
-    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Odd))
-    try:
-        taken, left = taken_and_left(model, torch.randn(4, 8), rank=2)
-    except torch._dynamo.exc.TorchDynamoException:
-        pytest.skip("this torch does not trace such a subclass at all")
-    assert "0.weight" not in taken
+    graph = fx.Graph()
+    weights, x = [graph.placeholder(name) for name in ("odd", "plain")], graph.placeholder("x")
+    graph.output(tuple(graph.call_function(F.linear, (x, w)) for w in weights))
+    odd = nn.Parameter(torch.randn(12, 8).as_subclass(Odd))
+    inputs = [odd, nn.Parameter(torch.randn(12, 8)), X8]
+    gm = fx.GraphModule(nn.Module(), graph)
+    found = find_linear_weights_pass(gm, inputs, config=GrassConfig(rank=2))
+    assert [w.name for w in found.taken] == ["plain"]
+    assert found.left == {"odd": "a tensor subclass, Odd"}
 
 
 def test_tied_parameters_are_one_weight():

@@ -249,6 +249,23 @@ def test_arithmetic_with_numbers():
     torch.testing.assert_close(g.compact, before * -1.5)
 
 
+def test_isnan_has_the_weights_shape():
+    g = grad(rows=(1, 1, 4))
+    assert g.isnan().shape == SHAPE and not g.isnan().any()
+    g.compact[0, 2] = g.compact[2, 1] = float("nan")
+    assert torch.isnan(g).nonzero().tolist() == [[1, 2], [4, 1]]
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection|Error detected")
+def test_anomaly_detection_passes_good_gradients_and_finds_bad_ones():
+    w, bad = nn.Parameter(torch.zeros(SHAPE, **F64)), grad()
+    bad.compact[0, 0] = float("nan")
+    with torch.autograd.detect_anomaly(check_nan=True):
+        backward(w, grad)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            backward(w, lambda: bad)
+
+
 @pytest.mark.parametrize(
     "operation",
     [
