@@ -31,10 +31,13 @@ class LinearWeight:
 
 @dataclass
 class FoundWeights:
-    """Every trainable parameter of at least 2 dimensions, taken or left with its reason."""
+    """Every parameter of a graph: taken, or not and why."""
 
     taken: list[LinearWeight] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    """Trainable, of two dimensions or more, and not taken: name -> reason."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """No candidates, frozen or a vector: name -> reason."""
 
 
 class _NotLinear(Exception):
@@ -74,15 +77,19 @@ def find_linear_weights_pass(
     placeholders = gm.graph.find_nodes(op="placeholder")
     names = _unique_names(placeholders)
     for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
-        if not isinstance(value, torch.nn.Parameter) or not value.requires_grad:
+        if not isinstance(value, torch.nn.Parameter):
             continue
-        if value.dim() < 2:
-            continue
-        try:
-            spec = _spec(node, value, names[node], config)
-            found.taken.append(LinearWeight(position, names[node], tuple(value.shape), spec))
-        except _NotLinear as reason:
-            found.left[names[node]] = str(reason)
+        name = names[node]
+        if not value.requires_grad:
+            found.unfit[name] = "frozen"
+        elif value.dim() < 2:
+            found.unfit[name] = f"{value.dim()} dimension, only matrices are taken"
+        else:
+            try:
+                spec = _spec(node, value, name, config)
+                found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
+            except _NotLinear as reason:
+                found.left[name] = str(reason)
     return found
 
 

@@ -155,7 +155,13 @@ def _bmm_of_one(push: _Push, node: fx.Node, dim: int) -> fx.Node:
 @_rule(aten.permute.default)
 def _permute(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     x, dims = cast("tuple[fx.Node, list[int]]", node.args)
-    return push.call(aten.permute.default, push.of(x, dims[dim], node), dims)
+    below = push.of(x, dims[dim], node)
+    if below.target is aten.permute.default:
+        inner, first = cast("tuple[fx.Node, list[int]]", below.args)
+        if [first[d] for d in dims] == list(range(len(dims))):
+            push.graph.erase_node(below)  # AOTAutograd transposes a linear's gradient twice
+            return inner
+    return push.call(aten.permute.default, below, dims)
 
 
 @_rule(aten.t.default)

@@ -120,9 +120,17 @@ def test_only_trainable_matrices_of_floats_are_considered():
             x = self.frozen(self.first(x)) @ self.buffer
             return self.conv(x.unsqueeze(-1)), x.to(torch.complex64) @ self.complex
 
-    taken, left = taken_and_left(Mixed(), torch.randn(4, 8), rank=2)
-    assert taken == ["first.weight"]
-    assert left == {
+    backend = Captured(rank=2)
+    torch.compile(Mixed(), backend=backend)(torch.randn(4, 8))
+    found = backend.only.found
+    assert [weight.name for weight in found.taken] == ["first.weight"]
+    assert found.unfit == {
+        "first.bias": "1 dimension, only matrices are taken",
+        "frozen.weight": "frozen",
+        "frozen.bias": "frozen",
+        "conv.bias": "1 dimension, only matrices are taken",
+    }
+    assert found.left == {
         "conv.weight": "3 dimensions, only matrices are taken",
         "complex": "dtype torch.complex64 is not a real floating-point type",
     }
