@@ -51,25 +51,34 @@ def grass(
     found = find_linear_weights_pass(gm, example_inputs, config=config)
     if not found.taken:
         if found.left:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in found.left.items())
             warnings.warn(
-                f"grass took no weight of this graph, it trains dense. {reasons}.",
+                f"grass took no weight of this graph, it trains dense. {_listed(found.left)}.",
                 GrassWarning,
                 stacklevel=2,
             )
         return compiler.plain(gm, example_inputs)
     compiled = compiler.tapped(gm, example_inputs, found)
+    _log(found, compiled.report, time.perf_counter() - start)
+    return compiled
+
+
+def _log(found: FoundWeights, report: PushReport, seconds: float) -> None:
+    """One line per compilation; and a warning if a selection could not be pushed."""
+    if report.stopped:
+        log.warning("full weight gradients are formed for %s", _listed(report.stopped))
+    pushed = f"{len(report.pushed)} selections pushed, {len(report.stopped)} stopped"
     log.info(
-        "%d weights taken, %d left (%s); %d selections pushed, %d stopped (%s); %.0f ms",
+        "%d weights taken, %d left (%s); %s; %.0f ms",
         len(found.taken),
         len(found.left),
-        "; ".join(f"{name}: {reason}" for name, reason in found.left.items()),
-        len(compiled.report.pushed),
-        len(compiled.report.stopped),
-        "; ".join(f"{name}: {reason}" for name, reason in compiled.report.stopped.items()),
-        1e3 * (time.perf_counter() - start),
+        _listed(found.left),
+        pushed if report.pushed or report.stopped else "graphs from the cache",
+        1e3 * seconds,
     )
-    return compiled
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 class _Compiler:

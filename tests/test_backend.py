@@ -12,6 +12,7 @@ from torch import nn
 import grass_fx
 from grass_fx.errors import GrassWarning, UnsupportedTorchError
 from grass_fx.gradient import CompactGrad
+from grass_fx.passes import push_selection
 from grass_fx.runtime import GrassCallable
 
 
@@ -233,6 +234,18 @@ def test_one_line_is_logged_for_each_compilation(caplog):
     (line,) = [r.getMessage() for r in caplog.records if r.name == "grass_fx.backend"]
     assert line.startswith("2 weights taken, 1 left (4.weight: rank 4 exceeds its 2 output")
     assert "2 selections pushed, 0 stopped" in line
+
+
+def test_a_selection_that_is_not_pushed_is_right_and_reported(caplog, monkeypatch):
+    monkeypatch.delitem(push_selection.RULES, torch.ops.aten.mm.default)
+    model, x = mlp(8, 6).double(), torch.randn(4, 8, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, "grass_fx"):
+        torch.compile(model, backend=Captured(rank=2))(x).square().sum().backward()
+    assert "full weight gradients are formed for" in caplog.text
+    assert "no rule for aten.mm.default" in caplog.text
+    (full,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    grad = model[0].weight.grad
+    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
 
 
 def test_dump_dir_receives_every_stage(tmp_path):

@@ -176,6 +176,21 @@ def test_zero_grad_both_ways(set_to_none):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_a_zeroed_gradient_of_a_refreshed_weight_steps_in_the_new_subspace():
+    """zero_grad(set_to_none=False), then a step that does not use the weight: as torch, a step of
+    zeros; the moments must not fall back to the old rows."""
+    model = mlp(8, 8, 6).double()
+    compiled = torch.compile(model, backend=Captured(rank=2, refresh_every=1))
+    optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2)
+    loss_of(compiled, batches(0, 1)[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    current = registry.get(model[0].weight).selection
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    assert state["indices"] is current.indices and not state["exp_avg"].any()
+
+
 def test_scores_that_are_not_finite_keep_the_selection_and_are_asked_again():
     model = mlp(8, 8, 6).double()
     compiled = torch.compile(model, backend=Captured(rank=2, refresh_every=3, selection="top"))

@@ -126,6 +126,9 @@ class AdamW(torch.optim.Optimizer):
         """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
+            if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
+                selection = subspace.selection_on(p.device)
+                return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
             return grad
         if grad is None or subspace is None or p not in self.state:
             return None
