@@ -6,7 +6,6 @@ import io
 
 import pytest
 import torch
-from helpers import Captured, mlp
 from torch import nn
 
 import grass_fx
@@ -14,6 +13,7 @@ from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.optim.update import carried
 from grass_fx.subspace import registry
+from helpers import Captured, mlp
 
 
 def train(model, compiled, optimizer, steps, seed=0):

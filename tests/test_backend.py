@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from helpers import Captured, mlp
 from torch import nn
 
 import grass_fx
@@ -14,6 +13,7 @@ from grass_fx.errors import GrassWarning, UnsupportedTorchError
 from grass_fx.gradient import CompactGrad
 from grass_fx.passes import push_selection
 from grass_fx.runtime import GrassCallable
+from helpers import Captured, mlp
 
 
 def test_the_backend_is_found_without_importing_the_package():

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Captured, mlp, taken_and_left
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from helpers import Captured, mlp, taken_and_left
 
 
 class Uses(nn.Module):

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from helpers import mlp
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -14,6 +13,7 @@ from torch._inductor.utils import fresh_cache
 import grass_fx
 from grass_fx.passes import pipeline
 from grass_fx.passes.pipeline import GrassPasses, PushReport
+from helpers import mlp
 
 
 class CountMatmuls(CustomGraphPass):

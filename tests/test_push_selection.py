@@ -3,11 +3,11 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from helpers import Captured, mlp, text
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.push_selection import push_selection_pass
+from helpers import Captured, mlp, text
 
 aten, prims = torch.ops.aten, torch.ops.prims
 B, M, N, R = 6, 5, 4, 3

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helpers import Captured, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ from grass_fx.errors import SelectionChangedError
 from grass_fx.gradient import CompactGrad
 from grass_fx.subspace import registry
 from grass_fx.testing.reference import Reference
+from helpers import Captured, mlp
 
 K, STEPS = 2, 5
 

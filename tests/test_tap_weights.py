@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from helpers import Captured, mlp
 from torch import nn
 
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.tap_weights import proxy_of, tap_weights_pass
+from helpers import Captured, mlp
 
 
 class Tapping:

@@ -4,17 +4,17 @@ import copy
 import itertools
 import math
 
-import llama
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Captured, mlp
 from torch import nn
 
 import grass_fx
+import llama
 from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
 from grass_fx.testing.reference import Reference
+from helpers import Captured, mlp
 
 STEPS, K = 12, 4  # three refreshes
 RULES = [

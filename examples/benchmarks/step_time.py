@@ -1,0 +1,270 @@
+"""Time of a training step, paired: full rank, grass in a regular step, grass in a scoring step.
+
+    python examples/benchmarks/step_time.py --threads 2
+    python examples/benchmarks/step_time.py --device cuda --size 1b --vocab 32000 --dtype bfloat16
+    python examples/benchmarks/step_time.py --smoke
+
+All variants live in one process and take turns, one step each, in an order that reverses every
+round: a machine that slows down slows all of them, and the ratio of a round hardly moves. Reported
+are medians, quartiles and ratios. Every linear weight is taken, the output head included.
+
+    full      torch.compile(Inductor) and torch.optim.AdamW(foreach=True)
+    regular   grass with the default rule, never refreshed: what nearly every step costs
+    scoring   grass with a rule that needs scores, refreshed after every step: the worst case,
+              which at refresh_every=K is one step in K
+
+Goals, on two CPU cores at rank 1/8: regular/full at most 0.78, scoring/full at most 1.10, and at
+most 0.17 of the bytes of gradients and optimizer state of the weights taken. A fast machine of
+another shape may miss or beat them, so nothing here asserts them.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from environment import as_line, environment
+
+import grass_fx
+from llama import SIZES, build
+from pretrain import bytes_held, rank
+
+NEVER = math.inf
+VARIANTS = ("full", "regular", "scoring")
+PHASES = ("forward+backward", "optimizer", "step")
+
+
+class Clock:
+    """Marks on a timeline: the host's clock on a CPU, events on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+
+    def mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start, end) -> float:
+        if not self.on_gpu:
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+@dataclass
+class Variant:
+    """One way to train, with weights of its own, and what was measured of it."""
+
+    model: nn.Module
+    compiled: nn.Module
+    optimizer: torch.optim.Optimizer
+    times: dict[str, list[float]] = field(default_factory=lambda: {each: [] for each in PHASES})
+    held: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes, by parameter
+    peak: int = 0
+
+    def step(
+        self, clock: Clock, tokens: Tensor, targets: Tensor, note_bytes: bool = False
+    ) -> dict[str, float]:
+        start = clock.mark()
+        self.compiled(tokens, targets).backward()
+        middle = clock.mark()
+        self.optimizer.step()
+        if note_bytes:  # takes time, so never in a timed round
+            self.read_bytes()
+        self.optimizer.zero_grad()
+        end = clock.mark()
+        spans = ((start, middle), (middle, end), (start, end))
+        return {phase: clock.milliseconds(*span) for phase, span in zip(PHASES, spans, strict=True)}
+
+    def read_bytes(self) -> None:
+        """Note the bytes held for each parameter, while its gradient is still there."""
+        for name, parameter in self.model.named_parameters():
+            self.held[name] = bytes_held([parameter], self.optimizer)
+            self.held[name]["taken"] = isinstance(parameter.grad, grass_fx.CompactGrad)
+
+
+def set_up(name: str, args: argparse.Namespace) -> Variant:
+    torch.manual_seed(args.seed)  # the same weights for all
+    shape = {"vocab": args.vocab} if args.vocab else {}
+    with torch.device(args.device):
+        model = build(args.size, **shape).to(getattr(torch, args.dtype))
+    rates = {"lr": 1e-4, "weight_decay": args.weight_decay}
+    if name == "full":
+        compiled = torch.compile(model, dynamic=False)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True, **rates)
+        return Variant(model, compiled, optimizer)
+    rule = {
+        "regular": {"refresh_every": NEVER},
+        "scoring": {"refresh_every": 1, "selection": args.scoring_rule},
+    }[name]
+    options = {"rank": args.rank, "block": args.block, **rule}
+    compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
+    return Variant(model, compiled, grass_fx.AdamW(model.parameters(), **rates))
+
+
+def random_tokens(args: argparse.Namespace, vocab: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What the tokens say does not matter to the clock, only that all variants read the same."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        text = torch.randint(vocab, (args.batch, args.seq + 1), generator=generator)
+        text = text.to(args.device)
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+    return draw
+
+
+def measure(args: argparse.Namespace) -> dict[str, Variant]:
+    device = torch.device(args.device)
+    clock = Clock(device)
+    variants = {name: set_up(name, args) for name in args.variants}
+    draw = random_tokens(args, variants["full"].model.config.vocab)
+
+    for index in tqdm(range(-args.warmup, args.rounds), desc="rounds", leave=False):
+        batch = draw()
+        order = list(variants) if index % 2 else list(reversed(variants))
+        for name in order:
+            variant = variants[name]
+            if clock.on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            times = variant.step(clock, *batch, note_bytes=index == -1)
+            if clock.on_gpu:
+                # What this step added to what was there before it, for all variants.
+                variant.peak = torch.cuda.max_memory_allocated(device) - before
+            if index >= 0:
+                for phase, milliseconds in times.items():
+                    variant.times[phase].append(milliseconds)
+    return variants
+
+
+def results(variants: dict[str, Variant]) -> dict[str, dict]:
+    full = variants["full"]
+    # The weights that grass takes, for which full rank holds dense gradients and state.
+    taken = {name for each in variants.values() for name in each.held if each.held[name]["taken"]}
+    answer = {}
+    for name, variant in variants.items():
+        row = {}
+        for phase in PHASES:
+            times, reference = variant.times[phase], full.times[phase]
+            pairs = [time / other for time, other in zip(times, reference, strict=True)]
+            low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+            row[phase] = {
+                "median_ms": median,
+                "quartiles_ms": (low, high),
+                "ratio_of_rounds": statistics.median(pairs),
+                "ratio_of_medians": median / statistics.median(reference),
+            }
+        row["taken_weights"] = len(taken)
+        row["taken_bytes"] = held_bytes(variant, taken)
+        row["taken_bytes_ratio"] = row["taken_bytes"] / max(1, held_bytes(full, taken))
+        row["all_bytes"] = held_bytes(variant, set(variant.held))
+        if variant.peak:
+            weights_and_state = sum(
+                each["weights"] + each["state"] for each in variant.held.values()
+            )
+            row["peak_bytes"] = variant.peak + weights_and_state
+        answer[name] = row
+    return answer
+
+
+def held_bytes(variant: Variant, names: set[str]) -> int:
+    """Gradients and optimizer state: what the method is about; the weights are the same for all."""
+    return sum(variant.held[name]["gradients"] + variant.held[name]["state"] for name in names)
+
+
+def table(answer: dict[str, dict], phases: tuple[str, ...]) -> str:
+    lines = []
+    for phase in phases:
+        lines += [
+            f"| {phase:<16} | median ms |    quartiles ms | ratio by round | ratio of medians |",
+            "|:-----------------|----------:|----------------:|---------------:|-----------------:|",
+        ]
+        for name, row in answer.items():
+            cell = row[phase]
+            low, high = cell["quartiles_ms"]
+            lines.append(
+                f"| {name:<16} | {cell['median_ms']:>9.2f} | {f'{low:.1f} to {high:.1f}':>15} "
+                f"| {cell['ratio_of_rounds']:>14.3f} | {cell['ratio_of_medians']:>16.3f} |"
+            )
+        lines.append("")
+    lines += [
+        f"| gradients + state | {'taken weights MB':>16} | ratio | all weights MB | GPU peak MB |",
+        f"|:------------------|{'-' * 17}:|------:|---------------:|------------:|",
+    ]
+    for name, row in answer.items():
+        peak = f"{row['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in row else "-"
+        lines.append(
+            f"| {name:<17} | {row['taken_bytes'] / 1e6:>16.2f} | {row['taken_bytes_ratio']:>5.3f} "
+            f"| {row['all_bytes'] / 1e6:>14.2f} | {peak:>11} |"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    add("--size", default="bench", choices=tuple(SIZES), help="the model (default: bench)")
+    add("--vocab", type=int, help="another vocabulary than the size's")
+    add("--dtype", default="float32", help="of the weights, e.g. bfloat16 (default: float32)")
+    add("--batch", type=int, default=8, help="sequences per step (default: 8)")
+    add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("--rank", type=rank, default=0.125, help="selected rows, number or fraction (0.125)")
+    add("--block", type=int, default=1, help="consecutive rows selected together (default: 1)")
+    add("--scoring-rule", default="top", help="the rule of the scoring steps (default: top)")
+    add("--weight-decay", type=float, default=1e-2, help="both optimizers' default: 0.01")
+    add("--rounds", type=int, default=20, help="timed steps of each variant (default: 20)")
+    add("--warmup", type=int, default=3, help="steps before that, compiling among them (3)")
+    add("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="default: all three")
+    add("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
+    add("--breakdown", action="store_true", help="forward+backward and optimizer step apart, too")
+    add("--json", type=Path, metavar="FILE", help="write every time measured here")
+    add("--smoke", action="store_true", help="a very small model, three rounds")
+    args = parser.parse_args()
+    if "full" not in args.variants:
+        parser.error("--variants needs full, which the others are compared with")
+    if args.warmup < 1:
+        parser.error("--warmup has to be at least 1: the first steps compile")
+    if args.smoke:
+        args.size, args.batch, args.seq, args.rounds = "smoke", 2, 32, 3
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    facts = environment(args.device)
+    print(as_line(facts))
+    print(
+        f"LLaMA {args.size}, {args.batch} x {args.seq} tokens, {args.dtype}, rank {args.rank}, "
+        f"block {args.block}, weight decay {args.weight_decay}, {args.rounds} rounds\n"
+    )
+    variants = measure(args)
+    answer = results(variants)
+    print(table(answer, PHASES if args.breakdown else ("step",)))
+    if args.json:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        times = {name: variant.times for name, variant in variants.items()}
+        contents = {"environment": facts, "settings": settings, "results": answer, "times": times}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(contents, indent=1))
+
+
+if __name__ == "__main__":
+    main()
