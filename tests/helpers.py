@@ -54,9 +54,3 @@ def text(graph: fx.Graph) -> str:
         if line.strip() and not line.startswith(("import", "from", "torch.fx._symbolic")):
             lines.append(line.rstrip())
     return "\n".join(lines) + "\n"
-
-
-def dumped(directory, stage: str) -> str:
-    """The one dumped graph of a stage."""
-    (file,) = directory.glob(f"*_{stage}.txt")
-    return file.read_text()
