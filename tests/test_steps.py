@@ -117,6 +117,17 @@ def follow_the_reference(compiler, rule, way, shape):
     assert generations == ([0, 0, 1, 1, 2] if rule == "cyclic" else [0, 1, 1, 2, 2])
 
 
+def test_scores_of_a_weight_shared_by_two_graphs_are_the_sum_of_both():
+    model, (x, y) = Broken().double(), batches(0, 1)[0]
+    compiled = torch.compile(model, backend=Captured(rank=2, selection="top", side="out"))
+    loss_of(compiled, (x, y)).backward()
+    uses = [model.shared.weight.detach().clone().requires_grad_() for _ in range(2)]
+    hidden = torch.tanh(model.first(x) @ uses[0].t())
+    loss = (model.last(torch.tanh(hidden @ uses[1].t())) - y).square().mean()
+    squares = [g.square().sum(1) for g in torch.autograd.grad(loss, uses)]
+    torch.testing.assert_close(model.shared.weight.grad.scores, sum(squares).float())
+
+
 @pytest.mark.parametrize("rule", ["cyclic", "top"])
 def test_a_selection_changed_between_forward_and_backward_is_an_error(compiler, rule):
     model = mlp(8, 6).double()  # one layer: its backward does not read W, which the step changes
