@@ -2,7 +2,7 @@
 
     backend.py      the Dynamo backend "grass": find, tap, compile, hand over
     runtime.py      the callable Dynamo runs: variants, selections in, CompactGrads out
-    optim/          optimizers that step in the subspace: grass_fx.AdamW
+    optim/          optimizers that step in the subspace: AdamW, and subspace(X) for any class X
     passes/         the graph passes, one per file
     lowering/       how Inductor lowers grass::select and grass::selected_mm
     subspace.py     each weight's selection and schedule; the registry from Parameter to Subspace
@@ -17,7 +17,17 @@ Importing this does not import Inductor.
 
 from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.gradient import CompactGrad, Selection
-from grass_fx.optim import AdamW
+from grass_fx.optim import AdamW, step_in_backward
+from grass_fx.optim import subspace as subspace  # the function; the module keeps its own path
 
-__all__ = ["AdamW", "CompactGrad", "GrassError", "GrassWarning", "Selection", "__version__"]
+__all__ = [
+    "AdamW",
+    "CompactGrad",
+    "GrassError",
+    "GrassWarning",
+    "Selection",
+    "__version__",
+    "step_in_backward",
+    "subspace",
+]
 __version__ = "0.1.0"

@@ -49,6 +49,11 @@ class Selection:
             return True
         return self.generation == other.generation and torch.equal(self.indices, other.indices)
 
+    def part(self, rows: Tensor) -> Selection:
+        """Some of the selected rows alone: ``rows`` (k,), ascending places in σ."""
+        scale = None if self.scale is None else self.scale[rows]
+        return replace(self, indices=self.indices[rows], scale=scale)
+
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""
         return select(dense, self.indices, self.scale, self.dim)

@@ -17,12 +17,12 @@ Q_FLOOR = 1e-12
 """q is floored here before 1/√(k q), so that ρ stays finite."""
 
 
-def stream(seed: int, key: int, draw: int) -> torch.Generator:
+def stream(seed: int, key: int, draw: int, purpose: str = "grass") -> torch.Generator:
     """The generator of a weight's ``draw``-th draw: a function of three integers alone.
 
     So a checkpoint needs no generator state, and every rank draws the same.
     """
-    digest = hashlib.blake2b(f"grass {seed} {key} {draw}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{purpose} {seed} {key} {draw}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

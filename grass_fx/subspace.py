@@ -7,9 +7,11 @@ the Parameter object that arrives at call time, weakly: no graph and no checkpoi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,8 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grass_fx import selection as rules
 from grass_fx.config import RULES, GrassConfig
-from grass_fx.errors import StateError
-from grass_fx.gradient import Selection
+from grass_fx.errors import GrassWarning, OptionError, StateError
+from grass_fx.gradient import CompactGrad, Selection
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +228,7 @@ class Registry:
         self._keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._announced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._first_uses = itertools.count()
 
     def get(self, weight: Tensor) -> Subspace | None:
@@ -235,11 +238,32 @@ class Registry:
     def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
         """An optimizer registers its parameters: their index keys their random streams."""
         for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
-            self._keys[weight] = index
+            self._keys[weight], self._announced[weight] = index, True
             if name is not None:
                 self._names[weight] = name
                 if (subspace := self.get(weight)) is not None:
                     subspace.rename(name)
+
+    def name_of(self, weight: Tensor, default: str = "a parameter") -> str:
+        """What reports call the parameter: as its optimizer does, else as the graph does."""
+        subspace = self.get(weight)
+        name: str = self._names.get(weight, default if subspace is None else subspace.name)
+        return name
+
+    def key_of(self, weight: Tensor) -> int:
+        """What keys the parameter's random streams: its index in its optimizer."""
+        if weight not in self._keys:
+            self._keys[weight] = next(self._first_uses)
+        key: int = self._keys[weight]
+        return key
+
+    def strays(self) -> list[str]:
+        """Names of weights with a compact gradient that are in no optimizer of ours."""
+        return [
+            subspace.name
+            for weight, subspace in self._subspaces.items()
+            if weight not in self._announced and isinstance(weight.grad, CompactGrad)
+        ]
 
     def demand(self, weight: Tensor, spec: SubspaceSpec, name: str) -> Subspace:
         """The weight's subspace as a compiled graph needs it, made at its first use.
@@ -250,21 +274,37 @@ class Registry:
         subspace: Subspace | None = self._subspaces.get(weight)
         if subspace is not None and subspace.spec == spec:
             return subspace
-        key = self._keys.get(weight)
-        if key is None:
-            key = self._keys[weight] = next(self._first_uses)
         name = self._names.get(weight, name)
-        made = Subspace(spec, key, name, weight.device, weight.dtype)
+        if subspace is not None:
+            self._replace(weight, subspace.spec, spec, name)
+        made = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
         saved = self._saved.get(weight)
         if saved is not None:
             made.load(saved)
             del self._saved[weight]
         elif subspace is not None:
-            log.warning("%s: compiled with other options, its subspace starts anew", name)
             generation = subspace.selection.generation + 1
             made.selection = replace(made.selection, generation=generation)
         self._subspaces[weight] = made
         return made
+
+    def _replace(self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str) -> None:
+        """Another graph wants another subspace: an error inside a step, a warning between two."""
+        fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
+        differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
+        change = ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
+        if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
+            raise OptionError(
+                f"{name}: two compiled functions with different options share this weight "
+                f"({change}), and it holds a gradient of the first. Compile both with the same "
+                "options, or call optimizer.zero_grad() before the other one takes over."
+            )
+        log.warning("%s: compiled with other options (%s), its subspace starts anew", name, change)
+        warnings.warn(  # one text for all weights: shown once
+            f"the model was compiled with other options before ({change}): subspaces start anew.",
+            GrassWarning,
+            stacklevel=2,
+        )
 
     def check(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         """Raise StateError if a saved state cannot be restored."""

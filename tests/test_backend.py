@@ -3,13 +3,14 @@
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import grass_fx
-from grass_fx.errors import GrassWarning, UnsupportedTorchError
+from grass_fx.errors import GrassWarning, OptionError, UnsupportedTorchError
 from grass_fx.gradient import CompactGrad
 from grass_fx.passes import push_selection
 from grass_fx.runtime import GrassCallable
@@ -202,10 +203,23 @@ def test_other_options_for_the_same_weights_start_their_subspaces_anew(caplog):
     for rank in (2, 4):
         torch._dynamo.reset()
         model.zero_grad()
-        with caplog.at_level(logging.WARNING, "grass_fx"):
+        changes = pytest.warns(GrassWarning, match="rank 2 -> 4") if rank == 4 else nullcontext()
+        with caplog.at_level(logging.WARNING, "grass_fx"), changes:
             torch.compile(model, backend=Captured(rank=rank))(x).sum().backward()
         assert model[0].weight.grad.compact.shape == (16, rank)
-    assert "compiled with other options" in caplog.text
+    assert "0.weight: compiled with other options" in caplog.text
+
+
+def test_two_functions_with_different_options_in_one_step_are_an_error():
+    model, x = mlp(8, 16, 6), torch.randn(4, 8)
+    first = torch.compile(model, backend=Captured(rank=2))
+    first(x).sum().backward()
+    held = model[0].weight.grad.compact.clone()
+    torch._dynamo.reset()
+    second = torch.compile(model, backend=Captured(rank=4))
+    with pytest.raises(OptionError, match=r"weight: two compiled functions .*\(rank 2 -> 4\)"):
+        second(x)
+    assert torch.equal(model[0].weight.grad.compact, held)
 
 
 def test_two_graphs_may_see_a_matrix_from_two_sides():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grass_fx.config import RULES, GrassConfig
-from grass_fx.errors import StateError
+from grass_fx.errors import GrassWarning, StateError
 from grass_fx.subspace import Registry, Subspace, SubspaceSpec
 
 SIZE = 12
@@ -255,7 +255,8 @@ def test_the_same_demand_is_the_same_subspace_and_another_starts_anew(caplog):
     history(old, 8)
     assert demand(registry, weight) is old
     assert not caplog.records
-    new = demand(registry, weight, rank=6)
+    with pytest.warns(GrassWarning, match="rank 4 -> 6"):
+        new = demand(registry, weight, rank=6)
     assert "traced.name: compiled with other options" in caplog.text
     assert registry.get(weight) is new is demand(registry, weight, rank=6)
     assert (new.step, new.selection.indices.numel()) == (0, 6)

@@ -1,5 +1,16 @@
-"""Optimizers that step in the subspace: ``update.py`` has the mathematics, classes own state."""
+"""Optimizers that step in the subspace.
+
+update.py       the mathematics, free functions in the notation of docs/method.md
+rounding.py     stochastic rounding to bfloat16
+base.py         what all of them share: gradients, refreshes, checkpoints, errors
+adamw.py        grass_fx.AdamW
+rowwise.py      the state of an arbitrary optimizer, seen as rows
+wrap.py         grass_fx.subspace(X): any torch optimizer class X
+in_backward.py  stepping as gradients arrive, where memory is scarcest
+"""
 
 from grass_fx.optim.adamw import AdamW
+from grass_fx.optim.in_backward import step_in_backward
+from grass_fx.optim.wrap import subspace
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "step_in_backward", "subspace"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +10,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
-from grass_fx.errors import GrassWarning, OptionError
-from grass_fx.gradient import CompactGrad, Selection
-from grass_fx.optim.update import adam_update_, carried
+from grass_fx.errors import StateError
+from grass_fx.gradient import CompactGrad
+from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
+from grass_fx.optim.rounding import round_stochastically, rounding_stream
+from grass_fx.optim.update import CompactStep, adam_update_, carried
 from grass_fx.subspace import registry
 
-log = logging.getLogger(__name__)
 
-_SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
-
-
-class AdamW(torch.optim.Optimizer):
+class AdamW(SubspaceOptimizer):
     """AdamW for a model compiled with ``backend="grass"``.
 
     A weight whose gradient is a :class:`~grass_fx.CompactGrad` is stepped in its subspace
@@ -39,7 +35,10 @@ class AdamW(torch.optim.Optimizer):
         warmup_steps: a row's update grows linearly to full over this many steps of its own.
         on_refresh: "carry" keeps moments and age of a row that stays selected; "reset" starts all
             rows anew, as the paper does.
+        stochastic_rounding: round updated bfloat16 parameters, compact and dense, up or down at
+            random, without bias, instead of to nearest. Other dtypes are not affected.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
+        seed: of stochastic rounding.
 
     State of a taken weight, all plain tensors: ``exp_avg``, ``exp_avg_sq`` (compact), ``age`` (r,),
     ``indices`` (r,), ``generation`` and, with replacement, ``scale`` (r,): the selection that its
@@ -47,8 +46,11 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         OptionError: a hyper-parameter is impossible.
-        StateError: ``load_state_dict`` got a selection that does not fit the compiled weight.
+        StateError: state and weight do not fit: in ``step`` after the model has moved to another
+            dtype or device, in ``load_state_dict`` if names, shapes or selections differ.
     """
+
+    _kind = "AdamW"
 
     def __init__(
         self,
@@ -60,10 +62,13 @@ class AdamW(torch.optim.Optimizer):
         scale: float = SCALE,
         warmup_steps: int = WARMUP_STEPS,
         on_refresh: str = ON_REFRESH,
+        stochastic_rounding: bool = False,
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        seed: int = 0,
     ) -> None:
+        self._common_ages = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -72,153 +77,131 @@ class AdamW(torch.optim.Optimizer):
             "scale": scale,
             "warmup_steps": warmup_steps,
             "on_refresh": on_refresh,
+            "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "fused": fused,
+            "seed": seed,
         }
-        _check(defaults)
-        self._met_compact = self._warned_dense = self._warned_projected = False
+        self._check_group(defaults)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the parameters' order in the optimizer keys their random streams."""
-        _check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        params = [p for group in self.param_groups for p in group["params"]]
-        names = [
-            name
-            for group in self.param_groups
-            for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        registry.announce(params, names)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._common_ages: dict[Tensor, tuple[Tensor, int | None]] = {}
+        super().__setstate__(state)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; afterwards, where a period ends, the selections change.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, which is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        compact: list[tuple[Tensor, CompactGrad]] = []
-        for group in self.param_groups:
-            dense = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = self._compact_grad(p)
-                if grad is None:
-                    dense.append(p)
-                else:
-                    compact.append((p, grad))
-                    self._step_compact(p, grad, group)
-            self._step_dense(dense, group)
-        for p, grad in compact:
-            subspace = registry.get(p)
-            if subspace is not None:
-                subspace.finish_step(grad.scores)
-        self._warn_if_none(bool(compact))
-        return loss
-
-    def _compact_grad(self, p: Tensor) -> CompactGrad | None:
-        """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
-        grad, subspace = p.grad, registry.get(p)
-        if isinstance(grad, CompactGrad):
-            if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
-                selection = subspace.selection_on(p.device)
-                return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
-            return grad
-        if grad is None or subspace is None or p not in self.state:
-            return None
-        if "indices" not in self.state[p]:
-            return None
-        if not self._warned_projected:
-            self._warned_projected = True
-            warnings.warn(
-                f"{subspace.name} has its optimizer state in a subspace, but its gradient came "
-                "dense, from code outside the compiled graph: it was projected. Run all of the "
-                "training step through the compiled model; to train the weight dense from here "
-                "on, make a new optimizer.",
-                GrassWarning,
-                stacklevel=4,
-            )
-        selection = subspace.selection_on(p.device)
-        return CompactGrad(selection.project(grad), selection, p.shape)
-
-    def _step_compact(self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any]) -> None:
-        state = self.state[p]
-        selection = grad.subspace
-        if "indices" not in state:
-            # New, or dense until now: moments of the compact shape only.
-            state.clear()
-            state["exp_avg"] = torch.zeros_like(grad.compact)
-            state["exp_avg_sq"] = torch.zeros_like(grad.compact)
-            state["age"] = torch.zeros_like(selection.indices)
-            self._keep_selection(p, selection)
-        elif state["indices"] is not selection.indices:
-            self._move_to(p, selection, group["on_refresh"])
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
         beta1, beta2 = group["betas"]
-        adam_update_(
-            p,
-            grad.compact,
-            selection,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["age"],
-            beta1=beta1,
-            beta2=beta2,
-            **{k: group[k] for k in ("lr", "eps", "weight_decay", "scale", "warmup_steps")},
-        )
+        check_ranges(
+            self._kind,
+            ("lr", group["lr"], bool(group["lr"] >= 0)),
+            ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
+            ("eps", group["eps"], group["eps"] >= 0),
+            ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+            ("stochastic_rounding", group["stochastic_rounding"],
+             isinstance(group["stochastic_rounding"], bool)),
+        )  # fmt: skip
 
-    def _keep_selection(self, p: Tensor, selection: Selection) -> None:
-        state = self.state[p]
-        state["indices"] = selection.indices
-        state["generation"] = torch.tensor(selection.generation)
-        state.pop("scale", None)
-        if selection.scale is not None:
-            state["scale"] = selection.scale
+    def _carry_out(self, plan: Plan) -> None:
+        for group, entries in zip(self.param_groups, plan, strict=True):
+            compact = [self._compact_step(p, g, group) for p, g in entries if g is not None]
+            beta1, beta2 = group["betas"]
+            adam_update_(
+                compact,
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                **{k: group[k] for k in ("eps", "weight_decay", "scale", "warmup_steps")},
+            )
+            dense = [p for p, g in entries if g is None]
+            rounded = [p for p in dense if self._rounds(p, group)]
+            self._step_dense([p for p in dense if not self._rounds(p, group)], group)
+            for p in rounded:
+                self._step_dense_rounded(p, group)
 
-    def _move_to(self, p: Tensor, selection: Selection, on_refresh: str) -> None:
-        """Moments follow the selection of the gradient."""
-        state = self.state[p]
-        refreshed = int(state["generation"]) != selection.generation
-        old = Selection(state["indices"], state.get("scale"), selection.dim, -1)
-        moments = state["exp_avg"], state["exp_avg_sq"], state["age"]
-        if refreshed or not _equal(old, selection):
-            shape = list(p.shape)
-            shape[selection.dim] = old.indices.numel()
-            if on_refresh == "carry" and moments[0].shape == torch.Size(shape):
-                moments = carried(old, selection, *moments)
-            else:
-                shape[selection.dim] = selection.indices.numel()
-                moments = (
-                    moments[0].new_zeros(shape),
-                    moments[1].new_zeros(shape),
-                    torch.zeros_like(selection.indices),
-                )
-            state["exp_avg"], state["exp_avg_sq"], state["age"] = moments
+    def _lay_out(self, plan: Plan) -> None:
+        for group, entries in zip(self.param_groups, plan, strict=True):
+            for p, grad in entries:
+                if grad is None:
+                    self._dense_state(p, bool(group["fused"]))
+                else:
+                    self._compact_state(p, grad, group["on_refresh"])
+
+    def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
+        super()._check_place(p, grad)
+        moment = self.state.get(p, {}).get("exp_avg")
+        if moment is not None and "indices" in self.state[p] and moment.dtype != grad.dtype:
+            raise StateError(
+                f"{grad.subspace.name} has a gradient of {grad.dtype}, its optimizer state is of "
+                f"{moment.dtype}. Convert the model before its first step, or make a new optimizer."
+            )
+
+    # --- taken weights ----------------------------------------------------------------------------
+
+    def _compact_step(self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any]) -> CompactStep:
+        state = self._compact_state(p, grad, group["on_refresh"])
+        rounding = None
+        if self._rounds(p, group):
+            subspace = registry.get(p)
+            rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
+        moments = (state["exp_avg"], state["exp_avg_sq"], state["age"])
+        age = self._common_age(p, state["age"])
+        return CompactStep(p, grad.compact, grad.subspace, *moments, age, rounding)
+
+    def _common_age(self, p: Tensor, ages: Tensor) -> int | None:
+        """The age of all rows of p if it is the same; read from the device once per selection."""
+        known, age = self._common_ages.get(p, (None, None))
+        if known is not ages:
+            different = ages.unique().tolist()
+            age = different[0] if len(different) == 1 else None
+        self._common_ages[p] = ages, None if age is None else age + 1
+        return age
+
+    def _compact_state(self, p: Tensor, grad: CompactGrad, on_refresh: str) -> dict[str, Tensor]:
+        """The weight's state, moved to the selection of its gradient."""
+        state: dict[str, Tensor] = self.state[p]
+        selection = grad.subspace
+        if state.get("indices") is selection.indices:
+            return state
+        if "indices" not in state:
+            self._start_compact(p, selection)
+            moments = None
+        else:
+            old = self._old_selection(p, selection)
+            if old is None:
+                self._keep_selection(p, selection)
+                return state
+            moments = (state["exp_avg"], state["exp_avg_sq"], state["age"])
+            same_shape = moments[0].shape == grad.compact.shape
+            carries = on_refresh == "carry" and same_shape
+            moments = carried(old, selection, *moments) if carries else None
+        if moments is None:
+            first, second = (torch.zeros_like(grad.compact) for _ in range(2))
+            moments = first, second, torch.zeros_like(selection.indices)
+        state["exp_avg"], state["exp_avg_sq"], state["age"] = moments
         self._keep_selection(p, selection)
+        return state
 
-    def _step_dense(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+    # --- dense parameters -------------------------------------------------------------------------
+
+    def _step_dense(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         if not params:
             return
         states = [self._dense_state(p, bool(group["fused"])) for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],  # type: ignore[misc]
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            **{k: group[k] for k in ("lr", "eps", "weight_decay", "foreach", "fused")},
-        )
+        moments = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))
+        steps = [s["step"] for s in states]
+        _torchs_adamw(params, [p.grad for p in params], *moments, steps, group)
+
+    def _step_dense_rounded(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
+        state = self._dense_state(p, fused=False)
+        wide = [t.float() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        rounding = self._rounding(p, group, int(state["step"]))
+        settings = {**group, "fused": None}
+        _torchs_adamw(*([t] for t in wide), [state["step"]], settings)
+        p.copy_(round_stochastically(wide[0], rounding))
+        state["exp_avg"].copy_(wide[2])
+        state["exp_avg_sq"].copy_(wide[3])
 
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
@@ -231,78 +214,38 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    def _warn_if_none(self, met: bool) -> None:
-        self._met_compact = self._met_compact or met
-        any_grad = any(p.grad is not None for g in self.param_groups for p in g["params"])
-        if any_grad and not self._met_compact and not self._warned_dense:
-            self._warned_dense = True
-            warnings.warn(
-                "no compact gradient has arrived: every parameter trains dense. Call the compiled "
-                'model (torch.compile(model, backend="grass")) in the training step, and see '
-                'TORCH_LOGS="+grass_fx" for the weights that were not taken.',
-                GrassWarning,
-                stacklevel=4,
+    def _check_loaded(self, p: Tensor, state: Mapping[str, Any]) -> None:
+        super()._check_loaded(p, state)
+        moment = state.get("exp_avg")
+        if moment is not None and "indices" not in state and moment.shape != p.shape:
+            raise StateError(
+                f"{registry.name_of(p)} has shape {tuple(p.shape)}, but its state was saved for "
+                f"shape {tuple(moment.shape)}. Load it into the model that it was saved from."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with each taken weight's selection and schedule among its state."""
-        result = super().state_dict()
-        for p, key in self._keys(result):
-            if "indices" in result["state"].get(key, {}):
-                result["state"][key] = {**result["state"][key], **registry.saved_state(p)}
-        return result
+    # --- stochastic rounding ----------------------------------------------------------------------
 
-    def _keys(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:
-        """Each parameter with its key in a state dict."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            yield from zip(group["params"], saved["params"], strict=False)
+    def _rounds(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        return bool(group["stochastic_rounding"]) and p.dtype == torch.bfloat16
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; selections and schedules go to the weights' subspaces.
-
-        Raises StateError, and changes nothing, if a saved selection does not fit.
-        """
-        loaded: dict[Tensor, dict[str, Tensor]] = {}
-        for p, key in self._keys(state_dict):
-            state = state_dict["state"].get(key, {})
-            if "indices" in state:
-                # Torch would cast to the weight's dtype: an index 257 is 256 in bfloat16.
-                loaded[p] = {k: v.to(p.device, copy=True) for k, v in state.items()}
-        subspaces = {p: _popped(state, _SUBSPACE) for p, state in loaded.items()}
-        for p, state in subspaces.items():
-            if state:
-                registry.check(p, state)
-        super().load_state_dict(state_dict)
-        for p, state in subspaces.items():
-            self.state[p] = loaded[p]
-            if state:
-                registry.restore(p, state)
+    def _rounding(self, p: Tensor, group: Mapping[str, Any], step: int) -> torch.Generator:
+        return rounding_stream(group["seed"], registry.key_of(p), step, p.device)
 
 
-def _equal(old: Selection, new: Selection) -> bool:
-    if (old.scale is None) != (new.scale is None) or not torch.equal(old.indices, new.indices):
-        return False
-    return old.scale is None or new.scale is None or torch.equal(old.scale, new.scale)
-
-
-def _popped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    keys = [key for key in state if key.startswith(prefix)]
-    return {key: state.pop(key) for key in keys}
-
-
-def _check(values: Mapping[str, Any]) -> None:
-    """Raise OptionError for a hyper-parameter that is impossible."""
-    beta1, beta2 = values["betas"]
-    for name, value, good in (
-        ("lr", values["lr"], bool(values["lr"] >= 0)),
-        ("betas", values["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-        ("eps", values["eps"], values["eps"] >= 0),
-        ("weight_decay", values["weight_decay"], values["weight_decay"] >= 0),
-        ("scale", values["scale"], values["scale"] > 0),
-        ("warmup_steps", values["warmup_steps"], values["warmup_steps"] >= 0),
-    ):
-        if not good:
-            raise OptionError(f"AdamW: {name}={value!r} is out of range.")
-    if values["on_refresh"] not in ("carry", "reset"):
-        raise OptionError(f'AdamW: on_refresh={values["on_refresh"]!r}: valid: "carry", "reset".')
+def _torchs_adamw(
+    params: Any, grads: Any, firsts: Any, seconds: Any, steps: Any, group: Mapping[str, Any]
+) -> None:
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        grads,
+        firsts,
+        seconds,
+        [],
+        steps,
+        amsgrad=False,
+        maximize=False,
+        beta1=beta1,
+        beta2=beta2,
+        **{k: group[k] for k in ("lr", "eps", "weight_decay", "foreach", "fused")},
+    )

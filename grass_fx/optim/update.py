@@ -1,16 +1,42 @@
-"""The subspace update of docs/method.md, as free functions on one weight.
+"""The subspace update of docs/method.md, as free functions.
 
 Shapes, for side "out" (dim 0; dim 1 transposed): W (m, n); C and both moments (r, n); σ, ρ and the
-ages (r,). Each row has an age of its own, the steps since it was last new.
+ages (r,). Each row has an age of its own, the steps since it was last new. Nothing here makes a
+temporary of W's shape.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from grass_fx.gradient import Selection
 from grass_fx.ops import along
+from grass_fx.optim.rounding import round_stochastically
+
+FUSED_ON = ("cpu", "cuda")
+"""Devices on which torch's fused AdamW is used."""
+
+
+@dataclass(frozen=True)
+class CompactStep:
+    """One taken weight in one step: C, and what changes in place: W, moments and ages."""
+
+    w: Tensor
+    compact: Tensor
+    selection: Selection
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    age: Tensor
+    common_age: int | None = None
+    """The age of all rows, where they have the same and it is known on the host."""
+    rounding: torch.Generator | None = None
+    """If given, a bfloat16 W is rounded stochastically, with these random numbers."""
 
 
 def warmup(age: Tensor, warmup_steps: int) -> Tensor:
@@ -20,14 +46,9 @@ def warmup(age: Tensor, warmup_steps: int) -> Tensor:
 
 
 def adam_update_(
-    w: Tensor,
-    compact: Tensor,
-    selection: Selection,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    age: Tensor,
+    steps: Iterable[CompactStep],
     *,
-    lr: float | Tensor,
+    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
@@ -38,24 +59,143 @@ def adam_update_(
     """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place (equation 4; repeated rows add).
 
     Bias correction counts from each row's own start. Weight decay is decoupled: lr · λ on the whole
-    W, without α and warm-up. The ages advance by one.
+    W, without α and warm-up. The ages advance by one. Weights are stepped together, by dtype and
+    device: if their rows have one age, by torch's fused kernel; else by :func:`_update`, which
+    handles weights of less than 32 bits one by one, in float32.
     """
-    dim = selection.dim
-    age.add_(1)
-    exp_avg.lerp_(compact, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(compact, compact, value=1 - beta2)
+    batches = defaultdict(list)
+    for step in steps:
+        fused = step.rounding is None and step.w.device.type in FUSED_ON
+        age = step.common_age if fused else None
+        batches[step.w.dtype, step.w.device, age].append(step)
+    for (dtype, _, age), batch in batches.items():
+        torch._foreach_add_([step.age for step in batch], 1)
+        if lr != 0 and weight_decay != 0:
+            torch._foreach_mul_([step.w for step in batch], 1 - lr * weight_decay)
+        if age is not None:
+            warm = min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0
+            _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
+            continue
+        gains, floors = _row_factors(batch, lr, beta1, beta2, eps, scale, warmup_steps)
+        exact = dtype in (torch.float32, torch.float64)
+        size = len(batch) if exact else 1
+        for k in range(0, len(batch), size):
+            part = slice(k, k + size)
+            _update(batch[part], gains[part], floors[part], beta1, beta2, moves=lr != 0)
 
-    ages = age.double()
-    factor = warmup(age, warmup_steps) / (1 - beta1**ages) * scale
-    if selection.scale is not None:
-        factor = factor * selection.scale
-    root = (1 - beta2**ages).rsqrt()
-    denominator = exp_avg_sq.sqrt().mul_(along(root.to(w.dtype), dim, w.dim())).add_(eps)
-    delta = (exp_avg / denominator).mul_(along(factor.to(w.dtype), dim, w.dim())).mul_(-lr)
 
-    if weight_decay != 0:
-        w.mul_(1 - lr * weight_decay)
-    w.index_add_(dim, selection.indices, delta)
+def _update_fused(
+    batch: Sequence[CompactStep], age: int, lr: float, beta1: float, beta2: float, eps: float
+) -> None:
+    """Rows of one age: torch's AdamW on zeros of C's shape leaves Δ there."""
+    changes = [torch.zeros_like(step.compact) for step in batch]
+    steps = torch.full((len(batch),), float(age), device=batch[0].w.device).unbind()
+    adamw(
+        changes,
+        [step.compact for step in batch],
+        [step.exp_avg for step in batch],
+        [step.exp_avg_sq for step in batch],
+        [],
+        list(steps),
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    for step, change in zip(batch, changes, strict=True):
+        if step.selection.scale is not None:
+            change.mul_(along(step.selection.scale, step.selection.dim, change.dim()))
+        add_rows_(step.w, step.selection, change)
+
+
+def _row_factors(
+    batch: Sequence[CompactStep],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scale: float,
+    warmup_steps: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each row's gain and floor, where Δ = m / (√v · gain + floor).
+
+    With f = −lr · α · ρ · warm-up / (1 − β₁^age), Adam's Δ = f · m / (√v / √(1 − β₂^age) + ε) has
+    gain = 1 / (f √(1 − β₂^age)) and floor = ε / f. All rows of the batch are computed at once.
+    """
+    ages = torch.cat([step.age for step in batch]).double()
+    f = warmup(ages, warmup_steps) / (1 - beta1**ages) * (-lr * scale)
+    if any(step.selection.scale is not None for step in batch):
+        f = f * torch.cat([
+            torch.ones_like(step.age, dtype=f.dtype)
+            if step.selection.scale is None else step.selection.scale
+            for step in batch
+        ])  # fmt: skip
+    dtype = torch.promote_types(batch[0].w.dtype, torch.float32)
+    sizes = [step.age.numel() for step in batch]
+
+    def per_weight(values: Tensor) -> list[Tensor]:
+        parts = values.to(dtype).split(sizes)
+        return [along(v, s.selection.dim, s.w.dim()) for v, s in zip(parts, batch, strict=True)]
+
+    return per_weight((1 - beta2**ages).rsqrt() / f), per_weight(eps / f)
+
+
+def _update(
+    batch: Sequence[CompactStep],
+    gains: Sequence[Tensor],
+    floors: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    moves: bool,
+) -> None:
+    """Moments, then the selected rows, in the dtype of ``gains``; ``moves`` is False at lr = 0."""
+    dtype = gains[0].dtype
+    compacts = [step.compact.to(dtype) for step in batch]
+    firsts = [step.exp_avg.to(dtype) for step in batch]
+    seconds = [step.exp_avg_sq.to(dtype) for step in batch]
+    torch._foreach_lerp_(firsts, compacts, 1 - beta1)
+    torch._foreach_mul_(seconds, beta2)
+    torch._foreach_addcmul_(seconds, compacts, compacts, 1 - beta2)
+    for step, first, second in zip(batch, firsts, seconds, strict=True):
+        if step.exp_avg.dtype != dtype:
+            step.exp_avg.copy_(first)
+            step.exp_avg_sq.copy_(second)
+    if not moves:
+        return
+    changes = torch._foreach_sqrt(seconds)
+    torch._foreach_mul_(changes, gains)
+    torch._foreach_add_(changes, floors)
+    for step, first, change in zip(batch, firsts, changes, strict=True):
+        add_rows_(step.w, step.selection, torch.div(first, change, out=change), step.rounding)
+
+
+def add_rows_(
+    w: Tensor, selection: Selection, change: Tensor, rounding: torch.Generator | None = None
+) -> None:
+    """W[σ] += Δ, in place; repeated rows add.
+
+    If Δ is of a wider dtype than W, the sum is rounded once: to nearest, or stochastically with the
+    numbers of ``rounding``.
+    """
+    dim, indices = selection.dim, selection.indices
+    if change.dtype == w.dtype:
+        # Not index_add_: thirty times slower along columns on a CPU.
+        w.scatter_add_(dim, along(indices, dim, w.dim()).expand_as(change), change)
+        return
+    if selection.scale is not None:  # only with replacement do rows repeat
+        indices, place = indices.unique_consecutive(return_inverse=True)
+        shape = list(change.shape)
+        shape[dim] = indices.numel()
+        place = along(place, dim, w.dim()).expand_as(change)
+        change = change.new_zeros(shape).scatter_add_(dim, place, change)
+    rows = w.index_select(dim, indices).to(change.dtype).add_(change)
+    if rounding is not None and w.dtype == torch.bfloat16:
+        rows = round_stochastically(rows, rounding)
+    w.index_copy_(dim, indices, rows.to(w.dtype))
 
 
 def carried(
@@ -66,17 +206,29 @@ def carried(
     With replacement each new copy of a row inherits, the first moment × ρ′/ρ and the second
     × (ρ′/ρ)².
     """
+    place, stays = places(old, new)
+    return (
+        carried_rows(exp_avg, old, new, place, stays, power=1),
+        carried_rows(exp_avg_sq, old, new, place, stays, power=2),
+        age[place] * stays,
+    )
+
+
+def places(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
+    """For each row of ``new``: its place in ``old``, (r,) int64, and whether it was there."""
     place = torch.searchsorted(old.indices, new.indices).clamp_(max=old.indices.numel() - 1)
-    stays = old.indices[place] == new.indices
-    ratio = stays.to(torch.float64)
+    return place, old.indices[place] == new.indices
+
+
+def carried_rows(
+    moment: Tensor, old: Selection, new: Selection, place: Tensor, stays: Tensor, power: int
+) -> Tensor:
+    """A moment of the rows that stay, × (ρ′/ρ)^power, and zero for new rows."""
+    dim, ndim = new.dim, moment.dim()
+    rows = moment.index_select(dim, place)
+    # where, not times zero: a moment that is not finite must not outlive its row.
+    rows = torch.where(along(stays, dim, ndim), rows, torch.zeros_like(rows))
     if old.scale is not None and new.scale is not None:
-        ratio = ratio * (new.scale.double() / old.scale[place].double())
-    dim, ndim = new.dim, exp_avg.dim()
-
-    def moved(moments: Tensor, factor: Tensor) -> Tensor:
-        rows = moments.index_select(dim, place)
-        # where, not times zero: a moment that is not finite must not outlive its row.
-        kept = torch.where(along(stays, dim, ndim), rows, torch.zeros_like(rows))
-        return kept.mul_(along(factor.to(rows.dtype), dim, ndim))
-
-    return moved(exp_avg, ratio), moved(exp_avg_sq, ratio**2), age[place] * stays
+        ratio = torch.where(stays, new.scale.double() / old.scale[place].double(), 1.0) ** power
+        rows.mul_(along(ratio.to(rows.dtype), dim, ndim))
+    return rows

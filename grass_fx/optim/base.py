@@ -1,0 +1,362 @@
+"""What every optimizer that steps in the subspace shares: gradients, steps, checkpoints, errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
+from grass_fx.errors import GrassWarning, OptionError, StateError
+from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.subspace import Subspace, registry
+
+_SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
+_SHAPE = "weight_shape"
+
+Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
+"""For each parameter group, the parameters to step, with their compact gradients if they have."""
+
+Finished = list[tuple[Subspace, "Tensor | None"]]
+"""The subspaces that were stepped in, with the scores their gradients brought."""
+
+SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Base of ``grass_fx.AdamW`` and of ``grass_fx.subspace(...)``.
+
+    A subclass says how a :data:`Plan` is carried out. State of a taken weight: ``indices`` (r,),
+    ``generation`` and, with replacement, ``scale`` (r,), the selection that the rest belongs to,
+    and ``age`` (r,), each row's steps since it was last new.
+    """
+
+    _kind = "grass_fx"
+    _met_compact = _warned_dense = _warned_projected = _layout_unknown = False
+    _early: Mapping[Tensor, Finished] = {}
+    """Parameters that have stepped already, inside backward (in_backward.py)."""
+
+    def _carry_out(self, plan: Plan) -> None:
+        """Update the parameters of ``plan``, their state included."""
+        raise NotImplementedError
+
+    def _lay_out(self, plan: Plan) -> None:
+        """Make the state that a first step with ``plan`` would make, and move nothing."""
+        raise NotImplementedError
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise OptionError for a hyper-parameter that is impossible."""
+        check_ranges(
+            self._kind,
+            ("scale", group["scale"], group["scale"] > 0),
+            ("warmup_steps", group["warmup_steps"], group["warmup_steps"] >= 0),
+        )
+        if group["on_refresh"] not in ("carry", "reset"):
+            value = group["on_refresh"]
+            raise OptionError(f'{self._kind}: on_refresh={value!r}: valid: "carry", "reset".')
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the parameters' order in the optimizer keys their random streams."""
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        names = [
+            name
+            for group in self.param_groups
+            for name in group.get("param_names", [None] * len(group["params"]))
+        ]
+        registry.announce(self._parameters(), names)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; afterwards, where a period ends, the selections change.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, which is returned.
+
+        Raises:
+            StateError: gradient and state of a weight do not fit each other; nothing has changed.
+            OptionError: the gradients are on other parameters than this optimizer's.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_layout_step():
+            self._lay_out(self._layout_plan())
+            return loss
+        early, self._early = self._early, {}
+        finished = self._step([p for p in self._parameters() if p not in early])
+        for p, earlier in early.items():
+            finished += earlier
+            p.grad = None
+        for subspace, scores in finished:  # here, and nowhere else, selections change
+            subspace.finish_step(scores)
+        self._warn_if_none()
+        return loss
+
+    @torch.no_grad()
+    def step_early(self, p: Tensor) -> None:
+        """Step ``p`` alone, now; the next :meth:`step` leaves it out, and ends its step."""
+        self._early = {**self._early, p: self._step([p])}
+
+    def _step(self, params: list[Tensor]) -> Finished:
+        """Update ``params``; what is left to do is to tell their subspaces."""
+        plan = self._plan(params)
+        self._carry_out(plan)
+        return [
+            (subspace, grad.scores)
+            for group in plan
+            for p, grad in group
+            if grad is not None and (subspace := registry.get(p)) is not None
+        ]
+
+    def _plan(self, params: list[Tensor]) -> Plan:
+        """What a step of ``params`` has to do."""
+        chosen = {id(p) for p in params}
+        plan: Plan = [
+            [
+                (p, self._compact_grad(p))
+                for p in group["params"]
+                if p.grad is not None and id(p) in chosen
+            ]
+            for group in self.param_groups
+        ]
+        for group in plan:
+            for p, grad in group:
+                if grad is not None:
+                    self._met_compact = True
+                    self._check_place(p, grad)
+        if params and not any(plan):
+            self._check_whose_gradients()
+        return plan
+
+    def _compact_grad(self, p: Tensor) -> CompactGrad | None:
+        """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
+        grad, subspace = p.grad, registry.get(p)
+        if isinstance(grad, CompactGrad):
+            if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
+                selection = subspace.selection_on(p.device)
+                return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
+            return grad
+        if grad is None or "indices" not in self.state.get(p, {}):
+            return None
+        if subspace is None:
+            raise StateError(
+                f"{registry.name_of(p)}: its optimizer state is in a subspace, but its gradient is "
+                "dense and no compiled graph has taken it. Compile the model with the options of "
+                "the saved run before the step; to train the weight dense from here on, delete "
+                "optimizer.state[weight]."
+            )
+        if not self._warned_projected:
+            self._warned_projected = True
+            warnings.warn(
+                f"{subspace.name} has its optimizer state in a subspace, but its gradient came "
+                "dense, from code outside the compiled graph: it was projected. Run all of the "
+                "training step through the compiled model; to train the weight dense from here "
+                "on, make a new optimizer.",
+                GrassWarning,
+                stacklevel=5,
+            )
+        selection = subspace.selection_on(p.device)
+        return CompactGrad(selection.project(grad), selection, p.shape)
+
+    def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
+        indices = self.state[p]["indices"] if "indices" in self.state.get(p, {}) else None
+        if indices is not None and indices.device != grad.device:
+            raise StateError(
+                f"{grad.subspace.name} is on {grad.device} now, its optimizer state on "
+                f"{indices.device}. Move the model before its first step, or move the state along: "
+                "optimizer.load_state_dict(optimizer.state_dict())."
+            )
+
+    def _check_whose_gradients(self) -> None:
+        """No parameter has a gradient: an error if compact ones wait where no optimizer looks."""
+        strays = registry.strays()
+        if strays:
+            raise OptionError(
+                "none of this optimizer's parameters has a gradient, but weights that no optimizer "
+                f"holds have: {', '.join(strays)}. Build the optimizer from the parameters of the "
+                "model that is compiled, not from a copy."
+            )
+
+    def _start_compact(self, p: Tensor, selection: Selection) -> None:
+        """p's first step in a subspace: state it may have is of the whole weight, and goes."""
+        if self.state[p]:
+            self.state[p].clear()
+            warnings.warn(
+                f"{selection.name} has trained dense until now: its optimizer state starts anew in "
+                "the subspace.",
+                GrassWarning,
+                stacklevel=6,
+            )
+
+    def _keep_selection(self, p: Tensor, selection: Selection) -> None:
+        """Note the selection that p's state belongs to."""
+        state = self.state[p]
+        state["indices"] = selection.indices
+        state["generation"] = torch.tensor(selection.generation)
+        state.pop("scale", None)
+        if selection.scale is not None:
+            state["scale"] = selection.scale
+
+    def _old_selection(self, p: Tensor, new: Selection) -> Selection | None:
+        """The selection that p's state belongs to, or None if ``new`` is still the same."""
+        state = self.state[p]
+        old = Selection(state["indices"], state.get("scale"), new.dim, int(state["generation"]))
+        return None if old.generation == new.generation and _equal(old, new) else old
+
+    def _warn_if_none(self) -> None:
+        if self._met_compact or self._warned_dense:
+            return
+        if any(p.grad is not None for p in self._parameters()):
+            self._warned_dense = True
+            warnings.warn(
+                "no compact gradient has arrived: every parameter trains dense. Call the compiled "
+                'model (torch.compile(model, backend="grass")) in the training step, and see '
+                'TORCH_LOGS="+grass_fx" for the weights that were not taken.',
+                GrassWarning,
+                stacklevel=4,
+            )
+
+    # --- the step by which torch.distributed.checkpoint lays out an empty optimizer ---------------
+
+    def _is_layout_step(self) -> bool:
+        """A step that can move nothing: no state yet, lr = 0, and dense gradients of zeros."""
+        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        return bool(grads) and not any(isinstance(g, CompactGrad) or bool(g.any()) for g in grads)
+
+    def _layout_plan(self) -> Plan:
+        """All parameters, taken ones with a gradient of zeros; nothing while none is known taken.
+
+        Which weights are taken, and with it the shapes, is known once the compiled model has run.
+        """
+        subspaces = {p: registry.get(p) for p in self._parameters()}
+        self._layout_unknown = not any(subspaces.values())
+        plan: Plan = []
+        for group in self.param_groups:
+            entries: list[tuple[Tensor, CompactGrad | None]] = []
+            for p in group["params"]:
+                subspace = subspaces[p]
+                if p.grad is None or self._layout_unknown:
+                    continue
+                if subspace is None:
+                    entries.append((p, None))
+                else:
+                    selection = subspace.selection_on(p.device)
+                    compact = selection.project(p.grad)
+                    entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
+            plan.append(entries)
+        return plan
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with each taken weight's selection and schedule among its state.
+
+        Plain tensors and numbers: ``torch.load(weights_only=True)`` reads it.
+        """
+        if self._layout_unknown and not self.state:
+            warnings.warn(
+                "the optimizer's state cannot be laid out before the compiled model has run: run "
+                "one forward with gradients enabled first, or torch.distributed.checkpoint loads "
+                "no state into it.",
+                GrassWarning,
+                stacklevel=2,
+            )
+        result: dict[str, Any] = super().state_dict()
+        for p, key, _ in self._entries(result):
+            state = result["state"].get(key, {})
+            if "indices" in state:
+                own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
+                shape = {_SHAPE: torch.tensor(p.shape)}
+                result["state"][key] = {**state, **own, **registry.saved_state(p), **shape}
+        return result
+
+    def _entries(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any, str]]:
+        """Each parameter with its key in a state dict and its name there."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            names = saved.get("param_names", [""] * len(saved["params"]))
+            yield from zip(group["params"], saved["params"], names, strict=False)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, each tensor in its own dtype; selections go to the weights' subspaces.
+
+        Raises StateError, naming the weight, if names, shapes or a selection do not fit. Then
+        nothing has changed.
+        """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        for p, key, name in self._entries(state_dict):
+            self._check_name(p, name)
+            state = state_dict["state"].get(key)
+            if state is not None:
+                self._check_loaded(p, state)
+                # Torch would cast to the weight's dtype: an index 257 is 256 in bfloat16.
+                loaded[p] = {k: _copied(v, p.device) for k, v in state.items()}
+        subspaces = {p: _popped(state, _SUBSPACE) for p, state in loaded.items()}
+        for p, state in subspaces.items():
+            loaded[p].pop(_SHAPE, None)
+            if state:
+                registry.check(p, state)
+        super().load_state_dict(state_dict)
+        for p, state in loaded.items():
+            if "indices" in state:
+                self.state[p] = state
+            else:  # "step" is on the device where torch has put it
+                self.state[p].update({k: v for k, v in state.items() if k != "step"})
+            if subspaces[p]:
+                registry.restore(p, subspaces[p])
+
+    def _check_name(self, p: Tensor, saved: str) -> None:
+        name = registry.name_of(p, default="")
+        if saved and name and _plain(saved) != _plain(name):
+            raise StateError(
+                f"{name}: the state in its place was saved for {saved}. Build the optimizer from "
+                "the same parameters in the same order as in the saved run."
+            )
+
+    def _check_loaded(self, p: Tensor, state: Mapping[str, Any]) -> None:
+        """Raise StateError if a saved state is of a weight of another shape."""
+        shape = state.get(_SHAPE)
+        if shape is not None and shape.tolist() != list(p.shape):
+            raise StateError(
+                f"{registry.name_of(p)} has shape {tuple(p.shape)}, but its state was saved for "
+                f"shape {tuple(shape.tolist())}. Load it into the model that it was saved from."
+            )
+
+
+def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
+    """Raise OptionError for the first (name, value, whether it is in range) that is not."""
+    for name, value, good in values:
+        if not good:
+            raise OptionError(f"{kind}: {name}={value!r} is out of range.")
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what torch.compile and data-parallel wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _equal(old: Selection, new: Selection) -> bool:
+    if (old.scale is None) != (new.scale is None) or not torch.equal(old.indices, new.indices):
+        return False
+    return old.scale is None or new.scale is None or torch.equal(old.scale, new.scale)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _popped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    keys = [key for key in state if key.startswith(prefix)]
+    return {key: state.pop(key) for key in keys}

@@ -1,0 +1,78 @@
+"""Stepping each parameter as soon as its gradient is there, so that gradients never all exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from grass_fx.errors import CompactGradError, OptionError
+from grass_fx.optim.base import SubspaceOptimizer
+
+
+class SpentGrad(Tensor):
+    """What ``weight.grad`` holds between the weight's early step and ``optimizer.step()``.
+
+    It has the weight's shape and no memory. Whatever is done to it is an error: clipping, unscaling
+    and accumulation would come too late, and must not pass silently.
+    """
+
+    @staticmethod
+    def __new__(cls: Any, weight: Tensor) -> SpentGrad:
+        made: SpentGrad = torch.Tensor._make_wrapper_subclass(
+            cls, weight.shape, dtype=weight.dtype, device=weight.device
+        )
+        return made
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"SpentGrad(shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise CompactGradError(
+            f"{func} came after grass_fx.step_in_backward had stepped with this gradient. Stepping "
+            "in backward excludes gradient accumulation, clipping and GradScaler; and every "
+            "backward must be followed by optimizer.step(), which ends the step."
+        )
+
+
+def step_in_backward(optimizer: Optimizer) -> None:
+    """Let ``optimizer`` step each parameter inside backward, and free its gradient at once.
+
+    The training loop stays as it is. ``optimizer.step()`` after the backward steps nothing twice:
+    it ends the step, and selections change there, where that is due. Gradients then exist one
+    compiled graph at a time. So it saves memory if layers are compiled one by one
+    (``layer.compile(backend="grass")``); in a graph of the whole model all compact gradients arrive
+    together, and nothing is saved.
+
+    The loop must call backward once per step: accumulation, clipping and ``GradScaler`` come too
+    late and raise a CompactGradError.
+
+    Raises:
+        OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace.
+    """
+    if not isinstance(optimizer, SubspaceOptimizer):
+        raise OptionError(
+            f"step_in_backward({type(optimizer).__name__}): it takes an optimizer that steps in "
+            "the subspace, grass_fx.AdamW or a class made by grass_fx.subspace."
+        )
+
+    def on_gradient(p: Tensor) -> None:
+        optimizer.step_early(p)
+        p.grad = SpentGrad(p)
+
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(on_gradient)
