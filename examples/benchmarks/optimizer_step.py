@@ -6,7 +6,7 @@
 
 Ours holds the linear weights of a LLaMA and steps r rows of each. Torch's, with foreach, holds
 parameters of the compact sizes and steps all of them: the same numbers of elements move. Ours must
-also pick the rows out of the weights. No weight decay. The two take turns in one process; a ratio is
+also find the rows in the weights. No weight decay. They take turns in one process; a ratio is
 taken in every round, the table has medians.
 
 Goal in float32: at most 1.3 times torch's. Nothing asserts it.

@@ -295,27 +295,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises StateError, naming the weight, if names, shapes or a selection do not fit. Then
         nothing has changed.
         """
-        loaded: dict[Tensor, dict[str, Any]] = {}
+        own, subspaces = dict(state_dict["state"]), {}
         for p, key, name in self._entries(state_dict):
             self._check_name(p, name)
-            state = state_dict["state"].get(key)
-            if state is not None:
-                self._check_loaded(p, state)
-                # Torch would cast to the weight's dtype: an index 257 is 256 in bfloat16.
-                loaded[p] = {k: _copied(v, p.device) for k, v in state.items()}
-        subspaces = {p: _popped(state, _SUBSPACE) for p, state in loaded.items()}
-        for p, state in subspaces.items():
-            loaded[p].pop(_SHAPE, None)
-            if state:
-                registry.check(p, state)
-        super().load_state_dict(state_dict)
-        for p, state in loaded.items():
-            if "indices" in state:
-                self.state[p] = state
-            else:  # "step" is on the device where torch has put it
-                self.state[p].update({k: v for k, v in state.items() if k != "step"})
-            if subspaces[p]:
-                registry.restore(p, subspaces[p])
+            if key in own:
+                self._check_loaded(p, own[key])
+                ours = {k: v for k, v in own[key].items() if k.startswith(_SUBSPACE)}
+                own[key] = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
+                if ours:
+                    registry.check(p, ours)
+                    subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
+        super().load_state_dict({**state_dict, "state": own})
+        for p, key, _ in self._entries(state_dict):
+            for k, v in own.get(key, {}).items():
+                # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
+                # leaves alone, and puts it on the device where it belongs.
+                if isinstance(v, Tensor) and k in self.state[p]:
+                    device = self.state[p][k].device if k == "step" else p.device
+                    self.state[p][k] = v.to(device, copy=True)
+        for p, ours in subspaces.items():
+            registry.restore(p, ours)
 
     def _check_name(self, p: Tensor, saved: str) -> None:
         name = registry.name_of(p, default="")
@@ -351,12 +350,3 @@ def _equal(old: Selection, new: Selection) -> bool:
     if (old.scale is None) != (new.scale is None) or not torch.equal(old.indices, new.indices):
         return False
     return old.scale is None or new.scale is None or torch.equal(old.scale, new.scale)
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
-
-
-def _popped(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    keys = [key for key in state if key.startswith(prefix)]
-    return {key: state.pop(key) for key in keys}
