@@ -167,8 +167,9 @@ class CompactGrad(Tensor):
         if result is NotImplemented:
             raise CompactGradError(
                 f"{func} cannot be done on a compact gradient, which holds only the selected rows "
-                "of its weight. Use weight.grad.compact for those rows, weight.grad.to_dense() for "
-                "the whole matrix, or a grass_fx optimizer to step with it."
+                "of its weight. To step with it, use grass_fx.AdamW, or grass_fx.subspace(X) for a "
+                "torch optimizer class X. weight.grad.compact is those rows, "
+                "weight.grad.to_dense() the whole matrix."
             )
         return result
 

@@ -121,7 +121,7 @@ def test_wrapped_adamw_is_grass_adamw(rule, replacement, on_refresh):
     ages = [o.state[m[0].weight]["age"] for m, o in trained]
     assert torch.equal(*ages)
     if (rule, on_refresh, replacement) == ("uniform", "carry", False):
-        steps = theirs_optimizer.state[theirs[0].weight]["step"]
+        steps = theirs_optimizer.state[theirs[0].weight]["per_row_step"]
         assert len(set(ages[0].tolist())) > 1 and torch.equal(steps.long(), ages[0])
 
 

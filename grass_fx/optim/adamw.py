@@ -68,7 +68,7 @@ class AdamW(SubspaceOptimizer):
         fused: bool | None = None,
         seed: int = 0,
     ) -> None:
-        self._common_ages = {}
+        self._forget()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -85,9 +85,9 @@ class AdamW(SubspaceOptimizer):
         self._check_group(defaults)
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def _forget(self) -> None:
+        super()._forget()
         self._common_ages: dict[Tensor, tuple[Tensor, int | None]] = {}
-        super().__setstate__(state)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -128,13 +128,9 @@ class AdamW(SubspaceOptimizer):
                     self._compact_state(p, grad, group["on_refresh"])
 
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
+        if "indices" in self.state.get(p, {}):  # loaded state may be of another dtype too
+            self._dtypes[p] = self.state[p]["exp_avg"].dtype
         super()._check_place(p, grad)
-        moment = self.state.get(p, {}).get("exp_avg")
-        if moment is not None and "indices" in self.state[p] and moment.dtype != grad.dtype:
-            raise StateError(
-                f"{grad.subspace.name} has a gradient of {grad.dtype}, its optimizer state is of "
-                f"{moment.dtype}. Convert the model before its first step, or make a new optimizer."
-            )
 
     # --- taken weights ----------------------------------------------------------------------------
 
@@ -188,20 +184,21 @@ class AdamW(SubspaceOptimizer):
         if not params:
             return
         states = [self._dense_state(p, bool(group["fused"])) for p in params]
-        moments = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))
+        firsts, seconds = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))
         steps = [s["step"] for s in states]
-        _torchs_adamw(params, [p.grad for p in params], *moments, steps, group)
+        _torchs_adamw(params, [p.grad for p in params], firsts, seconds, steps, group)
 
     def _step_dense_rounded(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
         state = self._dense_state(p, fused=False)
-        wide = [t.float() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        assert p.grad is not None
+        w, g, m, v = (t.float() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
         rounding = self._rounding(p, group, int(state["step"]))
         settings = {**group, "fused": None}
-        _torchs_adamw(*([t] for t in wide), [state["step"]], settings)
-        p.copy_(round_stochastically(wide[0], rounding))
-        state["exp_avg"].copy_(wide[2])
-        state["exp_avg_sq"].copy_(wide[3])
+        _torchs_adamw([w], [g], [m], [v], [state["step"]], settings)
+        p.copy_(round_stochastically(w, rounding))
+        state["exp_avg"].copy_(m)
+        state["exp_avg_sq"].copy_(v)
 
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]

@@ -39,6 +39,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have stepped already, inside backward (in_backward.py)."""
 
+    def _forget(self) -> None:
+        """Begin without what is known beside the state: it is found out again."""
+        self._dtypes: dict[Tensor, torch.dtype] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        super().__setstate__(state)
+
     def _carry_out(self, plan: Plan) -> None:
         """Update the parameters of ``plan``, their state included."""
         raise NotImplementedError
@@ -169,12 +177,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return CompactGrad(selection.project(grad), selection, p.shape)
 
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
-        indices = self.state[p]["indices"] if "indices" in self.state.get(p, {}) else None
-        if indices is not None and indices.device != grad.device:
+        """Raise StateError if the model has moved since p's state was made."""
+        state = self.state.get(p, {})
+        dtype = self._dtypes.setdefault(p, grad.dtype)
+        if "indices" not in state:
+            self._dtypes[p] = grad.dtype
+        elif state["indices"].device != grad.device:
             raise StateError(
                 f"{grad.subspace.name} is on {grad.device} now, its optimizer state on "
-                f"{indices.device}. Move the model before its first step, or move the state along: "
-                "optimizer.load_state_dict(optimizer.state_dict())."
+                f"{state['indices'].device}. Move the model before its first step, or move the "
+                "state along: optimizer.load_state_dict(optimizer.state_dict())."
+            )
+        elif dtype != grad.dtype:
+            raise StateError(
+                f"{grad.subspace.name} has a gradient of {grad.dtype}, its optimizer state is of "
+                f"{dtype}. Convert the model before its first step, or make a new optimizer."
             )
 
     def _check_whose_gradients(self) -> None:
@@ -279,8 +296,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if "indices" in state:
                 own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
                 shape = {_SHAPE: torch.tensor(p.shape)}
-                result["state"][key] = {**state, **own, **registry.saved_state(p), **shape}
+                state = self._saved({**state, **own})
+                result["state"][key] = {**state, **registry.saved_state(p), **shape}
         return result
+
+    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A taken weight's state as a checkpoint holds it."""
+        return state
 
     def _entries(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any, str]]:
         """Each parameter with its key in a state dict and its name there."""

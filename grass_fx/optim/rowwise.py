@@ -1,8 +1,9 @@
 """The state of an arbitrary optimizer, seen as rows: kept, cut up by age, and put together again.
 
 Three kinds of entries are told apart. *Row entries* are floating-point tensors of C's shape.
-*Scalars* are numbers and tensors without dimensions, such as ``step``; where rows of one weight
-differ in them they are kept per row, as an (r,) tensor or a list. Everything else mixes rows.
+*Scalars* are numbers and tensors without dimensions, such as ``step``. Where rows of one weight
+differ in one, an entry ``per_row_step`` beside it has each row's, as an (r,) tensor or a list, and
+``step`` itself is that of the oldest rows. Everything else mixes rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from grass_fx.gradient import Selection
 from grass_fx.optim.update import carried_rows, places
 
 State = dict[str, Any]
+
+PER_ROW = "per_row_"
 
 POWERS = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1),
@@ -46,11 +49,10 @@ def _is_row_entry(value: Any, shape: torch.Size) -> bool:
     return type(value) is Tensor and value.shape == shape and value.is_floating_point()
 
 
-def _is_scalar(value: Any, rows: int) -> bool:
-    """A number, or one per row."""
+def _is_scalar(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return type(value) is Tensor and value.shape in (torch.Size(()), torch.Size((rows,)))
-    return isinstance(value, (int, float)) or (isinstance(value, list) and len(value) == rows)
+        return type(value) is Tensor and value.dim() == 0
+    return isinstance(value, (int, float))
 
 
 def counts(state: State, shape: torch.Size) -> bool:
@@ -67,16 +69,17 @@ def carried_state(state: State, old: Selection, new: Selection, shape: torch.Siz
     rescaled = old.scale is not None and new.scale is not None
     result: State = {}
     for name, value in state.items():
-        if _is_row_entry(value, shape):
+        if name.startswith(PER_ROW):
+            if isinstance(value, Tensor):
+                result[name] = value[place.to(value.device)]
+            else:
+                result[name] = [value[j] for j in place.tolist()]
+        elif _is_row_entry(value, shape):
             if rescaled and name not in POWERS:
                 return None
             power = POWERS.get(name, 0)
             result[name] = carried_rows(value, old, new, place, stays, power)
-        elif value is None or _is_scalar(value, new.indices.numel()):
-            if isinstance(value, list):
-                value = [value[j] for j in place.tolist()]
-            elif isinstance(value, Tensor) and value.dim() == 1:
-                value = value[place.to(value.device)]
+        elif value is None or _is_scalar(value):
             result[name] = value
         else:
             return None
@@ -87,45 +90,69 @@ def cut(state: State, cohort: Cohort, shape: torch.Size, dim: int) -> State:
     """The state of one cohort alone; empty for rows that are new."""
     rows = cohort.rows
     if rows is None:
-        return dict(state)
+        return {k: v for k, v in state.items() if not k.startswith(PER_ROW)}
     if cohort.age == 0:
         return {}
     first = int(rows[0])
     result: State = {}
     for name, value in state.items():
+        if name.startswith(PER_ROW):
+            continue
+        each = state.get(PER_ROW + name)
         if _is_row_entry(value, shape):
             result[name] = value.index_select(dim, rows)
-        elif isinstance(value, list):
-            result[name] = value[first]
-        elif isinstance(value, Tensor):
-            result[name] = (value[first] if value.dim() else value).clone()
+        elif each is None:
+            result[name] = value.clone() if isinstance(value, Tensor) else value
         else:
-            result[name] = value
+            result[name] = each[first].clone() if isinstance(each, Tensor) else each[first]
     return result
 
 
 def joined(parts: Sequence[tuple[Cohort, State]], shape: torch.Size, dim: int) -> State:
-    """The state of all cohorts together: what :func:`cut` takes apart."""
+    """The state of all cohorts, youngest first, together: what :func:`cut` takes apart."""
     if len(parts) == 1:
         return parts[0][1]
     result: State = {}
-    for name in parts[0][1]:
+    for name, oldest in parts[-1][1].items():
         pieces = [(cohort.rows, state[name]) for cohort, state in parts]
-        values = [value for _, value in pieces]
-        if all(isinstance(v, Tensor) and v.dim() == len(shape) for v in values):
-            whole = values[0].new_empty(shape)
+        if isinstance(oldest, Tensor) and oldest.dim() == len(shape):
+            result[name] = oldest.new_empty(shape)
             for rows, value in pieces:
-                whole.index_copy_(dim, rows, value)
-        elif all(bool(v is values[0]) or bool(v == values[0]) for v in values):
-            whole = values[0]
-        elif isinstance(values[0], Tensor):
-            whole = values[0].new_empty(shape[dim])
-            for rows, value in pieces:
-                whole[rows.to(whole.device)] = value
-        else:
-            whole = [None] * shape[dim]
-            for rows, value in pieces:
-                for j in rows.tolist():
-                    whole[j] = value
-        result[name] = whole
+                result[name].index_copy_(dim, rows, value)
+            continue
+        result[name] = oldest
+        if all(value is oldest or bool(value == oldest) for _, value in pieces):
+            continue
+        each = oldest.new_empty(shape[dim]) if isinstance(oldest, Tensor) else [oldest] * shape[dim]
+        for rows, value in pieces:
+            assert rows is not None  # one part alone has all rows
+            for j in rows.tolist():
+                each[j] = value
+        result[PER_ROW + name] = each
     return result
+
+
+def with_rows(state: State, rows: int) -> State:
+    """``state`` as it is saved: tensors of scalars per row as well, whether rows differ or not.
+
+    So the shapes in a checkpoint do not depend on the rows' ages.
+    """
+    added = {
+        PER_ROW + name: value.expand(rows).clone()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim() == 0 and PER_ROW + name not in state
+    }
+    return {**state, **added}
+
+
+def without_equal_rows(state: State) -> State:
+    """Undoes :func:`with_rows`: rows that do not differ are told by the scalar alone."""
+    return {
+        name: value
+        for name, value in state.items()
+        if not (
+            name.startswith(PER_ROW)
+            and isinstance(value, Tensor)
+            and bool((value == state[name.removeprefix(PER_ROW)]).all())
+        )
+    }

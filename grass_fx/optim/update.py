@@ -167,8 +167,8 @@ def _update(
     if not moves:
         return
     changes = torch._foreach_sqrt(seconds)
-    torch._foreach_mul_(changes, gains)
-    torch._foreach_add_(changes, floors)
+    torch._foreach_mul_(changes, list(gains))
+    torch._foreach_add_(changes, list(floors))
     for step, first, change in zip(batch, firsts, changes, strict=True):
         add_rows_(step.w, step.selection, torch.div(first, change, out=change), step.rounding)
 

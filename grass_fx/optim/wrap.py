@@ -25,7 +25,17 @@ from grass_fx.errors import OptionError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.ops import along, select
 from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
-from grass_fx.optim.rowwise import Cohort, carried_state, cohorts_of, counts, cut, joined
+from grass_fx.optim.rowwise import (
+    Cohort,
+    State,
+    carried_state,
+    cohorts_of,
+    counts,
+    cut,
+    joined,
+    with_rows,
+    without_equal_rows,
+)
 from grass_fx.optim.update import add_rows_, places, warmup
 
 OWN = ("indices", "generation", "age", "scale")
@@ -128,7 +138,7 @@ class _Wrapped(SubspaceOptimizer):
         super().add_param_group(param_group)
 
     def _forget(self) -> None:
-        """What can be found again: the rows' ages on the host, and how weight decay works."""
+        super()._forget()
         self._cohorts: dict[Tensor, list[Cohort]] = {}
         self._decoupled: bool | None = None
 
@@ -136,12 +146,19 @@ class _Wrapped(SubspaceOptimizer):
         kept = ("_own", "_arguments", "_eager", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
-        super().__setstate__(state)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._inner,), self.__getstate__()  # the class has no importable name
+
+    def _saved(self, state: State) -> State:
+        inner = {name: value for name, value in state.items() if name not in OWN}
+        own = {name: value for name, value in state.items() if name in OWN}
+        return {**with_rows(inner, own["age"].numel()), **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the wrapped class's and :meth:`SubspaceOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            self.state[p] = without_equal_rows(state)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -303,5 +320,5 @@ def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _blank(inner: type[Optimizer]) -> Optimizer:
     """What pickle and copy fill with the state of a wrapped optimizer."""
-    made = subspace(inner)
+    made = subspace(inner)  # type: ignore[arg-type]
     return made.__new__(made)
