@@ -1,10 +1,12 @@
 """Text to train on without a download: the source of Python's own standard library, as bytes.
 
 Every machine that runs the examples has it, it is real text with structure at many lengths, and a
-byte vocabulary needs no tokenizer. Losses are in nats per byte.
+byte vocabulary needs no tokenizer. Losses are in nats per byte. For fine-tuning there is other text
+that comes with Python, the prose of `help("topics")`.
 """
 
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +33,29 @@ def standard_library() -> Corpus:
         for path in sorted(root.rglob("*.py"))
         if SKIPPED.isdisjoint(path.relative_to(root).parts)
     ]
+    return hold_out(path.read_bytes() for path in files)
+
+
+def language_reference() -> Corpus:
+    """What `help("while")` and its like print: the prose of Python's language reference.
+
+    `standard_library` has none of it (`pydoc_data` is skipped there). Topics quote each other: a
+    paragraph is kept where it first stands only, so that none is both trained on and held out.
+    """
+    from pydoc_data.topics import topics
+
+    texts, seen = [], set()
+    for _, topic in sorted(topics.items()):
+        paragraphs = dict.fromkeys(each.strip("\n") for each in topic.split("\n\n"))
+        texts.append("\n\n".join(each for each in paragraphs if each not in seen) + "\n\n")
+        seen.update(paragraphs)
+    return hold_out(text.encode() for text in texts)
+
+
+def hold_out(texts: Iterable[bytes]) -> Corpus:
+    """Whole texts are held out, one in twelve, and nothing is read beyond the limit."""
     train, held_out, total = bytearray(), bytearray(), 0
-    for index, path in enumerate(files):
-        text = path.read_bytes()
+    for index, text in enumerate(texts):
         if total + len(text) > LIMIT:
             break
         total += len(text)
@@ -42,15 +64,32 @@ def standard_library() -> Corpus:
     return Corpus(as_tensor(train), as_tensor(held_out))
 
 
-def from_file(path: str | Path) -> Corpus:
-    """One file of text (or of anything): its last twelfth is held out."""
-    text = as_tensor(bytearray(Path(path).read_bytes()[:LIMIT]))
-    cut = len(text) - len(text) // HELD_OUT_EVERY
-    return Corpus(text[:cut], text[cut:])
+def from_path(path: str | Path) -> Corpus:
+    """A file of text (or of anything), or the texts of a folder: the last twelfth of each file is
+    held out. In a folder whatever is hidden or has a zero byte is no text."""
+    path = Path(path)
+    texts = [path.read_bytes()] if path.is_file() else texts_in(path)
+    train, held_out, total = bytearray(), bytearray(), 0
+    for text in texts:
+        text = text[: LIMIT - total]
+        total += len(text)
+        end = len(text) - len(text) // HELD_OUT_EVERY
+        train += text[:end]
+        held_out += text[end:]
+    if not held_out:
+        raise ValueError(f"no text, or too little to hold some out, in {path}")
+    return Corpus(as_tensor(train), as_tensor(held_out))
+
+
+def texts_in(folder: Path) -> Iterable[bytes]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and b"\0" not in (text := path.read_bytes()):
+            yield text
 
 
 def load(path: str | Path | None = None) -> Corpus:
-    return from_file(path) if path else standard_library()
+    return from_path(path) if path else standard_library()
 
 
 def as_tensor(text: bytearray) -> Tensor:
@@ -93,6 +132,8 @@ def held_out_loss(
     Give it the plain model rather than the compiled one: a forward without gradients would be one
     more graph to compile, and takes no part in what is measured.
     """
+    if len(text) <= seq:
+        raise ValueError(f"{len(text)} held-out bytes are too few for sequences of {seq}")
     starts = torch.linspace(0, len(text) - seq - 1, batch * batches).long()
     losses = [model(*cut(text, part, seq, device)) for part in starts.split(batch)]
     return torch.stack(losses).mean().item()

@@ -3,6 +3,7 @@
     python examples/pretrain.py                      # grass, a quarter of the rows at a time
     python examples/pretrain.py --method full        # Inductor and torch.optim.AdamW
     python examples/pretrain.py --selection top --rank 0.125 --log runs/top.jsonl
+    python examples/pretrain.py --save runs/tiny.pt  # keep the weights, for finetune.py
     python examples/pretrain.py --smoke              # a few steps of a very small model
 
 `training(...)` is the loop, one record per step; compare.py runs two of them side by side.
@@ -13,8 +14,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -70,24 +71,30 @@ class Settings:
     device: str = option("cpu", "where to train", kind=str)
     seed: int = option(0, "seed of weights, batches and selections")
     eval_every: int = option(30, "steps between held-out evaluations")
-    data: str = option("", "train on this file instead of the Python standard library")
+    data: str = option("", "train on this file or folder instead of Python's library")
 
+
+# A model, the same model compiled, and its optimizer.
+Parts = tuple[nn.Module, nn.Module, torch.optim.Optimizer]
 
 SMOKE = {"size": "smoke", "steps": 6, "batch": 2, "seq": 32, "eval_every": 3, "refresh_every": 2}
 
 
-def add_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, skip: Sequence[str] = (), defaults: Settings | None = None
+) -> None:
+    defaults = defaults or Settings()
     for each in fields(Settings):
         if each.name in skip:
             continue
         flag, about = "--" + each.name.replace("_", "-"), dict(each.metadata)
+        default = getattr(defaults, each.name)
         if each.default is False:
             parser.add_argument(flag, action="store_true", help=about["help"])
         else:
-            assert each.default is not MISSING
-            shown = f" (default: {each.default})" if each.default != "" else ""
+            shown = f" (default: {default})" if default != "" else ""
             about["help"] = about["help"].replace("%", "%%") + shown
-            parser.add_argument(flag, default=each.default, **about)
+            parser.add_argument(flag, default=default, **about)
     parser.add_argument("--smoke", action="store_true", help="a few steps of a very small model")
 
 
@@ -98,15 +105,20 @@ def settings_from(args: argparse.Namespace, **fixed) -> Settings:
     return replace(settings, **SMOKE) if args.smoke else settings
 
 
-def set_up(settings: Settings) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """The plain model, the same model compiled, and its optimizer."""
-    torch.manual_seed(settings.seed)
-    model = build(settings.size).to(settings.device)
+def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Parts:
+    """The plain model, the same model compiled, and its optimizer.
+
+    A given model may have frozen parameters. `options` go to grass, over those of the settings.
+    """
+    if model is None:
+        torch.manual_seed(settings.seed)
+        model = build(settings.size).to(settings.device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     if settings.method == "full":
         compiled = torch.compile(model, backend=settings.compiler, dynamic=False)
-        linear = [p for name, p in model.named_parameters() if is_linear(name, p)]
-        dense = [p for name, p in model.named_parameters() if not is_linear(name, p)]
+        linear = [p for name, p in trained.items() if is_linear(name, p)]
+        dense = [p for name, p in trained.items() if not is_linear(name, p)]
         groups = [{"params": dense}, {"params": linear, "lr": settings.linear_lr}]
         optimizer = torch.optim.AdamW(
             groups, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
@@ -124,11 +136,12 @@ def set_up(settings: Settings) -> tuple[nn.Module, nn.Module, torch.optim.Optimi
             "exclude": [] if settings.include_head else ["head*"],
             "seed": settings.seed,
             "compiler": settings.compiler,
+            **options,
         },
         dynamic=False,
     )
     optimizer = grass_fx.AdamW(
-        model.parameters(),
+        trained.values(),
         lr=settings.lr,
         scale=settings.scale,
         weight_decay=settings.weight_decay,
@@ -179,18 +192,20 @@ def sum_of_bytes(values: list) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def training(settings: Settings, corpus: Corpus) -> Iterator[dict]:
+def training(settings: Settings, corpus: Corpus, parts: Parts | None = None) -> Iterator[dict]:
     """Train, yielding one record per step; evaluated steps also carry held-out loss and bytes.
 
-    `seconds` is the time of the training step alone: evaluations are not in it.
+    `seconds` is the time of the training step alone: evaluations are not in it. `parts` is what
+    `set_up` returned, for a caller who keeps the model; the last gradients stay for it to see.
     """
-    model, compiled, optimizer = set_up(settings)
+    model, compiled, optimizer = parts or set_up(settings)
     scheduler = schedule(optimizer, settings.steps)
     window = {"batch": settings.batch, "seq": settings.seq, "device": settings.device}
     batches = Batches(corpus.train, seed=settings.seed, **window)
 
     for step in range(1, settings.steps + 1):
         tokens, targets = next(batches)
+        optimizer.zero_grad()
         started = time.perf_counter()
         loss = compiled(tokens, targets)
         loss.backward()
@@ -201,7 +216,6 @@ def training(settings: Settings, corpus: Corpus) -> Iterator[dict]:
         if step % settings.eval_every == 0 or step == settings.steps:
             record["held_out"] = held_out_loss(model, corpus.held_out, **window)
             record["bytes"] = bytes_held(list(model.parameters()), optimizer)
-        optimizer.zero_grad()
         yield record
 
 
@@ -220,10 +234,12 @@ def summarise(records: list[dict], settings: Settings) -> dict:
     }
 
 
-def train(settings: Settings, corpus: Corpus, log: Path | None = None) -> list[dict]:
+def train(
+    settings: Settings, corpus: Corpus, log: Path | None = None, parts: Parts | None = None
+) -> list[dict]:
     """Run `training` to its end with a progress bar, writing each record as a line of JSON."""
     records, held_out = [], math.nan
-    bar = tqdm(training(settings, corpus), total=settings.steps, desc=settings.method)
+    bar = tqdm(training(settings, corpus, parts), total=settings.steps, desc=settings.method)
     file = open_log(log)
     for record in bar:
         records.append(record)
@@ -243,6 +259,12 @@ def open_log(path: Path | None):
     return path.open("w", buffering=1)  # by lines, so that a run can be watched
 
 
+def save(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    print(f"wrote {path}")
+
+
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
@@ -251,16 +273,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--log", type=Path, metavar="FILE.jsonl", help="write every record here")
+    parser.add_argument("--save", type=Path, metavar="FILE.pt", help="keep the trained weights")
     args = parser.parse_args()
     settings = settings_from(args)
 
-    summary = summarise(train(settings, load(settings.data), args.log), settings)
+    parts = set_up(settings)
+    summary = summarise(train(settings, load(settings.data), args.log, parts), settings)
     print(f"held-out loss     {summary['held_out']:.3f} nats/byte (best {summary['best']:.3f})")
     print(f"seconds per step  {summary['seconds_per_step']:.4f} (median)")
     print(f"tokens per second {summary['tokens_per_second']:,.0f}")
     print(f"compiling         {summary['first_steps']:.1f} s in the first {UNTIMED_STEPS} steps")
     for part, count in summary["bytes"].items():
         print(f"{part:<17} {megabytes(count)}")
+    if args.save:
+        save(parts[0], args.save)
 
 
 if __name__ == "__main__":
