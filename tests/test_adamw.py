@@ -3,10 +3,13 @@ trip."""
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError, StateError
@@ -255,3 +258,40 @@ def test_impossible_hyper_parameters_are_errors(name, value):
         grass_fx.AdamW([nn.Parameter(torch.ones(2))], **{name: value})
     with pytest.raises(OptionError, match=name):
         grass_fx.AdamW([{"params": [nn.Parameter(torch.ones(2))], name: value}])
+
+
+class FullSized(TorchDispatchMode):
+    """Names of operators that return a new tensor of one of the given shapes."""
+
+    def __init__(self, *shapes):
+        super().__init__()
+        self.shapes, self.seen = set(shapes), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.shape in self.shapes and id(t) not in given:
+                self.seen.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("rule", ["cyclic", "uniform", "uniform with replacement"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [grass_fx.AdamW, partial(grass_fx.AdamW, stochastic_rounding=True),
+     grass_fx.subspace(torch.optim.AdamW)],
+    ids=["AdamW", "rounded", "wrapped"],
+)  # fmt: skip
+def test_a_step_makes_no_tensor_of_a_taken_weights_shape(make, dtype, rule):
+    model = mlp(8, 12, 6, bias=False).to(dtype)
+    options = {"selection": rule.split()[0], "replacement": "with" in rule}
+    compiled = torch.compile(model, backend=Captured(rank=3, refresh_every=2, **options))
+    optimizer = make(model.parameters(), weight_decay=0.1)
+    for _ in range(5):
+        compiled(torch.randn(5, 8).to(dtype)).square().sum().backward()
+        with FullSized(*(p.shape for p in model.parameters())) as watch:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert watch.seen == []

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from resuming import CASES, SAVED
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import grass_fx
@@ -18,6 +17,7 @@ from grass_fx.errors import GrassWarning, StateError
 from grass_fx.gradient import CompactGrad
 from grass_fx.subspace import registry
 from helpers import Captured, mlp
+from resuming import CASES, SAVED
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,19 @@ def test_at_full_rank_it_is_the_wrapped_optimizer(wrapped, settings):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+def test_at_full_rank_it_is_muon():
+    """Which takes matrices alone, and looks at each as a whole."""
+    model = mlp(8, 8, 8, bias=False).double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=Captured(rank=8, refresh_every=2))
+    optimizer = grass_fx.subspace(torch.optim.Muon)(model.parameters(), warmup_steps=0)
+    train(model, compiled, optimizer, 6, sizes=(8, 8))
+    train(twin, twin, torch.optim.Muon(twin.parameters()), 6, sizes=(8, 8))
+    assert all(isinstance(p.grad, CompactGrad) for p in model.parameters())
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)  # its iteration is in bfloat16
+
+
 @every
 def test_state_exists_only_at_compact_shapes(wrapped, settings):
     model = mlp(8, 12, 6)
