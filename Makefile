@@ -38,9 +38,13 @@ typecheck: setup
 smoke: setup
 	$(BIN)/python examples/pretrain.py --smoke
 	$(BIN)/python examples/compare.py --smoke
+	$(BIN)/python examples/finetune.py --smoke
+	$(BIN)/python examples/hf_trainer.py --smoke
+	$(BIN)/python examples/lightning_module.py --smoke
 	$(BIN)/python examples/inspect_graphs.py
 	$(BIN)/python examples/benchmarks/step_time.py --smoke
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
+	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
 
 ## The wheel works in an empty environment, outside the checkout.
 wheel: setup

@@ -238,7 +238,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "no compact gradient has arrived: every parameter trains dense. Call the compiled "
                 'model (torch.compile(model, backend="grass")) in the training step, and see '
-                'TORCH_LOGS="+grass_fx" for the weights that were not taken.',
+                'TORCH_LOGS="+grass_fx" for the weights that were not taken. module.compile() '
+                "compiles nothing if the module's class is torch's own, such as nn.Sequential.",
                 GrassWarning,
                 stacklevel=4,
             )

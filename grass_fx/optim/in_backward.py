@@ -53,8 +53,9 @@ def step_in_backward(optimizer: Optimizer) -> None:
     The training loop stays as it is. ``optimizer.step()`` after the backward steps nothing twice:
     it ends the step, and selections change there, where that is due. Gradients then exist one
     compiled graph at a time. So it saves memory if layers are compiled one by one
-    (``layer.compile(backend="grass")``); in a graph of the whole model all compact gradients arrive
-    together, and nothing is saved.
+    (``layer.compile(backend="grass")``, with layers of a class of your own: of torch's own classes
+    Dynamo compiles nothing); in a graph of the whole model all compact gradients arrive together,
+    and nothing is saved.
 
     The loop must call backward once per step: accumulation, clipping and ``GradScaler`` come too
     late and raise a CompactGradError.
