@@ -96,14 +96,10 @@ class CompactGrad(Tensor):
         scores: Tensor | None = None,
         zeroed: bool = False,
     ) -> CompactGrad:
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=compact.dtype, device=compact.device
+        self: CompactGrad = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=compact.dtype, device=compact.device
         )
-        self._hold(compact, subspace, scores, zeroed)
-        return self
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+        return self._hold(compact, subspace, scores, zeroed)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -225,7 +221,9 @@ def _times(scores: Tensor | None, factor: Any, power: int) -> Tensor | None:
 
 @_handles(aten.detach, aten.alias)
 def _share(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._with(args[0].compact.detach(), args[0].scores)
+    grad = args[0]
+    compact = grad.compact.detach() if grad.compact.requires_grad else grad.compact
+    return grad._with(compact, grad.scores)
 
 
 @_handles(aten.detach_)

@@ -39,10 +39,14 @@ class DeliverGradients(torch.autograd.Function):
     def forward(ctx: Any, delivery: _Delivery, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
-        made = [
-            proxies(weight, w, delivery.with_scores)
-            for weight, w in zip(delivery.weights, weights, strict=True)
-        ]
+        # Weights that are alike share what a proxy stores: an alias costs less than a new tensor.
+        stored: dict[Any, list[Tensor]] = {}
+        made: list[list[Tensor]] = []
+        for weight, w in zip(delivery.weights, weights, strict=True):
+            alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
+            if alike not in stored:
+                stored[alike] = proxies(weight, w, delivery.with_scores)
+            made.append([proxy.detach() for proxy in stored[alike]])
         return tuple(proxy for role in zip(*made, strict=True) for proxy in role)
 
     @staticmethod

@@ -55,7 +55,9 @@ class SubspaceSpec:
 
     def compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """The shape of C for a weight of ``shape``."""
-        return tuple(self.rank if d == self.dim else s for d, s in enumerate(shape))
+        compact = list(shape)
+        compact[self.dim] = self.rank
+        return tuple(compact)
 
 
 class Subspace:
