@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,14 +21,22 @@ from grass_fx.errors import OptionError, UnsupportedTorchError
 __all__ = [
     "CustomGraphPass",
     "compile_aot_eager",
+    "choose_kernel",
     "compile_inductor",
     "copy_dynamo_graph",
+    "extern_kernel",
     "fake_mode_of",
     "inductor_patches",
     "input_position",
+    "is_multiple",
+    "known_stride",
     "mark_added_placeholder",
     "parameter_name",
+    "realized",
     "register_inductor_lowering",
+    "size_hint",
+    "triton_template",
+    "tuning_everything",
 ]
 
 GraphPass = Callable[[fx.Graph], None]
@@ -86,10 +95,14 @@ def input_position(node: fx.Node) -> int | None:
 
 
 def compile_aot_eager(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], joint_pass: GraphPass | None
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    joint_pass: GraphPass | None,
+    on_backward: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions and partitioner; the graphs run as they are.
 
+    ``on_backward`` may look at the backward graph, and returns what is to run for it.
     The joint pass runs as the first act of the partitioner, which works in every version.
     """
     from torch._dynamo.backends.common import aot_autograd
@@ -109,9 +122,12 @@ def compile_aot_eager(
     def run(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)
 
+    def run_backward(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward if on_backward is None else on_backward(graph))
+
     backend = aot_autograd(
         fw_compiler=run,
-        bw_compiler=run,
+        bw_compiler=run_backward,
         decompositions=select_decomp_table(),
         partition_fn=partition,
     )
@@ -174,3 +190,93 @@ def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
         return lower(call, *args, **kwargs)
 
     register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+# --- Inductor's kernels, for use inside a lowering ------------------------------------------------
+
+
+def realized(*values: Any) -> list[Any]:
+    """IR values as buffers that a kernel can read; views of buffers stay views."""
+    from torch._inductor.ir import ExternKernel
+
+    return [ExternKernel.realize_input(value) for value in values]
+
+
+def known_stride(value: Any, dim: int) -> int | None:
+    """A stride of an IR value: None if it depends on a symbol, or the value is in no memory yet."""
+    strides = value.maybe_get_stride()
+    try:
+        return None if strides is None else int(strides[dim])
+    except (TypeError, ValueError):
+        return None
+
+
+def is_multiple(expr: Any, of: int) -> bool:
+    """Whether a size is a multiple of ``of``, whatever its symbols are."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.statically_known_multiple_of(expr, of))
+
+
+def size_hint(expr: Any) -> int:
+    """What a size was in the example inputs; adds no guard."""
+    from torch._inductor.virtualized import V
+
+    return int(V.graph.sizevars.optimization_hint(expr, fallback=8192))
+
+
+def tuning_everything() -> bool:
+    """Whether Inductor is to measure its choices (``mode="max-autotune"``)."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+@cache
+def triton_template(name: str, source: str) -> Any:
+    """A template of Inductor: tiles of (m, n) on the grid's first axis, SPLIT_K on its second.
+
+    Template names are unique in a process, hence the cache.
+    """
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    @SymbolicGridFn
+    def grid(m: Any, n: Any, meta: Mapping[str, int], *, cdiv: Any) -> Any:
+        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), meta["SPLIT_K"], 1
+
+    return TritonTemplate(name=name, grid=grid, source=source)
+
+
+@cache
+def extern_kernel(kernel: Callable[..., Any]) -> Any:
+    """A python function, with ``out=``, as a choice beside templates."""
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    return ExternKernelChoice(kernel, name=f"grass_{kernel.__name__}")
+
+
+def choose_kernel(
+    name: str,
+    inputs: Sequence[Any],
+    size: Sequence[Any],
+    dtype: Any,
+    templates: Sequence[tuple[Any, Mapping[str, Any]]],
+    externs: Sequence[tuple[Any, Mapping[str, Any]]] = (),
+) -> Any:
+    """The output of the fastest choice; of the only one without measuring.
+
+    The last two of ``size`` are (m, n). Since 2.12 Inductor returns the choice as well.
+    """
+    from torch._inductor.ir import FixedLayout
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
+    choices: list[Any] = []
+    for template, options in templates:
+        template.maybe_append_choice(
+            choices, input_nodes=list(inputs), layout=layout, call_sizes=list(size[-2:]), **options
+        )
+    for extern, options in externs:
+        choices.append(extern.bind(list(inputs), layout, **options))
+    result = autotune_select_algorithm(name, choices, list(inputs), layout)
+    return result[0] if isinstance(result, tuple) else result

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 torch.library.define(
-    "grass::select", "(Tensor g, Tensor indices, Tensor? scale, int dim) -> Tensor"
+    "grass::select", "(Tensor g, Tensor indices, Tensor? scale, int dim, int block=1) -> Tensor"
 )
 torch.library.define(
     "grass::selected_mm",
-    "(Tensor a, Tensor b, Tensor indices, Tensor? scale, int dim) -> Tensor",
+    "(Tensor a, Tensor b, Tensor indices, Tensor? scale, int dim, int block=1) -> Tensor",
 )
 
 
@@ -32,16 +32,19 @@ def _scaled(compact: Tensor, scale: Tensor | None, dim: int) -> Tensor:
     return (compact * along(scale, dim, compact.dim())).to(compact.dtype)
 
 
-def select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+def select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1) -> Tensor:
     """PᵀG (``dim`` 0) or GP (``dim`` 1): the rows σ of G along ``dim``, times ρ.
 
-    ``g``: (..., size, ...); ``indices`` σ: (r,) int64; ``scale`` ρ: (r,) or None for ones.
+    ``g``: (..., size, ...); ``indices`` σ: (r,) int64; ``scale`` ρ: (r,) or None. ``block``
+    B promises that σ comes in runs of B, each beginning at a multiple of B; it changes no number.
     Equations 2 and 3 of docs/method.md.
     """
     return _scaled(g.index_select(dim, indices), scale, dim)
 
 
-def selected_mm(a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+def selected_mm(
+    a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
+) -> Tensor:
     """``select(a @ b, indices, scale, dim)`` in 2brn FLOPs: only the selected part is multiplied.
 
     ``a``: (m, b), ``b``: (b, n). For a weight gradient DᵀX, ``a`` is the transposed view of D: the
@@ -60,14 +63,16 @@ torch.library.impl("grass::select", "CompositeExplicitAutograd", func=select)
 torch.library.impl("grass::selected_mm", "CompositeExplicitAutograd", func=selected_mm)
 
 
-def _fake_select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+def _fake_select(
+    g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
+) -> Tensor:
     shape = list(g.shape)
     shape[dim] = indices.shape[0]
     return g.new_empty(shape)
 
 
 def _fake_selected_mm(
-    a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int
+    a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
 ) -> Tensor:
     torch._check(
         a.dim() == 2 and b.dim() == 2 and dim in (0, 1),

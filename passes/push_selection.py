@@ -55,8 +55,8 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
     """
     result = PushResult()
     for select in graph.find_nodes(op="call_function", target=SELECT):
-        g, indices, scale, dim = select.args
-        push = _Push(graph, select, indices, scale)
+        g, indices, scale, dim, *block = select.args
+        push = _Push(graph, select, indices, scale, block)
         new = push.below(g, dim, select)
         if push.stops:
             result.stopped[indices] = "; ".join(push.stops)
@@ -81,8 +81,11 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
 class _Push:
     """One selection on its way down."""
 
-    def __init__(self, graph: fx.Graph, select: fx.Node, indices: Any, scale: Any) -> None:
+    def __init__(
+        self, graph: fx.Graph, select: fx.Node, indices: Any, scale: Any, block: list[Any]
+    ) -> None:
         self.graph, self.select, self.indices, self.scale = graph, select, indices, scale
+        self.block = block  # empty, or the one argument after ``dim``
         self.stops: list[str] = []
 
     def below(self, node: Any, dim: int, user: fx.Node) -> fx.Node | None:
@@ -106,7 +109,7 @@ class _Push:
         below = self.below(node, dim, user)
         if below is not None:
             return below
-        return self.call(SELECT, node, self.indices, self.scale, dim)
+        return self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the selection, with its value and the old one's origin."""
@@ -138,7 +141,7 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
 @_rule(aten.mm.default)
 def _mm(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     """select(a @ b) = selected_mm(a, b): what all of this is for."""
-    return push.call(SELECTED_MM, *node.args, push.indices, push.scale, dim)
+    return push.call(SELECTED_MM, *node.args, push.indices, push.scale, dim, *push.block)
 
 
 @_rule(aten.bmm.default)
@@ -148,7 +151,7 @@ def _bmm_of_one(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     if node.meta["val"].shape[0] != 1 or dim == 0:
         raise _Stop("bmm over a batch")
     a, b = push.call(aten.squeeze.dim, a, 0), push.call(aten.squeeze.dim, b, 0)
-    compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1)
+    compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1, *push.block)
     return push.call(aten.unsqueeze.default, compact, 0)
 
 

@@ -27,15 +27,17 @@ class Tap(torch.autograd.Function):
         indices: Tensor,
         scale: Tensor | None,
         dim: int,
+        *block: int,
     ) -> Tensor:
         ctx.save_for_backward(indices, scale)
-        ctx.dim = dim
+        ctx.dim, ctx.block = dim, block
         return w.view_as(w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         indices, scale = ctx.saved_tensors
-        return None, SELECT(g, indices, scale, ctx.dim), None, None, None, None
+        compact = SELECT(g, indices, scale, ctx.dim, *ctx.block)
+        return None, compact, *(None,) * (4 + len(ctx.block))
 
 
 class ScoringTap(Tap):
@@ -121,7 +123,8 @@ def tap_weights_pass(
                 mark_added_placeholder(last)
                 fresh[role] = last
                 extra.append(example)
-            taps.append((w, (*fresh.values(), weight.spec.dim)))
+            block = (weight.spec.block,) if weight.spec.block > 1 else ()
+            taps.append((w, (*fresh.values(), weight.spec.dim, *block)))
     body = last.next
     for w, operands in taps:
         with graph.inserting_before(body):

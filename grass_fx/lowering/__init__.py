@@ -1,17 +1,22 @@
-"""How Inductor lowers the operators of ``grass_fx.ops``: gather, then its own matmul.
+"""How Inductor lowers the operators of ``grass_fx.ops``.
 
-The gather is an ordinary indexing node, which Inductor may fuse with whatever makes its input; the
-product goes wherever Inductor sends products of its shape.
+    selected_mm.py        which kernel computes a selected product, and its configurations
+    selected_mm.py.jinja  the Triton kernel: gather, product and whatever Inductor fuses after it
+
+``select`` is an ordinary indexing node, which Inductor may fuse with whatever makes its input.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from grass_fx._torch_compat import register_inductor_lowering
+from grass_fx import _torch_compat as compat
+from grass_fx.lowering import selected_mm as rule
 from grass_fx.ops import SELECT, SELECTED_MM
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -20,24 +25,87 @@ aten, prims = torch.ops.aten, torch.ops.prims
 @cache
 def register() -> None:
     """Register the lowerings, once per process; called before the first compilation."""
-    register_inductor_lowering(SELECT, _select)
-    register_inductor_lowering(SELECTED_MM, _selected_mm)
+    compat.register_inductor_lowering(SELECT, _select)
+    compat.register_inductor_lowering(SELECTED_MM, _selected_mm)
 
 
-def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int) -> Any:
+def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:
     index = [None] * len(g.get_size())
     index[dim] = indices
     return _scaled(call, call(aten.index.Tensor, g, index), scale, dim)
 
 
-def _selected_mm(call: Any, a: Any, b: Any, indices: Any, scale: Any, dim: int) -> Any:
+def _selected_mm(
+    call: Any, a: Any, b: Any, indices: Any, scale: Any, dim: int, block: int = 1
+) -> Any:
+    product = None
+    if a.get_device().type == "cuda":
+        product = _by_kernel(call, a, b, indices, dim, block)
+    if product is None:
+        product = _gathered(call, a, b, indices, dim)
+    return _scaled(call, product, scale, dim)
+
+
+def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
+    """Gather, then Inductor's own matmul: the gather fuses with what makes its input."""
     if dim == 0:
         # Gathered through the transposed view: each run of D is read where it lies.
         columns = call(aten.index.Tensor, call(aten.permute.default, a, [1, 0]), [None, indices])
         a = call(aten.permute.default, columns, [1, 0])
     else:
         b = call(aten.index.Tensor, b, [None, indices])
-    return _scaled(call, call(aten.mm.default, a, b), scale, dim)
+    return call(aten.mm.default, a, b)
+
+
+def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:
+    """The product by the Triton kernel, or by the faster way if Inductor measures; None if not."""
+    dtype = a.get_dtype()
+    tunes = compat.tuning_everything()
+    # A matrix that is in no memory yet will be written row by row.
+    stride = compat.known_stride(a if dim == 0 else b, dim) or 1
+    if not (tunes and dtype.itemsize <= 4) and not rule.takes_template(dtype, stride, block):
+        return None
+    inputs = compat.realized(a, b, indices)
+    a, b, indices = inputs
+    laid_out = compat.known_stride(a if dim == 0 else b, dim)
+    r, k = indices.get_size()[0], a.get_size()[1]
+    size = [r, b.get_size()[1]] if dim == 0 else [a.get_size()[0], r]
+    m, n, length = (compat.size_hint(each) for each in (*size, k))
+    tiles = rule.TILES if tunes else [rule.best_tile(m, n)]
+    steps = length // tiles[0].k(dtype.itemsize)
+    processors = torch.cuda.get_device_properties(a.get_device()).multi_processor_count
+    split = rule.split_of(m, n, steps, tiles[0], processors)
+    run = rule.run_length(block, laid_out, dtype.itemsize)
+    template = compat.triton_template("grass_selected_mm", _source())
+    choices = []
+    for tile in tiles:
+        even = {
+            "EVEN_M": compat.is_multiple(size[0], tile.m),
+            "EVEN_N": compat.is_multiple(size[1], tile.n),
+            "EVEN_K": compat.is_multiple(k, tile.k(dtype.itemsize)),
+        }  # dimensions that need no mask
+        given = {"DIM": dim, "RUN": run, "SPLIT_K": split, **even}
+        choices.append((template, rule.options_of(tile, dtype.itemsize, **given)))
+    if split > 1:
+        parts = compat.choose_kernel(
+            "grass_selected_mm", inputs, [split, *size], torch.float32, choices
+        )
+        total = call(aten.sum.dim_IntList, parts, [0])
+        return call(prims.convert_element_type.default, total, dtype)
+    extern = [(compat.extern_kernel(gather_then_mm), {"dim": dim})] if tunes else []
+    return compat.choose_kernel("grass_selected_mm", inputs, size, dtype, choices, extern)
+
+
+def gather_then_mm(a: Tensor, b: Tensor, indices: Tensor, *, dim: int, out: Tensor) -> Tensor:
+    """The other choice when Inductor measures: a gather, and the vendor's GEMM."""
+    if dim == 0:
+        return torch.mm(a.t().index_select(1, indices).t(), b, out=out)
+    return torch.mm(a, b.index_select(1, indices), out=out)
+
+
+@cache
+def _source() -> str:
+    return Path(__file__).with_name("selected_mm.py.jinja").read_text(encoding="utf-8")
 
 
 def _scaled(call: Any, compact: Any, scale: Any, dim: int) -> Any:

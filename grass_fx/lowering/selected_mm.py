@@ -1,0 +1,92 @@
+"""How ``grass::selected_mm`` is computed: gather then the vendor's GEMM, or one Triton kernel.
+
+The kernel (selected_mm.py.jinja) gathers rows of A or columns of B while it loads its tiles, so the
+gathered matrix is never written. Whether that pays depends on how the gathered elements lie in
+memory, see :func:`takes_template`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SIXTEEN_BYTES = 16
+"""What one load instruction of a GPU thread moves at most."""
+
+MAX_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A configuration of the kernel."""
+
+    m: int
+    n: int
+    stages: int
+    warps: int
+
+    def k(self, itemsize: int) -> int:
+        """BLOCK_K: 128 bytes of each row, so that a tile takes the same memory in every dtype."""
+        return 128 // itemsize
+
+
+# The large tile is what a dense bfloat16 GEMM uses on Hopper; the others fill the chip when the
+# compact matrix is small or thin. Their stages fit into the shared memory of sm_80 (163 KiB).
+LARGE = Tile(128, 128, 4, 8)
+WIDE = Tile(64, 256, 3, 8)
+TALL = Tile(256, 64, 3, 8)
+SMALL = Tile(64, 64, 4, 4)
+TILES = (LARGE, WIDE, TALL, SMALL)
+
+
+def takes_template(dtype: torch.dtype, stride: int | None, block: int) -> bool:
+    """Whether the Triton kernel is taken without autotuning.
+
+    It is if the gathered elements can be loaded in runs of 16 bytes: the gathered dimension is not
+    the contiguous one (then each selected row or column is one run), or blocks of rows make runs
+    along it. Single 2-byte elements, gathered anew for every tile, cost more than one gather that
+    writes them out for a GEMM to read. ``stride``: of the gathered dimension, in elements; None if
+    it is not known.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False  # without tensor cores the vendor's GEMM has no equal
+    run = run_length(block, stride, dtype.itemsize)
+    return stride not in (None, 1) or run * dtype.itemsize == SIXTEEN_BYTES
+
+
+def run_length(block: int, stride: int | None, itemsize: int) -> int:
+    """How many consecutive gathered elements the kernel may load as one: a power of two."""
+    run = block & -block
+    return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
+
+
+def best_tile(m: int, n: int) -> Tile:
+    """The configuration that is taken without autotuning for an (m, n) compact gradient."""
+    if m <= 64 and n <= 64:
+        return SMALL
+    if m <= 64:
+        return WIDE
+    return TALL if n <= 64 else LARGE
+
+
+def split_of(m: int, n: int, steps: int, tile: Tile, processors: int) -> int:
+    """In how many parts the ``steps`` along K are cut: as many as find a free multiprocessor.
+
+    A part keeps at least eight steps of the loop, so that its pipeline is worth filling.
+    """
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    split = 1
+    while split * 2 <= min(MAX_SPLIT, steps // 8) and tiles * split * 2 <= processors:
+        split *= 2
+    return split
+
+
+def options_of(tile: Tile, itemsize: int, **given: Any) -> dict[str, Any]:
+    """The arguments of the template."""
+    return {
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k(itemsize), "GROUP_M": 8,
+        "num_stages": tile.stages, "num_warps": tile.warps,
+        "ALLOW_TF32": torch.get_float32_matmul_precision() != "highest", **given,
+    }  # fmt: skip

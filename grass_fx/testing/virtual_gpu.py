@@ -1,0 +1,358 @@
+"""Inductor's code for a GPU, generated, compiled and checked on a machine that has none.
+
+Fake CUDA tensors and a device interface that answers as an H100 let Inductor generate its module;
+Triton compiles each kernel of it for sm_80 and sm_90, since only launching needs a driver; and
+Triton's interpreter runs kernels on the CPU (bfloat16 excepted: triton 3.7.1 gets it wrong there).
+
+For tests. It patches torch for the time of a ``with`` block, which nothing else here may do, and
+needs ``triton`` installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+import subprocess
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._dynamo.device_interface as device_interface
+from torch import fx
+from torch._inductor import config
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.select_algorithm import AlgorithmSelectorCache
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._triton import has_triton
+
+from grass_fx import lowering
+from grass_fx._torch_compat import compile_aot_eager
+from grass_fx.config import GrassConfig
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.runtime import GrassCallable
+
+H100 = types.SimpleNamespace(
+    name="virtual H100", gcnArchName="", major=9, minor=0, multi_processor_count=132,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    warp_size=32, total_memory=80 << 30, shared_memory_per_block_optin=232448, clock_rate=1980000,
+    shared_memory_per_multiprocessor=233472, L2_cache_size=50 << 20,
+)  # fmt: skip
+
+SHARED_MEMORY = {80: 166912, 90: 232448}
+"""What a block of threads may use at most, in bytes, by compute capability."""
+
+
+def _named_target() -> Any:
+    """A Triton driver that knows its target and can launch nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class NamedTarget(DriverBase):
+        def __init__(self) -> None:
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device=0: 0
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cuda", 0)
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError("a virtual GPU measures nothing")
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+    return NamedTarget()
+
+
+@contextlib.contextmanager
+def virtual_gpu(props: Any = H100) -> Iterator[list[str]]:
+    """Inside, torch believes in one CUDA device; of several choices the first is the fastest.
+
+    Yields the list that receives the names of all choices that are measured.
+    """
+    import triton
+
+    cuda, worker = device_interface.CudaInterface, device_interface.CudaInterface.Worker
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def always(value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: value
+
+    def in_order(cls: Any, choices: Sequence[Any], *args: Any, **kwargs: Any) -> dict[Any, float]:
+        measured.extend(choice.name for choice in choices)
+        return {choice: 1.0 + k for k, choice in enumerate(choices)}
+
+    measured: list[str] = []
+
+    patches = [
+        (torch.cuda, "is_available", always(True)), (torch.cuda, "device_count", always(1)),
+        (torch.cuda, "current_device", always(0)), (torch.cuda, "_lazy_init", always(None)),
+        (torch.cuda, "get_device_properties", always(props)),
+        (torch.cuda, "get_device_capability", always((props.major, props.minor))),
+        (torch.cuda, "get_device_name", always(props.name)),
+        (torch.cuda, "is_bf16_supported", always(True)), (torch.cuda, "synchronize", always(None)),
+        (torch.cuda, "device", nothing), (torch.cuda, "_DeviceGuard", nothing),
+        (torch.version, "cuda", "12.8"),
+        (worker, "get_device_properties", staticmethod(always(props))),
+        (cuda, "get_device_properties", staticmethod(always(props))),
+        (cuda, "current_device", staticmethod(always(0))),
+        (cuda, "is_available", staticmethod(always(True))),
+        (cuda, "get_compute_capability", staticmethod(always(10 * props.major + props.minor))),
+        (cuda, "device", nothing), (cuda, "synchronize", staticmethod(always(None))),
+        (AlgorithmSelectorCache, "benchmark_in_current_process", classmethod(in_order)),
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        raw_stream = mock.patch.object(
+            torch._C, "_cuda_getCurrentRawStream", always(0), create=True
+        )
+        stack.enter_context(raw_stream)
+        triton.runtime.driver.set_active(_named_target())
+        has_triton.cache_clear()  # the answer may have been found without a GPU
+        stack.callback(has_triton.cache_clear)
+        yield measured
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One Triton kernel of a generated module."""
+
+    name: str
+    source: str
+    """A python module that defines it, by plain ``@triton.jit``."""
+    signature: Mapping[str, str]
+    warps: int
+    stages: int
+
+    @property
+    def is_template(self) -> bool:
+        """Whether it comes from a template, not from Inductor's own code generation."""
+        return self.name.startswith("triton_tem")
+
+    def save(self, folder: Path) -> Path:
+        """The module as a file, which the interpreter's process can import."""
+        path = folder / f"{self.name}.py"
+        path.write_text(self.source, encoding="utf-8")
+        return path
+
+    def load(self, folder: Path) -> Any:
+        """The ``triton.jit`` function."""
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location(self.name, self.save(folder))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, self.name)
+
+
+@dataclass(frozen=True)
+class Module:
+    """What Inductor generated for one graph."""
+
+    code: str
+    measured: Sequence[str] = ()
+    """The choices that autotuning compared."""
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The Triton kernels, in the order of the code."""
+        found = re.findall(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", self.code, re.S)
+        return [kernel_of(name, body) for name, body in found]
+
+    @property
+    def buffers(self) -> list[tuple[str, ...]]:
+        """Shapes of everything the module allocates, dimensions as text (symbols among them)."""
+        shapes = re.findall(r"empty_strided(?:_cuda)?\(\((.*?)\), \(", self.code)
+        return [tuple(d.strip() for d in shape.split(",") if d.strip()) for shape in shapes]
+
+    @property
+    def extern_calls(self) -> list[str]:
+        """Calls of library kernels, such as ``mm``."""
+        return re.findall(r"^\s+extern_kernels\.(\w+)\(", self.code, re.M)
+
+
+def kernel_of(name: str, body: str) -> Kernel:
+    """A kernel from the text that ``async_compile.triton`` gets."""
+    meta = body[body.index("triton_meta=") :]
+    signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1))  # type: ignore[union-attr]
+    warps, stages = (
+        int(match.group(1)) if (match := re.search(rf"{key}=(\d+)", body)) else default
+        for key, default in (("num_warps", 4), ("num_stages", 1))
+    )
+    source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", body, flags=re.S)
+    source = source.replace("triton_helpers.set_driver_to_gpu()\n", "")
+    return Kernel(name, source, signature, warps, stages)
+
+
+Like = torch.Tensor | tuple[Sequence[int | str], torch.dtype]
+"""An input: as a tensor, or by (shape, dtype), where a string in a shape is a symbolic size."""
+
+
+def fake_inputs(
+    likes: Sequence[Like], hint: int = 8192
+) -> tuple[FakeTensorMode, list[torch.Tensor]]:
+    """Fake CUDA tensors."""
+    env = ShapeEnv()
+    fake = FakeTensorMode(shape_env=env)
+    symbols: dict[str, Any] = {}
+
+    def size(each: int | str) -> Any:
+        if isinstance(each, int):
+            return each
+        if each not in symbols:
+            from torch._dynamo.source import ConstantSource
+
+            symbol = env.create_symbol(
+                hint, ConstantSource(each), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            symbols[each] = env.create_symintnode(symbol, hint=hint)
+        return symbols[each]
+
+    tensors = []
+    with fake:
+        for like in likes:
+            if isinstance(like, torch.Tensor):
+                strides = like.stride()
+                made = torch.empty_strided(like.shape, strides, device="cuda", dtype=like.dtype)
+            else:
+                made = torch.empty([size(d) for d in like[0]], device="cuda", dtype=like[1])
+            tensors.append(made)
+    return fake, tensors
+
+
+def generate(
+    function: Callable[..., Any],
+    likes: Sequence[Like],
+    max_autotune: bool = False,
+    hint: int = 8192,
+) -> Module:
+    """The module that Inductor generates for ``function`` of CUDA tensors."""
+    patches = {
+        "max_autotune": max_autotune,
+        "compile_threads": 1,
+        "benchmark_epilogue_fusion": False,
+        "force_disable_caches": True,  # nothing of a GPU that is none may be found later
+    }
+    with virtual_gpu() as measured:
+        lowering.register()
+        fake, inputs = fake_inputs(likes, hint)
+        with fake:
+            if isinstance(function, fx.GraphModule):
+                function = fx.Interpreter(function).run
+            gm = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+        graph = GraphLowering(gm, example_inputs=inputs, shape_env=fake.shape_env)
+        debug = V.set_debug_handler(DebugContext())
+        with V.set_fake_mode(fake), config.patch(patches), V.set_graph_handler(graph), debug:
+            graph.run(*inputs)
+            code: Any = graph.codegen()[0]
+    return Module(getattr(code, "value", code), measured)
+
+
+@dataclass
+class Backward:
+    """The backward graph of a tapped model, with what it was called with and returned, on a CPU."""
+
+    graph: fx.GraphModule
+    inputs: list[Any]
+    outputs: list[torch.Tensor]
+    weights: list[tuple[int, ...]]
+    """Shapes of the taken weights."""
+
+
+def tapped_backward(model: torch.nn.Module, x: torch.Tensor, **options: Any) -> Backward:
+    """Compile ``model`` for training as the backend does, but for the CPU, and run it backwards."""
+    graph_config, seen = (
+        GrassConfig.from_options(options),
+        Backward(fx.GraphModule({}, fx.Graph()), [], [], []),
+    )
+
+    def on_backward(graph: fx.GraphModule) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            seen.graph, seen.inputs = graph, [a.clone() for a in args]
+            outputs = graph(*args)
+            seen.outputs = [o for o in outputs if o is not None]
+            return outputs
+
+        return run
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = find_linear_weights_pass(gm, inputs, config=graph_config)
+        seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
+        tapped, extended = tap_weights_pass(gm, inputs, found.taken)
+        passes = GrassPasses(PushReport(), {})
+        compiled = compile_aot_eager(tapped, extended, passes, on_backward)
+        return GrassCallable(found, PushReport(), compiled, None)
+
+    torch.compile(model, backend=backend)(x).sum().backward()
+    return seen
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one compute capability."""
+
+    ptx: str
+    shared: int
+    """Shared memory of a block of threads, in bytes."""
+    spilled: int
+    """Bytes of registers that are spilled to memory, stores and loads together."""
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether products run on tensor cores."""
+        return "wgmma" in self.ptx or "mma.sync" in self.ptx
+
+
+def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
+    """Triton's compilation for sm_80 or sm_90, and what ptxas says about it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {"XBLOCK": 256, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
+    constexprs = {k: constants[k] for k, ty in kernel.signature.items() if ty == "constexpr"}
+    signature = dict(kernel.signature)
+    # As torch's launcher knows it: every buffer begins at a multiple of 16 bytes.
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(k,): aligned for k, ty in enumerate(signature.values()) if ty[0] == "*"}
+    with tempfile.TemporaryDirectory() as folder:
+        source = ASTSource(kernel.load(Path(folder)), signature, constexprs, attributes)
+        out = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": kernel.warps, "num_stages": kernel.stages},
+        )
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(out.asm["ptx"], encoding="utf-8")
+        arch = re.search(r"\.target (sm_\w+)", out.asm["ptx"]).group(1)  # type: ignore[union-attr]
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        report = subprocess.run(
+            [str(ptxas), "-v", f"-arch={arch}", str(ptx), "-o", str(Path(folder, "cubin"))],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return Compiled(out.asm["ptx"], out.metadata.shared, spilled)

@@ -1,0 +1,223 @@
+"""The code that Inductor generates for a GPU, on a virtual one: what it allocates and launches,
+what Triton makes of it, and its numbers in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import nn
+
+from grass_fx.lowering import selected_mm as rule
+from grass_fx.ops import SELECTED_MM
+
+pytest.importorskip("triton")
+from grass_fx.testing.interpret import interpret
+from grass_fx.testing.virtual_gpu import SHARED_MEMORY, compile_kernel, generate, tapped_backward
+
+B, M, N, R = 8192, 4096, 4096, 512  # 128 large tiles: the chip is full without cutting B
+HALF = (torch.float16, torch.bfloat16)
+
+
+def product(dim, block=1, scaled=False):
+    def run(d, x, indices, *scale):
+        return SELECTED_MM(d.t(), x, indices, scale[0] if scaled else None, dim, block)
+
+    return run
+
+
+def likes(dtype, b=B, m=M, n=N, r=R, scaled=False):
+    scale = [((r,), torch.float32)] if scaled else []
+    return [((b, m), dtype), ((b, n), dtype), ((r,), torch.int64), *scale]
+
+
+def assert_fits(kernel):
+    """Triton compiles the kernel without spilling, into the shared memory there is."""
+    for capability in (80, 90):
+        compiled = compile_kernel(kernel, capability)
+        assert compiled.spilled == 0
+        assert compiled.shared <= SHARED_MEMORY[capability]
+        yield capability, compiled
+
+
+@pytest.mark.parametrize("b", [B, "b"], ids=["static", "symbolic"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", HALF)
+def test_blocks_of_eight_become_one_kernel_with_vector_loads(dtype, dim, b):
+    module = generate(product(dim, block=8, scaled=True), likes(dtype, b, scaled=True))
+    (kernel,) = module.kernels  # gather, product and ρ
+    assert kernel.is_template and "grass::selected_mm" in kernel.source
+    assert module.extern_calls == []
+    assert module.buffers == [(str(R), str(N)) if dim == 0 else (str(M), str(R))]
+    for capability, compiled in assert_fits(kernel):
+        assert compiled.tensor_cores and ("wgmma" in compiled.ptx) == (capability == 90)
+        # Both operands by 16 bytes: no smaller asynchronous copy, and no plain load of them.
+        assert "cp.async.cg.shared.global" in compiled.ptx
+        assert "cp.async.ca.shared.global" not in compiled.ptx
+        assert "ld.global.b16" not in compiled.ptx
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "block"),
+    [(torch.float16, 1), (torch.bfloat16, 4), (torch.float32, 8)],
+    ids=["single rows", "short runs", "float32"],
+)
+def test_where_runs_are_short_the_rows_are_gathered_for_the_vendors_gemm(dtype, block, dim):
+    module = generate(product(dim, block), likes(dtype))
+    assert [kernel.is_template for kernel in module.kernels] == [False]
+    assert module.extern_calls == ["mm"]
+    gathered = (str(B), str(R))
+    assert module.buffers == [gathered, (str(R), str(N)) if dim == 0 else (str(M), str(R))]
+
+
+def test_the_gather_is_fused_with_what_makes_its_input():
+    def run(d, x, indices):
+        return SELECTED_MM((d * 2).relu().t(), x, indices, None, 0)
+
+    module = generate(run, likes(torch.bfloat16))
+    assert len(module.kernels) == 1 and module.buffers[0] == (str(B), str(R))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_with_max_autotune_the_kernel_and_the_gather_are_both_measured(dtype):
+    module = generate(product(0), likes(dtype), max_autotune=True)
+    (kernel,) = module.kernels  # the virtual GPU finds the first choice the fastest
+    assert kernel.is_template
+    assert len(module.measured) == len(rule.TILES) + 1
+    assert module.measured[-1] == "grass_gather_then_mm"
+    assert [compiled.tensor_cores for _, compiled in assert_fits(kernel)] == [dtype in HALF] * 2
+
+
+@pytest.mark.parametrize("tile", rule.TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_tile_fits(tile, dtype, monkeypatch):
+    monkeypatch.setattr(rule, "TILES", (tile,))
+    module = generate(product(0, block=8), likes(dtype, m=1000, n=712), max_autotune=True)
+    (kernel,) = [kernel for kernel in module.kernels if kernel.is_template]
+    assert f"BLOCK_M : tl.constexpr = {tile.m}" in kernel.source
+    assert all(compiled.shared > 0 for _, compiled in assert_fits(kernel))
+
+
+def test_a_small_compact_gradient_of_many_tokens_is_cut_along_the_tokens():
+    module = generate(product(0, block=8), likes(torch.bfloat16, m=512, n=256, r=64))
+    first, second = module.kernels
+    assert "SPLIT_K : tl.constexpr = 16" in first.source and not second.is_template
+    assert module.buffers[0] == ("16", "64", "256")
+
+
+def test_offsets_are_64_bits_where_a_tensor_needs_them():
+    small = generate(product(0, block=8), likes(torch.bfloat16))
+    large = generate(product(0, block=8), likes(torch.bfloat16, b=1 << 20, m=4096))
+    for module, width in ((small, 32), (large, 64)):
+        assert f"INDEX_DTYPE : tl.constexpr = tl.int{width}" in module.kernels[0].source
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+SHAPES = {
+    "even": (256, 128, 128, 64), "odd": (200, 72, 130, 24), "one row more": (65, 136, 129, 72),
+    "split": (4096, 64, 64, 64),
+}  # fmt: skip
+CASES = [
+    (dtype, dim, block, shape)
+    for dtype in (torch.float16, torch.float32)
+    for dim in (0, 1)
+    for block in (1, 8)
+    for shape in SHAPES
+]
+
+
+def case(dtype, dim, block, shape):
+    """(module, inputs, expected in float64)."""
+    b, m, n, r = SHAPES[shape]
+    n = 136 if dim == 1 and n % 8 else n  # the gathered dimension is a multiple of the block
+    symbolic = "b" if shape == "odd" else b
+    scaled = shape != "even"
+    gen = torch.Generator().manual_seed(b)
+    inputs = [torch.randn(b, k, generator=gen).to(dtype) for k in (m, n)]
+    units = torch.randperm((m, n)[dim] // block, generator=gen)[: r // block].sort().values
+    inputs.append((units[:, None] * block + torch.arange(block)).flatten())
+    if scaled:
+        inputs.append(torch.rand(r, generator=gen) + 0.5)
+    given = likes(dtype, symbolic, m, n, r, scaled)
+    module = generate(product(dim, block, scaled), given, max_autotune=True, hint=b)
+    want = (inputs[0].double().t() @ inputs[1].double()).index_select(dim, inputs[2])
+    if scaled:
+        want = want * (inputs[3][:, None] if dim == 0 else inputs[3])
+    return module, inputs, want
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    cases = [case(*each) for each in CASES]
+    outputs = interpret([(module.code, inputs) for module, inputs, _ in cases])
+    return {
+        each: (module, got[0], want)
+        for each, (module, _, want), got in zip(CASES, cases, outputs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("each", CASES, ids=str)
+def test_the_kernels_numbers_are_those_of_float64(interpreted, each):
+    module, got, want = interpreted[each]
+    dtype = each[0]
+    assert module.kernels[0].is_template and module.extern_calls == []
+    assert got.dtype == dtype and got.shape == want.shape
+    error = (got.double() - want).norm() / want.norm()
+    assert error < (2e-3 if dtype == torch.float16 else 1e-5)
+
+
+# --- a whole backward -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_whole_backward_forms_no_full_gradient(dtype, side, block):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(72, 136), nn.ReLU(), nn.Linear(136, 40)).to(dtype)
+    x = torch.randn(3, 50, 72).to(dtype)
+    backward = tapped_backward(model, x, rank=16, block=block, side=side)
+    module = generate(backward.graph, backward.inputs)
+    assert backward.weights == [(136, 72), (40, 136)]
+    shapes = {tuple(map(str, shape)) for shape in backward.weights}
+    assert shapes.isdisjoint(module.buffers)
+    templates = [kernel for kernel in module.kernels if kernel.is_template]
+    assert len(templates) == (2 if block == 8 and dtype == torch.float16 else 0)
+    assert len(templates) + module.extern_calls.count("mm") == 3  # and one for the hidden layer
+    (outputs,) = interpret([(module.code, backward.inputs)])
+    outputs = [output for output in outputs if output is not None]
+    assert len(outputs) == len(backward.outputs) == 4
+    for got, want in zip(outputs, backward.outputs, strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < (2e-3 if dtype == torch.float16 else 1e-5)
+    for kernel in templates:
+        assert all(compiled.tensor_cores for _, compiled in assert_fits(kernel))
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stride", "block", "taken", "run"),
+    [
+        (torch.bfloat16, 1, 1, False, 1), (torch.bfloat16, 1, 4, False, 4),
+        (torch.bfloat16, 1, 8, True, 8), (torch.bfloat16, 1, 16, True, 8),
+        (torch.bfloat16, 1, 24, True, 8), (torch.bfloat16, 1, 12, False, 4),
+        (torch.float16, 4096, 1, True, 1), (torch.float16, None, 8, False, 1),
+        (torch.float32, 1, 8, False, 4), (torch.float64, 7, 8, False, 1),
+    ],
+)  # fmt: skip
+def test_the_kernel_is_taken_where_runs_of_16_bytes_can_be_loaded(dtype, stride, block, taken, run):
+    assert rule.takes_template(dtype, stride, block) is taken
+    assert rule.run_length(block, stride, dtype.itemsize) == run
+
+
+def test_tiles_follow_the_shape_and_parts_fill_the_chip():
+    assert rule.best_tile(512, 4096) is rule.LARGE
+    assert rule.best_tile(64, 4096) is rule.WIDE
+    assert rule.best_tile(4096, 32) is rule.TALL
+    assert rule.best_tile(64, 64) is rule.SMALL
+    assert rule.split_of(512, 4096, 128, rule.LARGE, 132) == 1  # 128 tiles
+    assert rule.split_of(512, 1024, 128, rule.LARGE, 132) == 4  # 32 tiles
+    assert rule.split_of(64, 64, 128, rule.SMALL, 132) == 16
+    assert rule.split_of(64, 64, 16, rule.SMALL, 132) == 2  # eight steps of the loop each
+    assert rule.split_of(64, 64, 4, rule.SMALL, 132) == 1
