@@ -60,8 +60,12 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def mark_added_placeholder(node: fx.Node) -> None:
-    """A placeholder of ours has no source in the user's frame."""
+    """A placeholder of ours has no source in the user's frame, and a value of one address.
+
+    CUDA graphs read such an input where it lies, as they do parameters, instead of copying it.
+    """
     node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def parameter_name(node: fx.Node) -> str:

@@ -26,6 +26,8 @@ class _Delivery:
     subspaces: Sequence[Subspace]
     selections: Sequence[Selection]
     with_scores: bool
+    stored: dict[Any, list[Tensor]]
+    """The graph's proxies: weights that are alike share one, and every call uses it again."""
 
 
 class DeliverGradients(torch.autograd.Function):
@@ -39,14 +41,12 @@ class DeliverGradients(torch.autograd.Function):
     def forward(ctx: Any, delivery: _Delivery, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
-        # Weights that are alike share what a proxy stores: an alias costs less than a new tensor.
-        stored: dict[Any, list[Tensor]] = {}
         made: list[list[Tensor]] = []
         for weight, w in zip(delivery.weights, weights, strict=True):
             alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
-            if alike not in stored:
-                stored[alike] = proxies(weight, w, delivery.with_scores)
-            made.append([proxy.detach() for proxy in stored[alike]])
+            if alike not in delivery.stored:
+                delivery.stored[alike] = proxies(weight, w, delivery.with_scores)
+            made.append([proxy.detach() for proxy in delivery.stored[alike]])
         return tuple(proxy for role in zip(*made, strict=True) for proxy in role)
 
     @staticmethod
@@ -89,6 +89,7 @@ class GrassCallable:
     ) -> None:
         self.found, self.report = found, report
         self.regular, self.scoring = regular, scoring
+        self._stored: dict[Any, list[Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
         weights = self.found.taken
@@ -97,16 +98,16 @@ class GrassCallable:
             registry.demand(param, weight.spec, weight.name)
             for param, weight in zip(params, weights, strict=True)
         ]
-        selections = [s.selection_on(p.device) for s, p in zip(subspaces, params, strict=True)]
-        delivery = _Delivery(weights, subspaces, selections, self.scoring is not None)
+        inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
+        selections = [s.selection for s in subspaces]
+        with_scores = self.scoring is not None
+        delivery = _Delivery(weights, subspaces, selections, with_scores, self._stored)
         made = DeliverGradients.apply(delivery, *params)
         count = len(weights)
         extra: list[Tensor] = []
-        for k, selection in enumerate(selections):
+        for k, given in enumerate(inputs):
             extra.extend(made[k::count])
-            extra.append(selection.indices)
-            if selection.scale is not None:
-                extra.append(selection.scale)
+            extra.extend(given)
         if self.scoring is not None and any(s.scoring_due for s in subspaces):
             return self.scoring(*args, *extra)
         return self.regular(*args, *extra)

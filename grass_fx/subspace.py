@@ -82,6 +82,8 @@ class Subspace:
         units = spec.size // spec.block
         # An exhausted walk: the first draw starts the first permutation.
         self._order, self._position = torch.arange(units), units
+        self._inputs: list[Tensor] = []
+        self._given: Selection | None = None  # what the inputs of graphs hold
         self.selection = Selection(torch.empty(0), None, spec.dim, -1, name)
         self._set(*self._draw(), device)
 
@@ -124,6 +126,25 @@ class Subspace:
         """The current selection, on the device the weight lives on now."""
         self.selection = self.selection.to(device)
         return self.selection
+
+    def graph_inputs(self, device: torch.device) -> list[Tensor]:
+        """σ and, with replacement, ρ for a graph: the selection in tensors of one address.
+
+        They change in place with the selection, so that CUDA graphs need not copy them. A gradient
+        is labelled with the selection itself, which never changes. The version counters stay: a
+        backward that comes too late is to meet our error, which names the weight.
+        """
+        selection = self.selection_on(device)
+        if self._given is selection:
+            return self._inputs
+        current = [t for t in (selection.indices, selection.scale) if t is not None]
+        if self._given is None or self._inputs[0].device != device:
+            self._inputs = [t.clone() for t in current]
+        else:
+            for tensor, value in zip(self._inputs, current, strict=True):
+                tensor.data.copy_(value)
+        self._given = selection
+        return self._inputs
 
     def _stream(self) -> torch.Generator:
         return rules.stream(self.spec.seed, self.key, self.period)

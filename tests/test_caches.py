@@ -1,0 +1,95 @@
+"""Nothing is compiled twice, and what CUDA graphs need of the added inputs: addresses that stay."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import grass_fx
+from grass_fx.gradient import CompactGrad
+from grass_fx.subspace import registry
+from helpers import Captured, mlp
+
+
+def train(compiled, optimizer, steps, batch=5):
+    for step in range(steps):
+        optimizer.zero_grad()
+        size = batch(step) if callable(batch) else batch
+        compiled(torch.randn(size, 8)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["cyclic", "uniform with replacement", "top"])
+def test_twenty_steps_with_refreshes_compile_one_graph(rule):
+    model = mlp(8, 12, 6)
+    options = {"selection": rule.split()[0], "replacement": "with" in rule}
+    backend = Captured(rank=2, refresh_every=3, **options)
+    optimizer = grass_fx.AdamW(model.parameters())
+    counters.clear()
+    train(torch.compile(model, backend=backend), optimizer, 20)
+    assert len(backend.graphs) == 1 and counters["stats"]["unique_graphs"] == 1
+    assert registry.get(model[0].weight).selection.generation >= 6
+
+
+def test_a_dynamic_batch_size_compiles_once(compiler):
+    model = mlp(8, 12, 6)
+    backend = Captured(rank=2, refresh_every=3, compiler=compiler)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    train(compiled, grass_fx.AdamW(model.parameters()), 8, batch=lambda step: 5 + step)
+    assert len(backend.graphs) == 1
+    twin, x = copy.deepcopy(model), torch.randn(21, 8)
+    model.zero_grad()
+    compiled(x).square().mean().backward()
+    twin(x).square().mean().backward()
+    grad = model[0].weight.grad
+    assert isinstance(grad, CompactGrad) and len(backend.graphs) == 1
+    torch.testing.assert_close(grad.compact, grad.subspace.project(twin[0].weight.grad))
+
+
+@pytest.mark.parametrize("rule", ["cyclic", "top", "uniform with replacement"])
+def test_the_added_inputs_keep_their_addresses(rule):
+    """Through refreshes, and the selection that labels a gradient is another tensor."""
+    model, seen = mlp(8, 12, 12, 6), []
+    options = {"selection": rule.split()[0], "replacement": "with" in rule}
+    backend = Captured(rank=2, refresh_every=2, **options)
+    compiled = torch.compile(model, backend=backend)
+    optimizer = grass_fx.AdamW(model.parameters())
+    for _ in range(6):
+        optimizer.zero_grad()
+        compiled(torch.randn(5, 8)).square().mean().backward()
+        graph = backend.only
+        made = [proxy for stored in graph._stored.values() for proxy in stored]
+        subspace = registry.get(model[0].weight)
+        given = subspace.graph_inputs(torch.device("cpu"))
+        seen.append(tuple(t.data_ptr() for t in (*made, *given)))
+        label = model[0].weight.grad.subspace
+        assert torch.equal(given[0], label.indices) and given[0] is not label.indices
+        if label.scale is not None:
+            assert torch.equal(given[1], label.scale)
+        optimizer.step()
+    assert len(set(seen)) == 1 and subspace.selection.generation > 1
+
+
+class StaticInputs(CustomGraphPass):
+    """Notes which inputs AOTAutograd takes for static."""
+
+    def __call__(self, graph):
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        self.seen = metadata.static_input_indices, len(metadata.input_info)
+
+    def uuid(self):
+        return "static inputs"
+
+
+def test_aot_autograd_takes_the_added_inputs_for_static():
+    model, look = mlp(8, 12, 6), StaticInputs()
+    options = {"rank": 2, "selection": "uniform", "replacement": True}
+    inductor = {"post_grad_custom_pre_pass": look, "fx_graph_cache": False}
+    compiled = torch.compile(model, backend="grass", options={**options, "inductor": inductor})
+    x = torch.randn(5, 8)
+    compiled(x).sum().backward()
+    # x alone is not: the parameters are, and d, indices and scale of two weights.
+    static, total = look.seen
+    assert total == 1 + 4 + 6 and len(static) == 4 + 6
