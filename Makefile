@@ -46,6 +46,9 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/step_time.py --smoke
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
 	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
+	$(BIN)/python examples/benchmarks/host_overhead.py --smoke
+	$(BIN)/python examples/benchmarks/selected_mm.py --smoke
+	$(BIN)/python examples/benchmarks/memory.py --smoke
 
 ## The wheel works in an empty environment, outside the checkout.
 wheel: setup

@@ -29,6 +29,7 @@ __all__ = [
     "inductor_patches",
     "input_position",
     "is_multiple",
+    "library_call",
     "known_stride",
     "mark_added_placeholder",
     "parameter_name",
@@ -204,6 +205,13 @@ def realized(*values: Any) -> list[Any]:
     from torch._inductor.ir import ExternKernel
 
     return [ExternKernel.realize_input(value) for value in values]
+
+
+def library_call(op: Any, *args: Any) -> Any:
+    """An operator computed by torch's own kernel, instead of one that Inductor generates."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
 def known_stride(value: Any, dim: int) -> int | None:

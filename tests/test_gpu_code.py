@@ -168,23 +168,41 @@ def test_the_kernels_numbers_are_those_of_float64(interpreted, each):
 # --- a whole backward -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [1, 8])
-@pytest.mark.parametrize("side", ["out", "in"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_whole_backward_forms_no_full_gradient(dtype, side, block):
+MODELS = [
+    (dtype, side, block)
+    for dtype in (torch.float16, torch.float32)
+    for side in ("out", "in")
+    for block in (1, 8)
+]
+
+
+@pytest.fixture(scope="module")
+def backwards():
+    """(backward graph, module, its outputs) of a small model."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(72, 136), nn.ReLU(), nn.Linear(136, 40)).to(dtype)
-    x = torch.randn(3, 50, 72).to(dtype)
-    backward = tapped_backward(model, x, rank=16, block=block, side=side)
-    module = generate(backward.graph, backward.inputs)
+    made = []
+    for dtype, side, block in MODELS:
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(72, 136), nn.ReLU(), nn.Linear(136, 40)).to(dtype)
+        x = torch.randn(3, 50, 72).to(dtype)
+        backward = tapped_backward(model, x, rank=16, block=block, side=side)
+        made.append((backward, generate(backward.graph, backward.inputs)))
+    outputs = interpret([(module.code, backward.inputs) for backward, module in made])
+    return {
+        key: (backward, module, [t for t in each if t is not None])
+        for key, (backward, module), each in zip(MODELS, made, outputs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("key", MODELS, ids=str)
+def test_a_whole_backward_forms_no_full_gradient(backwards, key):
+    (dtype, _, block), (backward, module, outputs) = key, backwards[key]
     assert backward.weights == [(136, 72), (40, 136)]
     shapes = {tuple(map(str, shape)) for shape in backward.weights}
     assert shapes.isdisjoint(module.buffers)
     templates = [kernel for kernel in module.kernels if kernel.is_template]
     assert len(templates) == (2 if block == 8 and dtype == torch.float16 else 0)
     assert len(templates) + module.extern_calls.count("mm") == 3  # and one for the hidden layer
-    (outputs,) = interpret([(module.code, backward.inputs)])
-    outputs = [output for output in outputs if output is not None]
     assert len(outputs) == len(backward.outputs) == 4
     for got, want in zip(outputs, backward.outputs, strict=True):
         error = (got.double() - want.double()).norm() / want.double().norm()

@@ -35,8 +35,9 @@ VARIANTS = [
         zip(RULES, RULE_IDS, strict=True), ["out", "in"], [1, 2]
     )
 ]
-# Every rule, with the sides and blocks in turn.
+# Every rule, with the sides and blocks in turn; and with each side, the blocks in turn.
 SOME_VARIANTS = [VARIANTS[4 * i + i % 4] for i in range(len(RULES))]
+BOTH_SIDES = [VARIANTS[4 * i + k] for i in range(len(RULES)) for k in ((0, 3), (1, 2))[i % 2]]
 
 
 class Shared(nn.Module):
@@ -132,8 +133,14 @@ def options_of(rule, replacement, side, block):
     return {**options, "selection": rule, "replacement": replacement}
 
 
-@pytest.mark.parametrize(("rule", "replacement", "side", "block"), VARIANTS)
-@pytest.mark.parametrize("name", ["mlp", "llama", "shared"])
+@pytest.mark.parametrize(
+    ("name", "rule", "replacement", "side", "block"),
+    [
+        pytest.param(name, *variant.values, id=f"{name}-{variant.id}")
+        for name, variants in (("mlp", VARIANTS), ("llama", BOTH_SIDES), ("shared", BOTH_SIDES))
+        for variant in variants
+    ],
+)
 def test_equals_the_reference_aot_eager(name, rule, replacement, side, block):
     options = options_of(rule, replacement, side, block)
     backend = compare(name, "aot_eager", torch.float64, options, 1e-10)
@@ -142,7 +149,7 @@ def test_equals_the_reference_aot_eager(name, rule, replacement, side, block):
     ].spec.selection.startswith(("multinomial", "top", "frozen"))
 
 
-@pytest.mark.parametrize(("rule", "replacement", "side", "block"), VARIANTS)
+@pytest.mark.parametrize(("rule", "replacement", "side", "block"), BOTH_SIDES)
 def test_equals_the_reference_inductor(rule, replacement, side, block):
     options = options_of(rule, replacement, side, block)
     compare("mlp", "inductor", torch.float64, options, 1e-10)

@@ -47,14 +47,22 @@ def _selected_mm(
 
 
 def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
-    """Gather, then Inductor's own matmul: the gather fuses with what makes its input."""
+    """Gather, then Inductor's own matmul."""
     if dim == 0:
         # Gathered through the transposed view: each run of D is read where it lies.
-        columns = call(aten.index.Tensor, call(aten.permute.default, a, [1, 0]), [None, indices])
+        columns = _columns(call, call(aten.permute.default, a, [1, 0]), indices)
         a = call(aten.permute.default, columns, [1, 0])
     else:
-        b = call(aten.index.Tensor, b, [None, indices])
+        b = _columns(call, b, indices)
     return call(aten.mm.default, a, b)
+
+
+def _columns(call: Any, x: Any, indices: Any) -> Any:
+    """Columns of x. On a GPU the gather fuses with what makes x."""
+    if x.get_device().type == "cpu":
+        # Inductor's loop reads element by element; torch's kernel is faster, though it fuses not.
+        return compat.library_call(aten.index_select.default, x, 1, indices)
+    return call(aten.index.Tensor, x, [None, indices])
 
 
 def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:

@@ -255,7 +255,9 @@ def generate(
         "max_autotune": max_autotune,
         "compile_threads": 1,
         "benchmark_epilogue_fusion": False,
-        "force_disable_caches": True,  # nothing of a GPU that is none may be found later
+        # Nothing of a GPU that is none may be found later.
+        "force_disable_caches": True,
+        "autotune_local_cache": False,
     }
     with virtual_gpu() as measured:
         lowering.register()
