@@ -9,6 +9,8 @@ from grass_fx.lowering import selected_mm as rule
 from grass_fx.ops import SELECTED_MM
 
 pytest.importorskip("triton")
+if torch.version.cuda is not None:
+    pytest.skip("a CUDA build of torch asks its driver", allow_module_level=True)
 from grass_fx.testing.interpret import interpret
 from grass_fx.testing.virtual_gpu import SHARED_MEMORY, compile_kernel, generate, tapped_backward
 

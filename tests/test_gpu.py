@@ -1,0 +1,85 @@
+"""The same promises on a real GPU: skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+
+import grass_fx
+from grass_fx import lowering
+from grass_fx.config import GrassConfig
+from grass_fx.gradient import CompactGrad
+from grass_fx.ops import SELECTED_MM
+from grass_fx.testing.reference import Reference
+from helpers import mlp
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize(
+    ("b", "m", "n", "r"), [(512, 256, 384, 64), (1000, 264, 136, 72), (8192, 64, 64, 16)]
+)
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_selected_products_are_those_of_float64(dtype, dim, block, b, m, n, r, mode):
+    lowering.register()
+    d, x = (torch.randn(b, k, device="cuda", dtype=dtype) for k in (m, n))
+    units = torch.randperm((m, n)[dim] // block)[: r // block].sort().values
+    indices = (units[:, None] * block + torch.arange(block)).flatten().cuda()
+    scale = torch.rand(r, device="cuda") + 0.5
+    run = torch.compile(lambda *args: SELECTED_MM(args[0].t(), *args[1:], dim, block), mode=mode)
+    got = run(d, x, indices, scale).double()
+    want = (d.double().t() @ x.double()).index_select(dim, indices)
+    want = want * (scale.double()[:, None] if dim == 0 else scale.double())
+    assert (got - want).norm() < TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("rule", ["cyclic", "top"])
+def test_training_is_the_references_training(rule, block, mode):
+    model = mlp(64, 128, 48).cuda()
+    twin = copy.deepcopy(model).double()
+    options = {"rank": 16, "refresh_every": 3, "selection": rule, "block": block, "side": "out"}
+    compiled = torch.compile(model, backend="grass", options={**options, "mode": mode})
+    settings = {"lr": 1e-3, "warmup_steps": 2}
+    optimizer = grass_fx.AdamW(model.parameters(), **settings)
+    taken = {name: 0 for name, p in model.named_parameters() if p.dim() == 2}
+    reference = Reference(twin, taken, GrassConfig(**options), **settings)
+    for _ in range(8):
+        x, y = torch.randn(96, 64, device="cuda"), torch.randn(96, 48, device="cuda")
+        optimizer.zero_grad()
+        (compiled(x) - y).square().mean().backward()
+        assert all(isinstance(p.grad, CompactGrad) for p in model.parameters() if p.dim() == 2)
+        optimizer.step()
+        reference.step([lambda m, x=x, y=y: (m(x.double()) - y.double()).square().mean()])
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_moves_between_devices_and_resumes():
+    model = mlp(16, 32, 8).cuda()
+    options = {"rank": 4, "refresh_every": 2}
+    compiled = torch.compile(model, backend="grass", options=options)
+    optimizer = grass_fx.AdamW(model.named_parameters())
+    x = torch.randn(24, 16, device="cuda")
+    for _ in range(3):
+        optimizer.zero_grad()
+        compiled(x).square().mean().backward()
+        optimizer.step()
+    saved = {
+        k: {n: v.cpu() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()
+    }
+    again = copy.deepcopy(model)
+    second = grass_fx.AdamW(again.named_parameters())
+    second.load_state_dict({**optimizer.state_dict(), "state": saved})
+    for net, stepper in ((model, optimizer), (again, second)):
+        torch._dynamo.reset()
+        stepper.zero_grad()
+        torch.compile(net, backend="grass", options=options)(x).square().mean().backward()
+        stepper.step()
+    for got, want in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
