@@ -77,20 +77,25 @@ def test_only_the_selected_rows_move_without_weight_decay():
     assert torch.equal(moved, model[0].weight.grad.subspace.indices)
 
 
-def test_scale_and_warm_up_touch_the_compact_update_only():
+@pytest.mark.parametrize(
+    ("make", "fixed"),
+    [(grass_fx.AdamW, {"weight_decay": 0.0}), (grass_fx.subspace(torch.optim.SGD), {"lr": 0.1})],
+    ids=["AdamW", "wrapped"],
+)
+def test_scale_and_warm_up_touch_the_compact_update_only(make, fixed):
     def first_step(**settings):
         torch.manual_seed(1)
         torch._dynamo.reset()
         model = mlp(8, 6).double()
         before = copy.deepcopy(model)
         compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
-        train(model, compiled, grass_fx.AdamW(model.parameters(), **settings), 1)
+        train(model, compiled, make(model.parameters(), **fixed, **settings), 1)
         (layer,), (old,) = model, before
         return layer.weight - old.weight, layer.bias - old.bias
 
-    plain, bias = first_step(weight_decay=0.0, warmup_steps=0)
-    scaled, scaled_bias = first_step(weight_decay=0.0, warmup_steps=0, scale=0.5)
-    warmed, warmed_bias = first_step(weight_decay=0.0, warmup_steps=4)
+    plain, bias = first_step(warmup_steps=0)
+    scaled, scaled_bias = first_step(warmup_steps=0, scale=0.5)
+    warmed, warmed_bias = first_step(warmup_steps=4)
     torch.testing.assert_close(scaled, plain * 0.5)
     torch.testing.assert_close(warmed, plain / 4)
     assert torch.equal(bias, scaled_bias) and torch.equal(bias, warmed_bias)

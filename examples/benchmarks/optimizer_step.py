@@ -78,11 +78,11 @@ def main() -> None:
     for parameter, weight in zip(small, weights, strict=True):
         parameter.grad = weight.grad.compact.clone()
     settings = {"lr": 1e-4, "weight_decay": 0.0}
-    sgd = grass_fx.subspace(torch.optim.AdamW)
+    wrapped = grass_fx.subspace(torch.optim.AdamW)
     optimizers = {
         "torch.optim.AdamW(foreach=True)": torch.optim.AdamW(small, foreach=True, **settings),
         "grass_fx.AdamW": grass_fx.AdamW(weights, **settings),
-        "grass_fx.subspace(AdamW)": sgd(weights, foreach=True, **settings),
+        "grass_fx.subspace(AdamW)": wrapped(weights, foreach=True, **settings),
     }
     if args.dtype == "bfloat16":
         rounded = grass_fx.AdamW(weights, stochastic_rounding=True, **settings)
