@@ -19,25 +19,32 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from grass_fx.errors import OptionError, UnsupportedTorchError
 
 __all__ = [
+    "CUDA_GRAPHS",
     "CustomGraphPass",
     "compile_aot_eager",
     "choose_kernel",
+    "combined_kernels",
     "compile_inductor",
     "copy_dynamo_graph",
     "extern_kernel",
     "fake_mode_of",
+    "has_triton",
     "inductor_patches",
     "input_position",
     "is_multiple",
-    "library_call",
+    "known_size",
     "known_stride",
+    "library_call",
     "mark_added_placeholder",
     "parameter_name",
+    "put_rows",
     "realized",
     "register_inductor_lowering",
     "size_hint",
+    "trace_static",
     "triton_template",
     "tuning_everything",
+    "uses_cuda_graphs",
 ]
 
 GraphPass = Callable[[fx.Graph], None]
@@ -89,6 +96,25 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
     if mode is None:
         raise UnsupportedTorchError("the backend was called without torch.compile's fake inputs.")
     return mode
+
+
+def trace_static(
+    function: Callable[..., Any],
+    layouts: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype, torch.device]],
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A function of tensors as a graph of constant sizes, and the fakes it was traced with.
+
+    ``layouts``: (shape, strides, dtype, device) of each tensor.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode(), torch.no_grad():
+        fakes = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in layouts
+        ]
+        return make_fx(function)(*fakes), fakes
 
 
 # --- AOTAutograd ----------------------------------------------------------------------------------
@@ -150,6 +176,17 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     except RuntimeError as error:
         message = str(error).split(", known options are")[0]
         raise OptionError(f'options={{"inductor": ...}}: {message}') from None
+
+
+CUDA_GRAPHS = "triton.cudagraphs"
+"""Inductor's option that records its code as CUDA graphs (``mode="reduce-overhead"``)."""
+
+
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether what is compiled under ``patches`` runs as CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
 
 
 def compile_inductor(
@@ -223,6 +260,14 @@ def known_stride(value: Any, dim: int) -> int | None:
         return None
 
 
+def known_size(value: Any, dim: int) -> int | None:
+    """A size of an IR value: None if it depends on a symbol."""
+    try:
+        return int(value.get_size()[dim])
+    except (TypeError, ValueError):
+        return None
+
+
 def is_multiple(expr: Any, of: int) -> bool:
     """Whether a size is a multiple of ``of``, whatever its symbols are."""
     from torch._inductor.virtualized import V
@@ -274,21 +319,77 @@ def choose_kernel(
     dtype: Any,
     templates: Sequence[tuple[Any, Mapping[str, Any]]],
     externs: Sequence[tuple[Any, Mapping[str, Any]]] = (),
+    grid: Sequence[Any] | None = None,
 ) -> Any:
     """The output of the fastest choice; of the only one without measuring.
 
-    The last two of ``size`` are (m, n). Since 2.12 Inductor returns the choice as well.
+    ``grid`` is (m, n), by default the last two of ``size``. Since 2.12 Inductor returns the choice
+    as well.
     """
     from torch._inductor.ir import FixedLayout
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
     layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
     choices: list[Any] = []
+    sizes = list(size[-2:] if grid is None else grid)
     for template, options in templates:
         template.maybe_append_choice(
-            choices, input_nodes=list(inputs), layout=layout, call_sizes=list(size[-2:]), **options
+            choices, input_nodes=list(inputs), layout=layout, call_sizes=sizes, **options
         )
     for extern, options in externs:
         choices.append(extern.bind(list(inputs), layout, **options))
     result = autotune_select_algorithm(name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result
+
+
+def put_rows(w: Any, indices: Any, rows: Any, dim: int) -> None:
+    """W[σ] = rows, in place, for rows that do not repeat; one loop computes and stores them.
+
+    Unlike the lowering of ``index_put_`` it lets ``rows`` read W[σ] within that loop. What else
+    reads W was lowered before and is stored first: the layout's constructor sees to that.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V, ops
+
+    w.realize()
+    layout = ir.MutationLayoutSHOULDREMOVE(w)
+    load, size = indices.make_loader(), w.get_size()[dim]
+
+    def place(index: Sequence[Any]) -> list[Any]:
+        row = ops.indirect_indexing(load([index[dim]]), size, wrap_neg=False)
+        return [*index[:dim], row, *index[dim + 1 :]]
+
+    scatter = ir.Scatter(
+        device=w.get_device(),
+        dtype=w.get_dtype(),
+        inner_fn=rows.make_loader(),
+        ranges=list(rows.get_size()),
+        output_indexer=place,
+    )
+    buffer = ir.ComputedBuffer(name=None, layout=layout, data=scatter)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+
+
+def combined_kernels(count: int) -> dict[str, Any]:
+    """Config patches: up to ``count`` independent loops become one Triton kernel, unmeasured.
+
+    Measuring would copy every tensor that the kernel changes. What a version does not know is left
+    out; 2.13 simulates memory, and counts as growth that inputs live until their kernel.
+    """
+    from torch._inductor import config
+
+    wanted = {
+        "combo_kernels": True,
+        "combo_kernels_autotune": 0,
+        "combo_kernel_max_num_nodes": count,
+        "combo_kernel_peak_memory_pct_threshold": None,
+    }
+    return {k: v for k, v in wanted.items() if hasattr(config, k)}
+
+
+def has_triton() -> bool:
+    """Whether Inductor can generate Triton code here."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

@@ -1,11 +1,13 @@
-"""The two operators of the rewritten graphs, ``grass::select`` and ``grass::selected_mm``.
+"""The operators of the rewritten graphs, all of them linear algebra on a weight gradient G.
 
-In the notation of docs/method.md: ``select`` takes PᵀG of a full gradient G; ``selected_mm`` makes
-the same numbers from the two factors of G, without G. Neither is differentiable: both only stand
-in backward graphs.
+In the notation of docs/method.md: ``select`` takes PᵀG of a full G; ``selected_mm`` makes the same
+numbers from the two factors of G, without G. ``squared_norms`` takes the scores of a full G, and
+``mm_squared_norms`` from its factors. None is differentiable: they only stand in backward graphs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ torch.library.define(
     "grass::selected_mm",
     "(Tensor a, Tensor b, Tensor indices, Tensor? scale, int dim, int block=1) -> Tensor",
 )
+torch.library.define(
+    "grass::squared_norms", "(Tensor g, int dim, str scoring='auto') -> Tensor"
+)
+torch.library.define("grass::mm_squared_norms", "(Tensor a, Tensor b, int dim) -> Tensor")
+
+PART = 1 << 18
+"""Elements of G that ``mm_squared_norms`` holds at a time outside its GPU kernel."""
 
 
 def along(values: Tensor, dim: int, ndim: int) -> Tensor:
@@ -59,8 +68,36 @@ def selected_mm(
     return _scaled(a @ b, scale, dim)
 
 
+def squared_norms(g: Tensor, dim: int, scoring: str = "auto") -> Tensor:
+    """s: the squared norm of each row of G along ``dim``, float32, summed in float32 or float64.
+
+    ``g``: (..., size, ...); returns (size,). ``scoring`` says whether a pass may compute it tile by
+    tile from the factors of G (``GrassConfig.scoring``); it changes no number but by rounding.
+    """
+    exact = torch.float64 if g.dtype == torch.float64 else torch.float32
+    others = [d for d in range(g.dim()) if d != dim % g.dim()]
+    # Unlike square and sum, a norm needs no other tensor of G's size.
+    return torch.linalg.vector_norm(g, dim=others, dtype=exact).square().float()
+
+
+def mm_squared_norms(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """``squared_norms(a @ b, dim)``, of which only a part is in memory at any time.
+
+    ``a``: (m, b), ``b``: (b, n); returns (m,) for ``dim`` 0, (n,) for ``dim`` 1.
+    """
+    if dim == 0:
+        size = max(1, PART // max(1, b.shape[1]))
+        parts = [squared_norms(part @ b, 0) for part in a.split(size)]
+    else:
+        size = max(1, PART // max(1, a.shape[0]))
+        parts = [squared_norms(a @ part, 1) for part in b.split(size, dim=1)]
+    return torch.cat(parts)
+
+
 torch.library.impl("grass::select", "CompositeExplicitAutograd", func=select)
 torch.library.impl("grass::selected_mm", "CompositeExplicitAutograd", func=selected_mm)
+torch.library.impl("grass::squared_norms", "CompositeExplicitAutograd", func=squared_norms)
+torch.library.impl("grass::mm_squared_norms", "CompositeExplicitAutograd", func=mm_squared_norms)
 
 
 def _fake_select(
@@ -82,8 +119,63 @@ def _fake_selected_mm(
     return a.new_empty((r, b.shape[1]) if dim == 0 else (a.shape[0], r))
 
 
+def _fake_squared_norms(g: Tensor, dim: int, scoring: str = "auto") -> Tensor:
+    return g.new_empty((g.shape[dim],), dtype=torch.float32)
+
+
+def _fake_mm_squared_norms(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return a.new_empty((a.shape[0] if dim == 0 else b.shape[1],), dtype=torch.float32)
+
+
 torch.library.register_fake("grass::select", _fake_select)
 torch.library.register_fake("grass::selected_mm", _fake_selected_mm)
+torch.library.register_fake("grass::squared_norms", _fake_squared_norms)
+torch.library.register_fake("grass::mm_squared_norms", _fake_mm_squared_norms)
 
 SELECT = torch.ops.grass.select.default
 SELECTED_MM = torch.ops.grass.selected_mm.default
+SQUARED_NORMS = torch.ops.grass.squared_norms.default
+MM_SQUARED_NORMS = torch.ops.grass.mm_squared_norms.default
+
+# --- the optimizers' operator ---------------------------------------------------------------------
+
+torch.library.define(
+    "grass::add_rows_",
+    "(Tensor(a!)[] ws, Tensor[] indices, Tensor[] changes, Tensor[] noise, int[] dims) -> ()",
+)
+
+
+def rounded(values: Tensor, noise: Tensor) -> Tensor:
+    """Float32 ``values`` cut to the bits of a bfloat16, up or down as 16 random bits decide.
+
+    A bfloat16 is a float32 without its lower 16 bits. Adding 16 random bits carries into the upper
+    ones with the probability of the part that is cut off. What is not finite stays as it is.
+    """
+    bits = values.view(torch.int32) + noise
+    bits &= -(1 << 16)
+    return torch.where(values.isnan(), values, bits.view(torch.float32))
+
+
+def add_rows_(
+    ws: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    dims: Sequence[int],
+) -> None:
+    """W[σ] += Δ of each weight, in place, in the dtype of Δ; no row may repeat.
+
+    The sum is rounded once: to nearest or, if ``noise`` holds 16 random bits for each element of
+    Δ, by :func:`rounded`. Inductor makes gather, sum and scatter one kernel, with all that makes Δ.
+    """
+    for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
+        rows = w.index_select(dim, index).to(change.dtype) + change
+        if noise:
+            rows = rounded(rows, noise[k])
+        w.index_copy_(dim, index, rows.to(w.dtype))
+
+
+torch.library.impl("grass::add_rows_", "CompositeExplicitAutograd", func=add_rows_)
+torch.library.register_fake("grass::add_rows_", lambda ws, indices, changes, noise, dims: None)
+
+ADD_ROWS = torch.ops.grass.add_rows_.default

@@ -1,11 +1,12 @@
-"""``grass::select`` and ``grass::selected_mm``: PᵀG and GP, with and without G."""
+"""The operators: PᵀG, GP and the norms of G, with and without G."""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from grass_fx.ops import SELECT, SELECTED_MM, along
+from grass_fx import ops
+from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS, along
 
 M, N, TOKENS = 6, 5, 7
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -175,3 +176,25 @@ def test_a_graph_can_only_hold_a_product_of_matrices_selected_along_one_of_its_d
     for wrong in ((a, b, indices, None, 2), (a[None], b, indices, None, 0)):
         with pytest.raises(RuntimeError, match="two matrices and dim 0 or 1"):
             SELECTED_MM(*wrong)
+
+
+@every_dim
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("part", [1, 2 * N, 1 << 18], ids=["one row", "two rows", "at once"])
+def test_squared_norms_with_and_without_the_gradient(part, dtype, dim, monkeypatch):
+    monkeypatch.setattr(ops, "PART", part)
+    a, b = factors(dtype)
+    expected = (a.double() @ b.double()).square().sum(1 - dim).float()
+    for got in (SQUARED_NORMS(a @ b, dim), MM_SQUARED_NORMS(a, b, dim)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps + 1e-6, atol=0)
+
+
+@every_dim
+def test_opcheck_of_norms(dim):
+    for tokens in (TOKENS, 0):
+        opcheck(MM_SQUARED_NORMS, (*factors(tokens=tokens), dim))
+    for scoring in ("auto", "tiles"):
+        opcheck(SQUARED_NORMS, (randn(M, N), dim, scoring))
+    expected = randn(M, N, 3).square().sum((0, 2) if dim else (1, 2)).float()
+    torch.testing.assert_close(SQUARED_NORMS(randn(M, N, 3), dim), expected)

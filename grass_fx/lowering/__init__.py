@@ -2,6 +2,9 @@
 
     selected_mm.py        which kernel computes a selected product, and its configurations
     selected_mm.py.jinja  the Triton kernel: gather, product and whatever Inductor fuses after it
+    add_rows.py           the optimizers' rows: gather, sum, rounding and scatter in one loop
+    squared_norms.py      the scores of a scoring step
+    mm_squared_norms.py.jinja  the Triton kernel that makes them without a full gradient
 
 ``select`` is an ordinary indexing node, which Inductor may fuse with whatever makes its input.
 """
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from grass_fx import _torch_compat as compat
 from grass_fx.lowering import selected_mm as rule
-from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.lowering.add_rows import lower_add_rows
+from grass_fx.lowering.squared_norms import lower_mm_squared_norms, lower_squared_norms
+from grass_fx.ops import ADD_ROWS, MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -27,6 +32,9 @@ def register() -> None:
     """Register the lowerings, once per process; called before the first compilation."""
     compat.register_inductor_lowering(SELECT, _select)
     compat.register_inductor_lowering(SELECTED_MM, _selected_mm)
+    compat.register_inductor_lowering(ADD_ROWS, lower_add_rows)
+    compat.register_inductor_lowering(SQUARED_NORMS, lower_squared_norms)
+    compat.register_inductor_lowering(MM_SQUARED_NORMS, lower_mm_squared_norms)
 
 
 def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:

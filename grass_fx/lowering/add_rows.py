@@ -1,0 +1,46 @@
+"""``grass::add_rows_`` as one loop for each weight: gather, sum, rounding and scatter.
+
+The rows of W are read inside the loop that writes them. That is right because no row repeats: each
+element is read and written by one thread, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grass_fx import _torch_compat as compat
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def lower_add_rows(
+    call: Any,
+    ws: Sequence[Any],
+    indices: Sequence[Any],
+    changes: Sequence[Any],
+    noise: Sequence[Any],
+    dims: Sequence[int],
+) -> None:
+    """The lowering of ``grass_fx.ops.add_rows_``; ``call`` lowers an aten operator."""
+    convert = prims.convert_element_type.default
+    for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
+        at = [None] * len(w.get_size())
+        at[dim] = index
+        # Unsafe: without a check of its own, since the store checks the same index.
+        rows = call(convert, call(aten._unsafe_index.Tensor, w, at), change.get_dtype())
+        rows = call(aten.add.Tensor, rows, change)
+        if noise:
+            rows = _rounded(call, rows, noise[k])
+        compat.put_rows(w, index, call(convert, rows, w.get_dtype()), dim)
+
+
+def _rounded(call: Any, values: Any, noise: Any) -> Any:
+    """As ``grass_fx.ops.rounded``."""
+    bits = call(aten.add.Tensor, call(aten.view.dtype, values, torch.int32), noise)
+    bits = call(aten.bitwise_and.Tensor, bits, -(1 << 16))
+    cut = call(aten.view.dtype, bits, torch.float32)
+    nan = call(aten.ne.Tensor, values, values)  # which a CPU does in vectors, unlike isnan
+    return call(aten.where.self, nan, values, cut)
