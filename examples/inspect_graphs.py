@@ -52,6 +52,7 @@ def stages() -> dict[str, str]:
     with fresh_cache():  # on a warm cache no pass runs, and there is no graph to show
         found = dumped(rank=4)
         scored = dumped(rank=4, selection="top")
+        tiled = dumped(rank=4, selection="top", scoring="tiles")
         products = {name: matrix_products(name) for name in ("inductor", "grass")}
     joint, pushed = tidy(found["joint_regular"]), tidy(found["pushed_regular"])
     return {
@@ -62,6 +63,7 @@ def stages() -> dict[str, str]:
         "before": gradient_of_down(joint),
         "after": gradient_of_down(pushed),
         "scoring": gradient_of_down(tidy(scored["pushed_scoring"])),
+        "tiles": gradient_of_down(tidy(tiled["pushed_scoring"])),
         "inductor": side_by_side(products),
     }
 

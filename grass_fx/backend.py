@@ -13,7 +13,13 @@ import torch
 from torch import fx
 
 from grass_fx import lowering
-from grass_fx._torch_compat import compile_aot_eager, compile_inductor, inductor_patches
+from grass_fx._torch_compat import (
+    CUDA_GRAPHS,
+    compile_aot_eager,
+    compile_inductor,
+    inductor_patches,
+    uses_cuda_graphs,
+)
 from grass_fx.config import GrassConfig
 from grass_fx.dump import Dump
 from grass_fx.errors import GrassWarning
@@ -103,11 +109,12 @@ class _Compiler:
         """
         self.dump.write("dynamo", gm.graph)
         report = PushReport()
-        regular = self._variant(gm, inputs, found, report, scoring=False)
+        regular = self._variant(gm, inputs, found, report)
         scoring = None
         if self.config.needs_scores:
-            scoring = self._variant(gm, inputs, found, PushReport(), scoring=True)
-        return GrassCallable(found, report, regular, scoring)
+            scoring = self._variant(gm, inputs, found, PushReport(), self.config.scoring)
+        cuda_graphs = self.config.compiler == "inductor" and uses_cuda_graphs(self.patches)
+        return GrassCallable(found, report, regular, scoring, cuda_graphs)
 
     def _variant(
         self,
@@ -115,13 +122,13 @@ class _Compiler:
         inputs: Sequence[Any],
         found: FoundWeights,
         report: PushReport,
-        scoring: bool,
+        scoring: str | None = None,
     ) -> Callable[..., Any]:
         with_scores = self.config.needs_scores
         tapped, extended = tap_weights_pass(
             gm, inputs, found.taken, with_scores=with_scores, scoring=scoring
         )
-        variant = "scoring" if scoring else "regular"
+        variant = "regular" if scoring is None else "scoring"
         self.dump.write(f"tapped_{variant}", tapped.graph)
         stride = (len(extended) - len(inputs)) // len(found.taken)
         first = len(inputs) + (2 if with_scores else 1)
@@ -137,4 +144,7 @@ class _Compiler:
         lowering.register()
         names = (f"{f.__module__}.{f.__name__}" for f in (tap, scoring_tap))
         cacheable = dict.fromkeys(names, source_hash())
-        return compile_inductor(tapped, extended, self.patches, make_pass, cacheable)
+        patches = dict(self.patches)
+        if scoring is not None and uses_cuda_graphs(patches):
+            patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
+        return compile_inductor(tapped, extended, patches, make_pass, cacheable)

@@ -46,6 +46,7 @@ RULES = {
 }
 
 SIDES = ("auto", "out", "in")
+SCORINGS = ("auto", "gradient", "tiles")
 COMPILERS = ("inductor", "aot_eager")
 MODES = (
     None,
@@ -83,6 +84,11 @@ class GrassConfig:
     """B: consecutive rows that are selected together."""
     replacement: bool = False
     """Draw rows with replacement (random rules only), scaled so that E[PPᵀG] = G (equation 6)."""
+    scoring: str = "auto"
+    """How a scoring step gets gradient norms: "gradient" forms each layer's full gradient once, for
+    its scores and its compact gradient; "tiles" holds only tiles of it and computes the compact
+    gradient beside them, at the price of one more compact product; "auto" uses tiles for large
+    gradients on a GPU."""
     side: str = "auto"
     """"out" selects output features, "in" input features, "auto" the smaller dimension."""
     include: tuple[str, ...] | None = None
@@ -118,6 +124,7 @@ class GrassConfig:
             )
         for name, valid in (
             ("selection", tuple(RULES)),
+            ("scoring", SCORINGS),
             ("side", SIDES),
             ("compiler", COMPILERS),
         ):

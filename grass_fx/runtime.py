@@ -28,6 +28,8 @@ class _Delivery:
     with_scores: bool
     stored: dict[Any, list[Tensor]]
     """The graph's proxies: weights that are alike share one, and every call uses it again."""
+    copies: bool
+    """Whether gradients are copied out of memory that the next call overwrites."""
 
 
 class DeliverGradients(torch.autograd.Function):
@@ -60,6 +62,8 @@ class DeliverGradients(torch.autograd.Function):
             if compact is None:
                 results.append(None)
                 continue
+            if delivery.copies:
+                compact = compact.clone()
             if subspace.selection.generation != selection.generation:
                 raise SelectionChangedError(
                     f"{subspace.name}: its selection changed between a forward and its backward "
@@ -78,6 +82,8 @@ class GrassCallable:
 
     ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
     Weights are found by the Parameter that arrives, so that one graph can serve many layers.
+    ``cuda_graphs`` says that the regular variant runs as CUDA graphs, whose outputs live until the
+    next call only: a gradient that is accumulated must live longer.
     """
 
     def __init__(
@@ -86,8 +92,9 @@ class GrassCallable:
         report: PushReport,
         regular: Callable[..., Any],
         scoring: Callable[..., Any] | None,
+        cuda_graphs: bool = False,
     ) -> None:
-        self.found, self.report = found, report
+        self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring = regular, scoring
         self._stored: dict[Any, list[Tensor]] = {}
 
@@ -101,13 +108,15 @@ class GrassCallable:
         inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
         selections = [s.selection for s in subspaces]
         with_scores = self.scoring is not None
-        delivery = _Delivery(weights, subspaces, selections, with_scores, self._stored)
+        scores = with_scores and any(s.scoring_due for s in subspaces)
+        copies = self.cuda_graphs and not scores
+        delivery = _Delivery(weights, subspaces, selections, with_scores, self._stored, copies)
         made = DeliverGradients.apply(delivery, *params)
         count = len(weights)
         extra: list[Tensor] = []
         for k, given in enumerate(inputs):
             extra.extend(made[k::count])
             extra.extend(given)
-        if self.scoring is not None and any(s.scoring_due for s in subspaces):
+        if self.scoring is not None and scores:
             return self.scoring(*args, *extra)
         return self.regular(*args, *extra)

@@ -17,6 +17,7 @@ from torch import fx
 
 import grass_fx
 from grass_fx._torch_compat import CustomGraphPass, input_position
+from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def source_hash() -> str:
 
 
 class GrassPasses(CustomGraphPass):
-    """Order: 1. ``push_selection``; 2. the passes that the user has configured in Inductor.
+    """Order: 1. ``push_norms``, which may free a gradient of the need to be whole;
+    2. ``push_selection``; 3. the passes that the user has configured in Inductor.
 
     ``indices_of`` names the weight of each indices input, by its position among the inputs;
     ``report`` receives what was pushed. Neither changes what the passes do to a graph.
@@ -64,6 +66,7 @@ class GrassPasses(CustomGraphPass):
         start, count = time.perf_counter(), len(graph.nodes)
         if self.stage is not None:
             self.stage("joint", graph)
+        push_norms_pass(graph)
         result = push_selection_pass(graph)
         for indices in result.pushed:
             self.report.pushed.append(self._name(indices))

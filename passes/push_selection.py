@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +13,13 @@ from torch import fx
 from grass_fx.ops import SELECT, SELECTED_MM
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+)  # fmt: skip
+CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
+COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 
 
 @dataclass
@@ -180,32 +187,33 @@ def _transpose(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     return push.call(aten.transpose.int, push.of(x, swap.get(dim, dim), node), first, second)
 
 
-@_rule(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
+@_rule(*RESHAPES)
 def _view(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     """Where the selected dimension is one dimension on both sides of the view."""
     x = cast(fx.Node, node.args[0])
-    old, new = x.meta["val"].shape, list(node.meta["val"].shape)
+    new = list(node.meta["val"].shape)
+    below = dim_below_reshape(x.meta["val"].shape, new, dim)
+    if below is None:
+        raise _Stop(f"{node.name} splits or merges the selected dimension")
+    new[dim] = push.indices.meta["val"].shape[0]
+    return push.call(aten.reshape.default, push.of(x, below, node), new)
+
+
+def dim_below_reshape(old: Sequence[int], new: Sequence[int], dim: int) -> int | None:
+    """The dimension of the shape ``old`` that is ``dim`` of its view ``new``; None if none is."""
     for below in range(len(old)):
         if old[below] == new[dim] and math.prod(old[:below]) == math.prod(new[:dim]):
-            new[dim] = push.indices.meta["val"].shape[0]
-            return push.call(aten.reshape.default, push.of(x, below, node), new)
-    raise _Stop(f"{node.name} splits or merges the selected dimension")
+            return below
+    return None
 
 
-@_rule(prims.convert_element_type.default, aten._to_copy.default)
+@_rule(*CONVERSIONS)
 def _convert(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     x, *rest = node.args
     return push.call(node.target, push.of(x, dim, node), *rest, **node.kwargs)
 
 
-@_rule(aten.clone.default, aten.alias.default, aten.detach.default)
+@_rule(*COPIES)
 def _same(push: _Push, node: fx.Node, dim: int) -> fx.Node:
     return push.of(node.args[0], dim, node)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
-from grass_fx.ops import SELECT
+from grass_fx.ops import SELECT, SQUARED_NORMS
 from grass_fx.passes.find_linear_weights import LinearWeight
 
 
@@ -27,17 +27,18 @@ class Tap(torch.autograd.Function):
         indices: Tensor,
         scale: Tensor | None,
         dim: int,
-        *block: int,
+        *more: Any,
     ) -> Tensor:
+        """``more``: nothing, the block of the selection, or the block and how to score."""
         ctx.save_for_backward(indices, scale)
-        ctx.dim, ctx.block = dim, block
+        ctx.dim, ctx.block, ctx.scoring = dim, more[:1], more[1:]
         return w.view_as(w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         indices, scale = ctx.saved_tensors
         compact = SELECT(g, indices, scale, ctx.dim, *ctx.block)
-        return None, compact, *(None,) * (4 + len(ctx.block))
+        return None, compact, *(None,) * (4 + len(ctx.block + ctx.scoring))
 
 
 class ScoringTap(Tap):
@@ -46,8 +47,7 @@ class ScoringTap(Tap):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         _, compact, *rest = Tap.backward(ctx, g)
-        exact = g if g.dtype == torch.float64 else g.float()
-        scores = exact.square().sum(1 - ctx.dim).float()
+        scores = SQUARED_NORMS(g, ctx.dim, *ctx.scoring)
         return None, compact, scores, *rest[1:]
 
 
@@ -81,7 +81,7 @@ def tap_weights_pass(
     weights: Sequence[LinearWeight],
     *,
     with_scores: bool = False,
-    scoring: bool = False,
+    scoring: str | None = None,
 ) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of the graph in which every use of a linear weight goes through its tap.
 
@@ -96,7 +96,8 @@ def tap_weights_pass(
 
     The added inputs follow the graph's own, weight by weight: d, e (``with_scores``), indices, and
     scale (with replacement). Returns the graph and the inputs, fake ones for the added.
-    ``scoring`` makes the scoring variant, which has the same inputs and the same forward.
+    ``scoring`` (as in ``GrassConfig``) makes the scoring variant, which has the same inputs and the
+    same forward.
     """
     gm = copy_dynamo_graph(gm)
     graph = gm.graph
@@ -123,12 +124,14 @@ def tap_weights_pass(
                 mark_added_placeholder(last)
                 fresh[role] = last
                 extra.append(example)
-            block = (weight.spec.block,) if weight.spec.block > 1 else ()
-            taps.append((w, (*fresh.values(), weight.spec.dim, *block)))
+            more: tuple[Any, ...] = (weight.spec.block,) if weight.spec.block > 1 else ()
+            if scoring not in (None, "auto"):
+                more = weight.spec.block, scoring
+            taps.append((w, (*fresh.values(), weight.spec.dim, *more)))
     body = last.next
     for w, operands in taps:
         with graph.inserting_before(body):
-            tapped = graph.call_function(scoring_tap if scoring else tap, (w, *operands))
+            tapped = graph.call_function(scoring_tap if scoring is not None else tap, (w, *operands))
         tapped.meta["example_value"] = w.meta.get("example_value")
         w.replace_all_uses_with(tapped, delete_user_cb=partial(operator.is_not, tapped))
     graph.lint()

@@ -8,7 +8,13 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import grass_fx
+from grass_fx._torch_compat import compile_aot_eager
+from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.runtime import GrassCallable
 from grass_fx.subspace import registry
 from helpers import Captured, mlp
 
@@ -93,3 +99,64 @@ def test_aot_autograd_takes_the_added_inputs_for_static():
     # x alone is not: the parameters are, and d, indices and scale of two weights.
     static, total = look.seen
     assert total == 1 + 4 + 6 and len(static) == 4 + 6
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+def replayed(graph):
+    """A backward that returns the same memory each time, as a CUDA graph does."""
+    stored = []
+
+    def run(*args):
+        outputs = graph(*args)
+        if not stored:
+            stored.extend(outputs)
+        for kept, new in zip(stored, outputs, strict=True):
+            if kept is not None:
+                kept.copy_(new)
+        return stored
+
+    return run
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
+    def backend(gm, inputs):
+        found = find_linear_weights_pass(gm, inputs, config=GrassConfig(rank=4))
+        tapped, extended = tap_weights_pass(gm, inputs, found.taken)
+        passes = GrassPasses(PushReport(), {})
+        compiled = compile_aot_eager(tapped, extended, passes, replayed)
+        return GrassCallable(found, PushReport(), compiled, None, cuda_graphs)
+
+    model = mlp(8, 12, bias=False)
+    twin, compiled = copy.deepcopy(model), torch.compile(model, backend=backend)
+    for x in torch.randn(3, 5, 8):
+        compiled(x).square().sum().backward()
+        twin(x).square().sum().backward()
+    grad = model[0].weight.grad
+    equal = torch.allclose(grad.compact, grad.subspace.project(twin[0].weight.grad), atol=1e-5)
+    assert equal is cuda_graphs  # without the copy the first gradients are overwritten
+
+
+class Recorded(CustomGraphPass):
+    """Notes for each graph whether Inductor is to record it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph):
+        self.seen.append(torch._inductor.config.triton.cudagraphs)
+
+    def uuid(self):
+        return "recorded"
+
+
+@pytest.mark.parametrize(("rule", "recorded"), [("cyclic", [True]), ("top", [True, False])])
+def test_reduce_overhead_records_all_but_the_scoring_variant(rule, recorded):
+    look = Recorded()
+    inductor = {"joint_custom_pre_pass": look, "fx_graph_cache": False}
+    options = {"rank": 4, "selection": rule, "mode": "reduce-overhead", "inductor": inductor}
+    backend = Captured(**{"compiler": "inductor", **options})
+    torch.compile(mlp(8, 12), backend=backend)(torch.randn(5, 8)).sum().backward()
+    assert look.seen == recorded and backend.only.cuda_graphs

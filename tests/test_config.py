@@ -27,6 +27,7 @@ def test_defaults_are_those_of_the_method():
         "selection": "cyclic",
         "block": 1,
         "replacement": False,
+        "scoring": "auto",
         "side": "auto",
         "include": None,
         "exclude": (),
@@ -135,8 +136,8 @@ def test_messages_of_unknown_options():
 grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
   options={"inductor": {...}}.
 grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
-  'replacement', 'side', 'include', 'exclude', 'seed', 'compiler', 'mode', 'inductor',
-  'dump_dir'. Options of Inductor go into options={"inductor": {...}}.
+  'replacement', 'scoring', 'side', 'include', 'exclude', 'seed', 'compiler', 'mode',
+  'inductor', 'dump_dir'. Options of Inductor go into options={"inductor": {...}}.
 """,
     )
 

@@ -16,7 +16,7 @@ from helpers import Captured, mlp
 class Tapping:
     """A backend that shows a graph before and after the pass, and runs the original."""
 
-    def __init__(self, scoring=False, **options):
+    def __init__(self, scoring=None, **options):
         self.config, self.scoring = GrassConfig(**options), scoring
 
     def __call__(self, gm, inputs):
@@ -100,7 +100,7 @@ def forward(self, weight_, L_args_0_, weight_d, weight_indices):
 
 def test_scoring_variant_has_the_same_inputs_and_yields_row_norms():
     model, x = nn.Linear(8, 6, bias=False), torch.randn(4, 8)
-    tapping = Tapping(rank=2, selection="top", scoring=True)
+    tapping = Tapping(rank=2, selection="top", scoring="auto")
     torch.compile(model, backend=tapping)(x)
     assert_expected_inline(
         code(tapping.tapped),
@@ -118,7 +118,7 @@ def forward(self, weight_, L_args_0_, weight_d, weight_e, weight_indices):
     full = torch.autograd.grad(model(x).square().sum(), model.weight)[0]
     e = next(a for a in inputs if a.shape == (6,))
     torch.testing.assert_close(e.grad, full.square().sum(1))
-    regular = Tapping(rank=2, selection="top", scoring=False)
+    regular = Tapping(rank=2, selection="top")
     torch._dynamo.reset()
     torch.compile(model, backend=regular)(x)
     graphs = tapping.tapped.graph, regular.tapped.graph

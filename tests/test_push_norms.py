@@ -1,0 +1,196 @@
+"""push_norms: the norms of a weight gradient are taken tile by tile, from its factors."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
+from grass_fx.passes.push_norms import LARGE_GRADIENT, push_norms_pass, wants_tiles
+from grass_fx.passes.push_selection import push_selection_pass
+from helpers import Captured, mlp, text
+from test_push_selection import B, M, N, count, products, traced
+
+aten, prims = torch.ops.aten, torch.ops.prims
+ROWS = torch.tensor([0, 2, 4])
+
+
+def pushed(function, *inputs):
+    """The graph after both passes and how many norms moved, once the numbers are proven equal."""
+    gm = traced(function, *inputs)
+    want = gm(*inputs)
+    moved = push_norms_pass(gm.graph)
+    push_selection_pass(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), want, rtol=1e-6, atol=1e-6)
+    assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
+    return gm.graph, moved
+
+
+def test_rewrites_the_gradient_of_a_scoring_step():
+    def gradient(d, x, indices):
+        g = aten.permute.default(aten.mm.default(aten.permute.default(x, [1, 0]), d), [1, 0])
+        return SELECT(g, indices, None, 0), SQUARED_NORMS(g, 0, "tiles")
+
+    d, x, *_ = products()
+    gm = traced(gradient, d, x, ROWS)
+    assert_expected_inline(
+        text(gm.graph),
+        """\
+def forward(self, d_1, x_1, indices_1):
+    permute = torch.ops.aten.permute.default(x_1, [1, 0])
+    mm = torch.ops.aten.mm.default(permute, d_1)
+    permute_1 = torch.ops.aten.permute.default(mm, [1, 0])
+    select = torch.ops.grass.select.default(permute_1, indices_1, None, 0)
+    squared_norms = torch.ops.grass.squared_norms.default(permute_1, 0, 'tiles')
+    return (select, squared_norms)
+""",
+    )
+    graph, moved = pushed(gradient, d, x, ROWS)
+    assert_expected_inline(
+        text(graph),
+        """\
+def forward(self, d_1, x_1, indices_1):
+    permute = torch.ops.aten.permute.default(x_1, [1, 0])
+    selected_mm = torch.ops.grass.selected_mm.default(permute, d_1, indices_1, None, 1)
+    permute_2 = torch.ops.aten.permute.default(selected_mm, [1, 0])
+    mm_squared_norms = torch.ops.grass.mm_squared_norms.default(permute, d_1, 1)
+    return (permute_2, mm_squared_norms)
+""",
+    )
+    assert moved == 1
+
+
+CHAINS = {
+    "nothing": lambda g: g,
+    "t": lambda g: aten.t.default(aten.t.default(g)),
+    "permute": lambda g: aten.permute.default(aten.permute.default(g, [1, 0]), [1, 0]),
+    "view": lambda g: aten.view.default(aten.view.default(g, [M, N, 1]), [M, N]),
+    "convert": lambda g: prims.convert_element_type.default(g, torch.float64),
+    "clone": lambda g: aten.alias.default(aten.clone.default(g)),
+    "bmm": None,
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", CHAINS)
+def test_norms_move_below_what_changes_no_value(name, dim):
+    chain = CHAINS[name]
+
+    def gradient(d, x, indices):
+        if chain is None:
+            a, b = (aten.unsqueeze.default(t, 0) for t in (aten.t.default(d), x))
+            g = aten.view.default(aten.bmm.default(a, b), [M, N])
+        else:
+            g = chain(aten.mm.default(aten.permute.default(d, [1, 0]), x))
+        return SELECT(g, indices, None, dim), SQUARED_NORMS(g, dim, "tiles")
+
+    d, x, *_ = products()
+    graph, moved = pushed(gradient, d, x, torch.tensor([0, 2]))
+    assert moved == count(graph, MM_SQUARED_NORMS) == count(graph, SELECTED_MM) == 1
+    assert not [n for n in graph.nodes if n.op == "call_function" and n.meta["val"].numel() == M * N]
+
+
+STAYS = {
+    "scaled": lambda g, g2: aten.mul.Tensor(g, 2.0),
+    "a weight used twice": lambda g, g2: aten.add.Tensor(g, g2),
+    "merged dimensions": lambda g, g2: aten.view.default(aten.view.default(g, [M * N]), [M, N]),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_other_gradients_are_formed_once_for_both(name):
+    def gradient(d, x, d2, x2, indices):
+        g, g2 = (aten.mm.default(aten.permute.default(u, [1, 0]), v) for u, v in ((d, x), (d2, x2)))
+        g = STAYS[name](g, g2)
+        return SELECT(g, indices, None, 0), SQUARED_NORMS(g, 0, "tiles")
+
+    graph, moved = pushed(gradient, *products(), ROWS)
+    assert moved == 0 and count(graph, SELECT) == count(graph, SQUARED_NORMS) == 1
+
+
+def test_a_gradient_that_is_needed_whole_anyway_is_not_computed_twice():
+    def gradient(d, x):
+        g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+        return SQUARED_NORMS(g, 0, "tiles"), aten.sin.default(g)
+
+    d, x, *_ = products()
+    _, moved = pushed(gradient, d, x)
+    assert moved == 0
+
+
+@pytest.mark.parametrize("scoring", ["gradient", "auto"])
+def test_a_small_gradient_is_formed_unless_tiles_are_asked_for(scoring):
+    def gradient(d, x):
+        return SQUARED_NORMS(aten.mm.default(aten.permute.default(d, [1, 0]), x), 1, scoring)
+
+    d, x, *_ = products()
+    _, moved = pushed(gradient, d, x)
+    assert moved == 0
+
+
+def test_tiles_are_for_large_gradients_on_a_gpu():
+    fake = torch._subclasses.FakeTensorMode()
+    with fake:
+        size = LARGE_GRADIENT // 2
+        large, small = (torch.empty(1, n, dtype=torch.bfloat16) for n in (size, size - 1))
+        on_gpu = [torch.empty_like(t, device="cuda") for t in (large, small)]
+    assert [wants_tiles(g) for g in (large, small, *on_gpu)] == [False, False, True, False]
+    assert wants_tiles(small, "tiles") and not wants_tiles(on_gpu[0], "gradient")
+
+
+def test_a_graph_without_norms_stays_as_it_is():
+    gm = traced(lambda x, w: torch.relu(x @ w), torch.randn(B, N), torch.randn(N, M))
+    before = text(gm.graph)
+    assert push_norms_pass(gm.graph) == 0 and text(gm.graph) == before
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of everything that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.add((func, tuple(out.shape)))
+        return out
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("kind", ["aot_eager", "inductor"])
+def test_a_scoring_step_of_tiles_gives_the_same_scores_and_selections(kind, side):
+    model, x = mlp(24, 40, 16), torch.randn(9, 24)
+    grads = {}
+    for scoring in ("gradient", "tiles"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        backend = Captured(rank=8, selection="top", side=side, scoring=scoring, compiler=kind)
+        torch.compile(model, backend=backend)(x).square().mean().backward()
+        grads[scoring] = [p.grad for p in model.parameters() if p.dim() == 2]
+    for whole, tiled in zip(*grads.values(), strict=True):
+        assert whole.scores is not None
+        torch.testing.assert_close(tiled.scores, whole.scores)
+        torch.testing.assert_close(tiled.compact, whole.compact)
+
+
+@pytest.mark.parametrize("scoring", ["gradient", "tiles"])
+def test_tiles_form_no_full_gradient_in_a_scoring_step(scoring):
+    model, x = mlp(24, 40, 16), torch.randn(9, 24)
+    backend = Captured(rank=8, selection="top", scoring=scoring)
+    loss = torch.compile(model, backend=backend)(x).square().mean()
+    with Shapes() as shapes:
+        loss.backward()
+    full = {(24, 40), (40, 24), (16, 40), (40, 16)}
+    made = {shape for func, shape in shapes.seen if func is aten.mm.default}
+    assert made & full if scoring == "gradient" else not made & full
+
+
+def test_an_inference_graph_has_no_norms(tmp_path):
+    backend = Captured(rank=4, selection="top", scoring="tiles", dump_dir=str(tmp_path))
+    with torch.no_grad():
+        torch.compile(mlp(8, 16, 12), backend=backend)(torch.randn(4, 8))
+    assert not list(tmp_path.iterdir())
