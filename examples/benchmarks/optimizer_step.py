@@ -1,7 +1,7 @@
 """The optimizer's step alone: grass_fx.AdamW beside torch.optim.AdamW on tensors of compact size.
 
     python examples/benchmarks/optimizer_step.py
-    python examples/benchmarks/optimizer_step.py --dtype bfloat16
+    python examples/benchmarks/optimizer_step.py --dtype bfloat16 --compile
     python examples/benchmarks/optimizer_step.py --smoke
 
 Ours holds the linear weights of a LLaMA and steps r rows of each. Torch's, with foreach, holds
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true", help="also ours with compile=True")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="a few steps of a very small model")
     args = parser.parse_args()
@@ -81,12 +82,17 @@ def main() -> None:
     wrapped = grass_fx.subspace(torch.optim.AdamW)
     optimizers = {
         "torch.optim.AdamW(foreach=True)": torch.optim.AdamW(small, foreach=True, **settings),
-        "grass_fx.AdamW": grass_fx.AdamW(weights, **settings),
+        "grass_fx.AdamW": grass_fx.AdamW(weights, compile=False, **settings),
         "grass_fx.subspace(AdamW)": wrapped(weights, foreach=True, **settings),
     }
     if args.dtype == "bfloat16":
-        rounded = grass_fx.AdamW(weights, stochastic_rounding=True, **settings)
+        rounded = grass_fx.AdamW(weights, stochastic_rounding=True, compile=False, **settings)
         optimizers["grass_fx.AdamW, stochastic rounding"] = rounded
+    if args.compile:
+        optimizers["grass_fx.AdamW, compiled"] = grass_fx.AdamW(weights, compile=True, **settings)
+        if args.dtype == "bfloat16":
+            rounded = grass_fx.AdamW(weights, stochastic_rounding=True, compile=True, **settings)
+            optimizers["grass_fx.AdamW, stochastic rounding, compiled"] = rounded
 
     print(as_line(environment(args.device)))
     count = sum(p.numel() for p in small)

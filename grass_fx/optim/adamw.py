@@ -38,6 +38,10 @@ class AdamW(SubspaceOptimizer):
         stochastic_rounding: round updated bfloat16 parameters, compact and dense, up or down at
             random, without bias, instead of to nearest. Other dtypes are not affected.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
+        compile: step taken weights by code that Inductor generates: on a GPU one Triton kernel for
+            up to 8 weights, rounding included. None: on CUDA devices where Triton is installed;
+            True: on every device, a CPU too; False: nowhere. Compiled once for each set of shapes.
+            With replacement rows repeat, and this has no effect.
         seed: of stochastic rounding.
 
     State of a taken weight, all plain tensors: ``exp_avg``, ``exp_avg_sq`` (compact), ``age`` (r,),
@@ -66,6 +70,7 @@ class AdamW(SubspaceOptimizer):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        compile: bool | None = None,
         seed: int = 0,
     ) -> None:
         self._forget()
@@ -80,10 +85,16 @@ class AdamW(SubspaceOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "fused": fused,
+            "compile": compile,
             "seed": seed,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("compile", None)  # checkpoints of before have no such entry
 
     def _forget(self) -> None:
         super()._forget()
@@ -100,6 +111,7 @@ class AdamW(SubspaceOptimizer):
             ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
             ("stochastic_rounding", group["stochastic_rounding"],
              isinstance(group["stochastic_rounding"], bool)),
+            ("compile", group["compile"], isinstance(group["compile"], bool | None)),
         )  # fmt: skip
 
     def _carry_out(self, plan: Plan) -> None:
@@ -111,6 +123,7 @@ class AdamW(SubspaceOptimizer):
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
+                compile=group["compile"],
                 **{k: group[k] for k in ("eps", "weight_decay", "scale", "warmup_steps")},
             )
             dense = [p for p, g in entries if g is None]
@@ -226,7 +239,7 @@ class AdamW(SubspaceOptimizer):
         return bool(group["stochastic_rounding"]) and p.dtype == torch.bfloat16
 
     def _rounding(self, p: Tensor, group: Mapping[str, Any], step: int) -> torch.Generator:
-        return rounding_stream(group["seed"], registry.key_of(p), step, p.device)
+        return rounding_stream(group["seed"], registry.key_of(p), step)
 
 
 def _torchs_adamw(

@@ -1,33 +1,55 @@
-"""Stochastic rounding to bfloat16: small updates move a weight in expectation, not never."""
+"""Stochastic rounding to bfloat16: small updates move a weight in expectation, not never.
+
+The random bits are a hash of an element's place and a seed: every device, and compiled code as
+well as eager code, makes the same ones, and no generator's state is touched.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from grass_fx.ops import rounded
 from grass_fx.selection import stream
 
 
-def rounding_stream(seed: int, key: int, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of a parameter's rounding in one step: a function of three integers.
+def rounding_stream(seed: int, key: int, step: int) -> torch.Generator:
+    """The seeds of a parameter's rounding in one step: a function of three integers.
 
     So a checkpoint needs no generator state; draws of selections use other streams.
     """
-    host = stream(seed, key, step, purpose="rounding")
-    if device.type == "cpu":
-        return host
-    return torch.Generator(device).manual_seed(host.initial_seed())
+    return stream(seed, key, step, purpose="rounding")
+
+
+def draw_seed(generator: torch.Generator) -> Tensor:
+    """The seed of one tensor's noise: (2,) int32, on the CPU."""
+    return torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, generator=generator)
+
+
+def noise(seed: Tensor, shape: Sequence[int]) -> Tensor:
+    """16 random bits for each element, as int32, on the device of ``seed`` (2,).
+
+    The place among the elements, mixed by shifts and multiplications that wrap around: the
+    constants are those of C. Wellons' hash-prospector (two rounds). The other half of the seed
+    comes in between, so that streams are not one stream, shifted.
+    """
+    first, second = seed.unbind()
+    x = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(*shape)
+    x += first
+    x ^= (x >> 16) & 0xFFFF  # masks, since >> repeats the sign
+    x *= 0x21F0AAAD
+    x ^= (x >> 15) & 0x1FFFF
+    x += second
+    x *= 0x735A2D97
+    x >>= 15
+    x &= 0xFFFF
+    return x
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """``values`` (float32) as bfloat16, up or down at random so that the expectation is exact.
-
-    A bfloat16 is a float32 without its lower 16 bits. Adding 16 random bits carries into the upper
-    ones with the probability of the part that is cut off. What is not finite stays as it is.
-    """
-    bits = values.view(torch.int32)
-    noise = torch.randint(
-        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+    """``values`` (float32) as bfloat16, up or down at random so that the expectation is exact."""
+    seed = draw_seed(generator).to(values.device)
+    return rounded(values, noise(seed, values.shape)).to(torch.bfloat16)

@@ -17,7 +17,8 @@ from torch.optim.adamw import adamw
 
 from grass_fx.gradient import Selection
 from grass_fx.ops import along
-from grass_fx.optim.rounding import round_stochastically
+from grass_fx.optim import compiled
+from grass_fx.optim.rounding import draw_seed, round_stochastically
 
 FUSED_ON = ("cpu", "cuda")
 """Devices on which torch's fused AdamW is used."""
@@ -55,20 +56,26 @@ def adam_update_(
     weight_decay: float,
     scale: float,
     warmup_steps: int,
+    compile: bool | None = False,
 ) -> None:
     """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place (equation 4; repeated rows add).
 
     Bias correction counts from each row's own start. Weight decay is decoupled: lr · λ on the whole
     W, without α and warm-up. The ages advance by one. Weights are stepped together, by dtype and
-    device: if their rows have one age, by torch's fused kernel; else by :func:`_update`, which
-    handles weights of less than 32 bits one by one, in float32.
+    device: by compiled code, if ``compile`` says so and no row repeats; else, if their rows have
+    one age, by torch's fused kernel; else by :func:`_update`, which handles weights of less than 32
+    bits one by one, in float32.
     """
     batches = defaultdict(list)
     for step in steps:
-        fused = step.rounding is None and step.w.device.type in FUSED_ON
+        # At lr = 0 only the moments advance, which is not worth code of its own.
+        unique = step.selection.scale is None
+        in_code = unique and lr != 0 and compiled.compiles(compile, step.w.device)
+        fused = not in_code and step.rounding is None and step.w.device.type in FUSED_ON
         age = step.common_age if fused else None
-        batches[step.w.dtype, step.w.device, age].append(step)
-    for (dtype, _, age), batch in batches.items():
+        rounds = in_code and step.rounding is not None
+        batches[step.w.dtype, step.w.device, age, in_code, rounds].append(step)
+    for (dtype, _, age, in_code, _), batch in batches.items():
         torch._foreach_add_([step.age for step in batch], 1)
         if lr != 0 and weight_decay != 0:
             torch._foreach_mul_([step.w for step in batch], 1 - lr * weight_decay)
@@ -77,6 +84,9 @@ def adam_update_(
             _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
             continue
         gains, floors = _row_factors(batch, lr, beta1, beta2, eps, scale, warmup_steps)
+        if in_code:
+            _update_compiled(batch, gains, floors, beta1, beta2)
+            continue
         exact = dtype in (torch.float32, torch.float64)
         size = len(batch) if exact else 1
         for k in range(0, len(batch), size):
@@ -142,6 +152,22 @@ def _row_factors(
         return [along(v, s.selection.dim, s.w.dim()) for v, s in zip(parts, batch, strict=True)]
 
     return per_weight((1 - beta2**ages).rsqrt() / f), per_weight(eps / f)
+
+
+def _update_compiled(
+    batch: Sequence[CompactStep],
+    gains: Sequence[Tensor],
+    floors: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+) -> None:
+    """As :func:`_update`, by compiled code; all are rounded stochastically or none."""
+    rows = [
+        compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, s.selection.indices, s.compact, s.selection.dim)
+        for s in batch
+    ]
+    seeds = [draw_seed(step.rounding) for step in batch if step.rounding is not None]
+    compiled.update_(rows, gains, floors, beta1, beta2, seeds)
 
 
 def _update(

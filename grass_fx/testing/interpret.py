@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ ON_CPU = {
     "del async_compile": "",
 }
 BLOCKS = {"XBLOCK": 128, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 128, "R1_BLOCK": 1}
+FOREACH_BLOCK = 1024  # what Inductor writes into kernels of several loops that it does not measure
 
 
 def interpret(cases: Sequence[tuple[str, Sequence[Any]]]) -> list[list[Tensor]]:
@@ -57,6 +59,8 @@ class _Launcher:
 
         self.kernel = kernel_of(name, body)
         self.function = self.kernel.load(folder)
+        # Of loops that were combined into one kernel.
+        self.sizes = [int(size) for size in re.findall(r"'xnumel_\d+': (\d+)", body)]
 
     def run(self, *args: Any, stream: Any = None) -> None:
         names = [k for k, kind in self.kernel.signature.items() if kind != "constexpr"]
@@ -64,6 +68,10 @@ class _Launcher:
         blocks = {k: BLOCKS[k] for k, v in self.kernel.signature.items() if v == "constexpr"}
         if self.kernel.is_template:
             grid = tuple(args[len(names) :])
+        elif self.sizes:
+            # In turn or one after the other on the grid: this is enough for both.
+            block = blocks.get("XBLOCK", FOREACH_BLOCK)
+            grid = (len(self.sizes) * math.ceil(max(self.sizes) / block),)
         else:
             grid = tuple(
                 math.ceil(given.get(f"{axis}numel", 1) / blocks.get(f"{axis.upper()}BLOCK", 1))

@@ -1,0 +1,163 @@
+"""The subspace AdamW update as code that Inductor generates.
+
+Moments, change, gather, sum, stochastic rounding and scatter are one loop for each weight; on a GPU
+the loops of up to :data:`TOGETHER` weights are one Triton kernel. Rates, decay rates and seeds are
+inputs: only new shapes compile.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx.ops import ADD_ROWS, along
+from grass_fx.optim.rounding import noise
+
+TOGETHER = 8
+"""How many weights one compiled function updates at most: of 16 Inductor makes several kernels."""
+
+FUNCTIONS = 256
+"""How many compiled functions a process keeps."""
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""Shape, strides, dtype and device: what compiled code depends on of a tensor."""
+
+RowsKey = tuple[int, tuple[Layout, ...]]
+"""What compiled code depends on of one weight's :class:`Rows`: their dim and layouts."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One weight's part of the update: W and both moments, which change, σ along ``dim``, and C."""
+
+    w: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    indices: Tensor
+    compact: Tensor
+    dim: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, in the order of :func:`update_function`."""
+        return self.w, self.exp_avg, self.exp_avg_sq, self.indices, self.compact
+
+    @property
+    def key(self) -> RowsKey:
+        """What compiled code of these rows depends on."""
+        return self.dim, tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+
+
+def compiles(compile: bool | None, device: torch.device) -> bool:
+    """Whether rows on ``device`` are updated by compiled code; None: on a GPU that has Triton."""
+    if compile is not None or device.type != "cuda":
+        return bool(compile)
+    from grass_fx import _torch_compat as compat
+
+    return compat.has_triton()
+
+
+def together(keys: Sequence[RowsKey]) -> Iterator[list[int]]:
+    """Which rows are updated by one function, as positions in ``keys``.
+
+    As far as possible those of one key, so that the layers of a model share a function; what is
+    left over of each key goes together.
+    """
+    alike = defaultdict(list)
+    for k, key in enumerate(keys):
+        alike[key].append(k)
+    left = []
+    for places in alike.values():
+        full = len(places) // TOGETHER * TOGETHER
+        for k in range(0, full, TOGETHER):
+            yield places[k : k + TOGETHER]
+        left += places[full:]
+    for k in range(0, len(left), TOGETHER):
+        yield left[k : k + TOGETHER]
+
+
+def update_(
+    rows: Sequence[Rows],
+    gains: Sequence[Tensor],
+    floors: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    seeds: Sequence[Tensor],
+) -> None:
+    """Moments, then the selected rows, in place and in the dtype of ``gains``. No row repeats.
+
+    Δ = m / (√v · gain + floor), with one gain and floor for each selected row. ``seeds``, one of
+    ``draw_seed`` for each weight or none at all: bfloat16 weights are rounded stochastically.
+    """
+    dtype, device = gains[0].dtype, gains[0].device
+    decay = torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device=device)
+    for places in together([each.key for each in rows]):
+        inputs = [t.detach() for k in places for t in rows[k].tensors]
+        inputs += [torch.cat([v[k].flatten() for k in places]) for v in (gains, floors)]
+        inputs.append(decay)
+        if seeds:
+            inputs.append(torch.stack([seeds[k] for k in places]).to(device))
+        function = compiled(tuple(rows[k].key for k in places), dtype, bool(seeds))
+        with torch.no_grad():
+            function(*inputs)
+
+
+@lru_cache(maxsize=FUNCTIONS)
+def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Callable[..., Any]:
+    """Inductor's code of :func:`update_function` for weights of these keys."""
+    # Here, since both load Inductor.
+    from grass_fx import _torch_compat as compat
+    from grass_fx import lowering
+
+    lowering.register()
+    graph, fakes = compat.trace_static(
+        update_function([dim for dim, _ in keys], rounds), layouts(keys, dtype, rounds)
+    )
+    with torch.no_grad():
+        return compat.compile_inductor(graph, fakes, compat.combined_kernels(TOGETHER))
+
+
+def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[Layout]:
+    """The layouts of all inputs of :func:`update_function`."""
+    result = [layout for _, each in keys for layout in each]
+    device = result[0][3]
+    total = sum(indices[0].numel() for _, (_, _, _, indices, _) in keys)
+    for size in (total, total, 3):
+        result.append((torch.Size([size]), (1,), dtype, device))
+    if rounds:
+        result.append((torch.Size([len(keys), 2]), (2, 1), torch.int32, device))
+    return result
+
+
+def update_function(dims: Sequence[int], rounds: bool) -> Callable[..., None]:
+    """The update as a function of tensors: :attr:`Rows.tensors` of each weight, then gains, floors,
+    (1 − β₁, β₂, 1 − β₂) and, if it ``rounds``, seeds (weights, 2)."""
+
+    def update(*inputs: Tensor) -> None:
+        gains, floors, decay = inputs[5 * len(dims) : 5 * len(dims) + 3]
+        first_rate, second_decay, second_rate = decay.unbind()
+        weights = [inputs[5 * k : 5 * k + 5] for k in range(len(dims))]
+        moments, changes, start = [], [], 0
+        for dim, (w, exp_avg, exp_avg_sq, indices, compact) in zip(dims, weights, strict=True):
+            part = start, indices.numel()
+            gain, floor = (along(t.narrow(0, *part), dim, w.dim()) for t in (gains, floors))
+            start += indices.numel()
+            c, first, second = (t.to(gains.dtype) for t in (compact, exp_avg, exp_avg_sq))
+            first = first + (c - first) * first_rate
+            second = second * second_decay + c * c * second_rate
+            moments.append((exp_avg, first))
+            moments.append((exp_avg_sq, second))
+            changes.append(first / (second.sqrt() * gain + floor))
+        seeds = inputs[-1].unbind() if rounds else ()
+        bits = [noise(seed, changes[k].shape) for k, seed in enumerate(seeds)]
+        ADD_ROWS([w[0] for w in weights], [w[3] for w in weights], changes, bits, list(dims))
+        for moment, value in moments:
+            moment.copy_(value)
+
+    return update
