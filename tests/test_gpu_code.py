@@ -171,46 +171,124 @@ def test_the_kernels_numbers_are_those_of_float64(interpreted, each):
 
 
 MODELS = [
-    (dtype, side, block)
-    for dtype in (torch.float16, torch.float32)
+    (dtype, side, block, tokens)
+    for dtype in (*HALF, torch.float32)
     for side in ("out", "in")
     for block in (1, 8)
+    for tokens in ("static", "symbolic")
 ]
 
 
 @pytest.fixture(scope="module")
 def backwards():
-    """(backward graph, module, its outputs) of a small model."""
+    """By key: (backward graph, module, a run to compare with) of a small model."""
     torch.manual_seed(0)
-    made = []
-    for dtype, side, block in MODELS:
+    made = {}
+    for key in MODELS:
+        dtype, side, block, tokens = key
+        dynamic = tokens == "symbolic"
         torch._dynamo.reset()
         model = nn.Sequential(nn.Linear(72, 136), nn.ReLU(), nn.Linear(136, 40)).to(dtype)
-        x = torch.randn(3, 50, 72).to(dtype)
-        backward = tapped_backward(model, x, rank=16, block=block, side=side)
-        made.append((backward, generate(backward.graph, backward.inputs)))
-    outputs = interpret([(module.code, backward.inputs) for backward, module in made])
-    return {
-        key: (backward, module, [t for t in each if t is not None])
-        for key, (backward, module), each in zip(MODELS, made, outputs, strict=True)
-    }
+
+        def run(sequences, length, model=model, dtype=dtype, dynamic=dynamic, **options):
+            x = torch.randn(sequences, length, 72).to(dtype)
+            return tapped_backward(model, x, dynamic, **options)
+
+        options = {"rank": 16, "block": block, "side": side}
+        backward = run(3, 50, **options)
+        module = generate(backward.graph, backward.likes)
+        other = run(5, 61, **options) if dynamic and dtype != torch.bfloat16 else backward
+        made[key] = (backward, module, other)
+    return made
+
+
+@pytest.fixture(scope="module")
+def outputs(backwards):
+    """What the modules return; bfloat16 is wrong in Triton's interpreter."""
+    keys = [key for key in MODELS if key[0] != torch.bfloat16]
+    each = interpret([(backwards[key][1].code, backwards[key][2].inputs) for key in keys])
+    return {key: [t for t in got if t is not None] for key, got in zip(keys, each, strict=True)}
 
 
 @pytest.mark.parametrize("key", MODELS, ids=str)
 def test_a_whole_backward_forms_no_full_gradient(backwards, key):
-    (dtype, _, block), (backward, module, outputs) = key, backwards[key]
+    (dtype, side, block, tokens), (backward, module, _) = key, backwards[key]
     assert backward.weights == [(136, 72), (40, 136)]
     shapes = {tuple(map(str, shape)) for shape in backward.weights}
     assert shapes.isdisjoint(module.buffers)
+    named = any(character.isalpha() for shape in module.buffers for character in "".join(shape))
+    assert named == (tokens == "symbolic")
     templates = [kernel for kernel in module.kernels if kernel.is_template]
-    assert len(templates) == (2 if block == 8 and dtype == torch.float16 else 0)
+    assert len(templates) == (2 if block == 8 and dtype in HALF else 0)
     assert len(templates) + module.extern_calls.count("mm") == 3  # and one for the hidden layer
-    assert len(outputs) == len(backward.outputs) == 4
-    for got, want in zip(outputs, backward.outputs, strict=True):
-        error = (got.double() - want.double()).norm() / want.double().norm()
-        assert error < (2e-3 if dtype == torch.float16 else 1e-5)
+    # The derivative of ReLU, and a gather per weight: one of D is fused with the derivative.
+    pointwise = [kernel for kernel in module.kernels if "_poi_" in kernel.name]
+    assert len(pointwise) == (1 if templates else 2 if side == "out" else 3)
     for kernel in templates:
         assert all(compiled.tensor_cores for _, compiled in assert_fits(kernel))
+
+
+@pytest.mark.parametrize("key", [key for key in MODELS if key[0] != torch.bfloat16], ids=str)
+def test_a_whole_backwards_numbers_are_the_cpus(backwards, outputs, key):
+    """Of symbolic sizes: for other sizes than the code was generated with."""
+    _, _, ran = backwards[key]
+    assert len(outputs[key]) == len(ran.outputs) == 4
+    for got, want in zip(outputs[key], ran.outputs, strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < (2e-3 if key[0] == torch.float16 else 1e-5)
+
+
+SCORING = [
+    (dtype, side, tokens)
+    for dtype in (*HALF, torch.float32)
+    for side in ("out", "in")
+    for tokens in ("static", "symbolic")
+]
+
+
+@pytest.fixture(scope="module")
+def scorings():
+    """By key: (module, recorded backward) of a scoring step of tiles."""
+    torch.manual_seed(0)
+    made = {}
+    for key in SCORING:
+        dtype, side, tokens = key
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(72, 136), nn.ReLU(), nn.Linear(136, 40)).to(dtype)
+        options = {"rank": 16, "selection": "top", "scoring": "tiles", "block": 8, "side": side}
+        x = torch.randn(3, 50, 72).to(dtype)
+        backward = tapped_backward(model, x, tokens == "symbolic", **options)
+        made[key] = generate(backward.graph, backward.likes), backward
+    return made
+
+
+@pytest.fixture(scope="module")
+def scored(scorings):
+    keys = [key for key in SCORING if key[0] != torch.bfloat16]
+    each = interpret([(scorings[key][0].code, scorings[key][1].inputs) for key in keys])
+    return {key: [t for t in got if t is not None] for key, got in zip(keys, each, strict=True)}
+
+
+@pytest.mark.parametrize("key", SCORING, ids=str)
+def test_a_scoring_step_of_tiles_forms_no_full_gradient_either(scorings, key):
+    module, backward = scorings[key]
+    full = {tuple(map(str, shape)) for shape in [*backward.weights, (72, 136), (136, 40)]}
+    assert full.isdisjoint(module.buffers)
+    norms = [k for k in module.kernels if "grass::mm_squared_norms" in k.source]
+    assert len(norms) == len(backward.weights) == 2
+    for kernel in norms:
+        for _, compiled in assert_fits(kernel):
+            assert compiled.tensor_cores == (key[0] in HALF)
+
+
+@pytest.mark.parametrize("key", [key for key in SCORING if key[0] != torch.bfloat16], ids=str)
+def test_a_scoring_steps_numbers_are_the_cpus(scorings, scored, key):
+    """Gradients of two biases, two compact ones, and two score vectors."""
+    _, backward = scorings[key]
+    assert len(scored[key]) == len(backward.outputs) == 6
+    for got, want in zip(scored[key], backward.outputs, strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < (4e-3 if key[0] == torch.float16 else 1e-5)
 
 
 # --- the rule -------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch._dynamo.device_interface as device_interface
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
@@ -37,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
 from grass_fx import lowering
-from grass_fx._torch_compat import compile_aot_eager
+from grass_fx._torch_compat import compile_aot_eager, fake_mode_of, trace_static
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
@@ -201,22 +202,27 @@ def kernel_of(name: str, body: str) -> Kernel:
     signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1))  # type: ignore[union-attr]
     warps, stages = (
         int(match.group(1)) if (match := re.search(rf"{key}=(\d+)", body)) else default
-        for key, default in (("num_warps", 4), ("num_stages", 1))
+        for key, default in (
+            ("num_warps", 8 if "triton_heuristics.foreach(" in body else 4),
+            ("num_stages", 1),
+        )
     )
     source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", body, flags=re.S)
     source = source.replace("triton_helpers.set_driver_to_gpu()\n", "")
     return Kernel(name, source, signature, warps, stages)
 
 
-Like = torch.Tensor | tuple[Sequence[int | str], torch.dtype]
-"""An input: as a tensor, or by (shape, dtype), where a string in a shape is a symbolic size."""
+Like = torch.Tensor | torch.SymInt | tuple[Sequence[int | str], torch.dtype]
+"""An input: as a tensor or a traced graph's symbolic number, or by (shape, dtype), where a string
+in a shape is a symbolic size."""
 
 
 def fake_inputs(
     likes: Sequence[Like], hint: int = 8192
-) -> tuple[FakeTensorMode, list[torch.Tensor]]:
-    """Fake CUDA tensors."""
-    env = ShapeEnv()
+) -> tuple[FakeTensorMode, list[torch.Tensor | torch.SymInt]]:
+    """Fake CUDA tensors, and symbolic numbers as they are."""
+    theirs = detect_fake_mode(likes)  # symbols mean something in the ShapeEnv they come from only
+    env = ShapeEnv() if theirs is None or theirs.shape_env is None else theirs.shape_env
     fake = FakeTensorMode(shape_env=env)
     symbols: dict[str, Any] = {}
 
@@ -232,16 +238,19 @@ def fake_inputs(
             symbols[each] = env.create_symintnode(symbol, hint=hint)
         return symbols[each]
 
-    tensors = []
+    inputs: list[torch.Tensor | torch.SymInt] = []
     with fake:
         for like in likes:
+            if isinstance(like, torch.SymInt):
+                inputs.append(like)
+                continue
             if isinstance(like, torch.Tensor):
                 strides = like.stride()
                 made = torch.empty_strided(like.shape, strides, device="cuda", dtype=like.dtype)
             else:
                 made = torch.empty([size(d) for d in like[0]], device="cuda", dtype=like[1])
-            tensors.append(made)
-    return fake, tensors
+            inputs.append(made)
+    return fake, inputs
 
 
 def generate(
@@ -274,6 +283,61 @@ def generate(
     return Module(getattr(code, "value", code), measured)
 
 
+RETURN_INPUTS = """
+
+def call(args):
+    inputs = list(args)
+    runner.call(args)
+    return inputs
+"""
+
+
+def generate_in_place(
+    function: Callable[..., None], layouts: Sequence[Any], patches: Mapping[str, Any]
+) -> Module:
+    """As :func:`generate` for a function that changes its inputs; ``call`` returns all of them.
+
+    The whole of ``compile_fx`` runs: as for a CPU until mutations are functional, since torch
+    without CUDA copies into no fake CUDA tensor, then as for a GPU. ``layouts``: (shape, strides,
+    dtype, device) of each input; the device is ignored.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    class Generated(BaseException):
+        """Ends the compilation: nothing can load the code."""
+
+    codes: list[str] = []
+
+    def keep(code: Any) -> None:
+        codes.append(code)
+        raise Generated
+
+    def on_gpu(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        no_state = mock.patch.multiple(
+            torch.cuda, get_rng_state=lambda: torch.zeros(1), set_rng_state=lambda state: None
+        )
+        with virtual_gpu(), no_state, fake_mode_of(fakes):
+            for node in gm.graph.nodes:
+                node.meta["val"] = torch.utils._pytree.tree_map(on_gpu, node.meta.get("val"))
+                if "device" in node.kwargs:
+                    node.update_kwarg("device", torch.device("cuda", 0))
+            return compile_fx_inner(gm, [on_gpu(each) for each in inputs], **kwargs)
+
+    lowering.register()
+    here = [(shape, strides, dtype, torch.device("cpu")) for shape, strides, dtype, _ in layouts]
+    gm, fakes = trace_static(function, here)
+    patches = {**patches, "compile_threads": 1, "force_disable_caches": True}
+    kept = mock.patch.object(GraphLowering, "save_output_code", keep)
+    with torch.no_grad(), kept, contextlib.suppress(Generated):
+        compile_fx(gm, fakes, inner_compile=inner_compile, config_patches=patches)
+    return Module(codes[0] + RETURN_INPUTS)
+
+
 @dataclass
 class Backward:
     """The backward graph of a tapped model, with what it was called with and returned, on a CPU."""
@@ -284,17 +348,28 @@ class Backward:
     weights: list[tuple[int, ...]]
     """Shapes of the taken weights."""
 
+    @property
+    def likes(self) -> list[Like]:
+        """The inputs as the graph was traced with them, symbolic sizes among them."""
+        return [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
 
-def tapped_backward(model: torch.nn.Module, x: torch.Tensor, **options: Any) -> Backward:
-    """Compile ``model`` for training as the backend does, but for the CPU, and run it backwards."""
-    graph_config, seen = (
-        GrassConfig.from_options(options),
-        Backward(fx.GraphModule({}, fx.Graph()), [], [], []),
-    )
+
+def tapped_backward(
+    model: torch.nn.Module, x: torch.Tensor, dynamic: bool = False, **options: Any
+) -> Backward:
+    """Compile ``model`` for training as the backend does, but for the CPU, and run it backwards.
+
+    ``dynamic`` makes all sizes of ``x`` symbolic that the model leaves open. With a rule that needs
+    scores it is the backward of a scoring step.
+    """
+    graph_config = GrassConfig.from_options(options)
+    scores = graph_config.needs_scores
+    seen = Backward(fx.GraphModule({}, fx.Graph()), [], [], [])
 
     def on_backward(graph: fx.GraphModule) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            seen.graph, seen.inputs = graph, [a.clone() for a in args]
+            copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            seen.graph, seen.inputs = graph, copies
             outputs = graph(*args)
             seen.outputs = [o for o in outputs if o is not None]
             return outputs
@@ -304,12 +379,16 @@ def tapped_backward(model: torch.nn.Module, x: torch.Tensor, **options: Any) -> 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         found = find_linear_weights_pass(gm, inputs, config=graph_config)
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
-        tapped, extended = tap_weights_pass(gm, inputs, found.taken)
+        scoring = graph_config.scoring if scores else None
+        tapped, extended = tap_weights_pass(
+            gm, inputs, found.taken, with_scores=scores, scoring=scoring
+        )
         passes = GrassPasses(PushReport(), {})
         compiled = compile_aot_eager(tapped, extended, passes, on_backward)
-        return GrassCallable(found, PushReport(), compiled, None)
+        return GrassCallable(found, PushReport(), compiled, compiled if scores else None)
 
-    torch.compile(model, backend=backend)(x).sum().backward()
+    out = torch.compile(model, backend=backend, dynamic=dynamic)(x)
+    out.square().sum().backward()  # whose gradients differ in every element
     return seen
 
 
