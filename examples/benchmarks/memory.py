@@ -8,6 +8,7 @@
     full                Inductor and torch.optim.AdamW(fused=True)
     grass               the default rule, refreshed every two steps; the output head is dense
     grass_scores        selection="top", refreshed every two steps: every other step scores
+    grass_tiles         as grass_scores, with scoring="tiles"
     grass_in_backward   as grass, with grass_fx.step_in_backward
     galore              Inductor and galore-torch (--galore-no-svd: its SVD takes minutes at 7B)
     galore_in_backward  one GaLoreAdamW per weight, stepped by a hook as in GaLore's own script
@@ -20,11 +21,10 @@ a CPU the most that torch's allocator holds by torch.profiler's record, without 
 inside oneDNN and MKL. --limit-gb leaves torch what a card of that size would: 0.75 GiB less.
 "predicted" is docs/method.md's sum: full rank has 4mn numbers per weight, grass mn + 3rn + 3r (here
 without ρ). Peaks have activations and temporaries besides; a scoring step adds m numbers per weight
-and one layer's G. Goals: 13B within 40 GB at ranks 64 and 1/8, 7B within 24 GB.
+and, but with tiles, one layer's G. Goals: 13B within 40 GB at ranks 64 and 1/8, 7B within 24 GB.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import subprocess
@@ -35,7 +35,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,11 +42,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import as_line, environment
 
 import grass_fx
-from grass_fx.config import GrassConfig
 from llama import SIZES, build
+from peer_optimizers import adamw8bit, galore, galore_groups, nbytes, rows
 from pretrain import is_linear, rank
 
-GRASS = {"grass": "cyclic", "grass_scores": "top", "grass_in_backward": "cyclic"}
+GRASS = {
+    "grass": {},
+    "grass_scores": {"selection": "top", "scoring": "gradient"},
+    "grass_tiles": {"selection": "top", "scoring": "tiles"},
+    "grass_in_backward": {},
+}
 METHODS = ("full", *GRASS, "galore", "galore_in_backward", "adamw8bit")
 HELD, KINDS = ("weights", "gradients", "state"), ("first", "regular", "scoring")
 COLUMNS = (*HELD, "sum", "predicted", "peak: first", *KINDS[1:], "regular/full", "scoring/full")
@@ -64,7 +68,7 @@ def set_up(method: str, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]
     options = {"rank": args.rank, "exclude": ["head*"], "refresh_every": 2}
     settings = {"dynamic": False}
     if method in GRASS:
-        settings |= {"backend": "grass", "options": {"selection": GRASS[method], **options}}
+        settings |= {"backend": "grass", "options": {**GRASS[method], **options}}
     if not args.checkpointing:
         return model, torch.compile(model, **settings)
     for layer in model.layers:
@@ -78,55 +82,35 @@ def optimizers(method: str, model: nn.Module, args) -> list[torch.optim.Optimize
     if method == "full":
         return [torch.optim.AdamW(parameters, fused=True, **settings)]
     if method == "adamw8bit":
-        return [importlib.import_module("torchao.optim").AdamW8bit(parameters, **settings)]
+        return [adamw8bit(parameters, **settings)]
     if method in GRASS:
         made = grass_fx.AdamW(parameters, **settings)
         if method == "grass_in_backward":
             grass_fx.step_in_backward(made)
         return [made]
-    from galore_torch import GaLoreAdamW
-    from galore_torch.galore_projector import GaLoreProjector
-
     if args.galore_no_svd:
+        from galore_torch.galore_projector import GaLoreProjector
+
         GaLoreProjector.get_orthogonal_matrix = lambda self, g, rank, type: (
             g[:, :rank] if type == "left" else g[:rank]
         ).clone()
-    settings["no_deprecation_warning"] = True
-    low = {"update_proj_gap": 200, "scale": 1, "proj_type": "std"}
-    groups = [
-        {"params": [p]} | (low | {"rank": rows(p, args)} if is_linear(name, p) else {})
-        for name, p in model.named_parameters()
-    ]
+    groups = galore_groups(model, args.rank, is_linear)
     if method == "galore":
-        return [GaLoreAdamW(groups, **settings)]
-    own = {group["params"][0]: GaLoreAdamW([group], **settings) for group in groups}
+        return [galore(groups, **settings)]
+    own = {group["params"][0]: galore([group], **settings) for group in groups}
     for p in parameters:  # both return None, as a hook has to
         p.register_post_accumulate_grad_hook(lambda p: own[p].step() or own[p].zero_grad())
     return list(own.values())
-
-
-def rows(weight: nn.Parameter, args: argparse.Namespace) -> int:
-    return GrassConfig(rank=args.rank).rank_and_block(min(weight.shape))[0]
 
 
 def predicted(method: str, model: nn.Module, args: argparse.Namespace) -> int:
     """Bytes of weights, gradients and state; method.md says nothing of the peers."""
     total, parts = 0, 2 if method == "grass_in_backward" else 3
     for name, p in model.named_parameters() if method in ("full", *GRASS) else ():
-        r = rows(p, args) if method in GRASS and is_linear(name, p) else 0
+        r = rows(p, args.rank) if method in GRASS and is_linear(name, p) else 0
         compact = r * max(p.shape) * p.itemsize or p.nbytes
         total += p.nbytes + parts * compact + 16 * r  # σ and ages
     return total
-
-
-def nbytes(value) -> int:
-    if isinstance(value, grass_fx.CompactGrad):
-        return nbytes(value.compact) + nbytes(value.scores)
-    if not isinstance(value, torch.Tensor) or type(value).__name__ == "SpentGrad":
-        return nbytes(value.ortho_matrix) if hasattr(value, "ortho_matrix") else 0
-    if is_traceable_wrapper_subclass(value):
-        return sum(nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-    return value.nbytes
 
 
 def history_of_gpu() -> list[tuple[float, int]]:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/step_time.py --threads 2
     python examples/benchmarks/step_time.py --device cuda --size 1b --vocab 32000 --dtype bfloat16
+    python examples/benchmarks/step_time.py --peers --breakdown
     python examples/benchmarks/step_time.py --smoke
 
 All variants live in one process and take turns, one step each, in an order that reverses every
@@ -12,6 +13,14 @@ are medians, quartiles and ratios. Every linear weight is taken, the output head
     regular   grass with the default rule, never refreshed: what nearly every step costs
     scoring   grass with a rule that needs scores, refreshed after every step: the worst case,
               which at refresh_every=K is one step in K
+
+With --peers, as far as they are installed, on the same model through plain Inductor:
+
+    galore      galore-torch's GaLoreAdamW with projectors of the same rank for the same weights, in
+                a step that keeps them
+    galore_svd  the same optimizer in a step that computes all projectors, by default one in 200;
+                the first --svd-rounds rounds have one, since it can take minutes
+    adamw8bit   torchao's AdamW8bit
 
 Goals, on two CPU cores at rank 1/8: regular/full at most 0.78, scoring/full at most 1.10, and at
 most 0.17 of the bytes of gradients and optimizer state of the weights taken. A fast machine of
@@ -25,7 +34,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +48,15 @@ from environment import as_line, environment
 
 import grass_fx
 from llama import SIZES, build
+from peer_optimizers import (
+    MODULES,
+    adamw8bit,
+    galore,
+    galore_groups,
+    nbytes,
+    project_every,
+    why_missing,
+)
 from pretrain import bytes_held, rank
 
 NEVER = math.inf
@@ -65,6 +84,10 @@ class Clock:
         return start.elapsed_time(end)
 
 
+def no_times() -> dict[str, list[float]]:
+    return {each: [] for each in PHASES}
+
+
 @dataclass
 class Variant:
     """One way to train, with weights of its own, and what was measured of it."""
@@ -72,13 +95,17 @@ class Variant:
     model: nn.Module
     compiled: nn.Module
     optimizer: torch.optim.Optimizer
-    times: dict[str, list[float]] = field(default_factory=lambda: {each: [] for each in PHASES})
+    times: dict[str, list[float]] = field(default_factory=no_times)
     held: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes, by parameter
     peak: int = 0
+    prepare: Callable[[], None] = lambda: None
+    """Called before a step, while the clock stands."""
+    peer: bool = False
 
     def step(
         self, clock: Clock, tokens: Tensor, targets: Tensor, note_bytes: bool = False
     ) -> dict[str, float]:
+        self.prepare()
         start = clock.mark()
         self.compiled(tokens, targets).backward()
         middle = clock.mark()
@@ -93,7 +120,12 @@ class Variant:
     def read_bytes(self) -> None:
         """Note the bytes held for each parameter, while its gradient is still there."""
         for name, parameter in self.model.named_parameters():
-            self.held[name] = bytes_held([parameter], self.optimizer)
+            if self.peer:  # projectors and quantized tensors are state, too
+                state = self.optimizer.state[parameter].values()
+                held = {"weights": parameter.nbytes, "gradients": nbytes(parameter.grad)}
+                self.held[name] = held | {"state": sum(map(nbytes, state))}
+            else:
+                self.held[name] = bytes_held([parameter], self.optimizer)
             self.held[name]["taken"] = isinstance(parameter.grad, grass_fx.CompactGrad)
 
 
@@ -107,6 +139,8 @@ def set_up(name: str, args: argparse.Namespace) -> Variant:
         compiled = torch.compile(model, dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True, **rates)
         return Variant(model, compiled, optimizer)
+    if name in MODULES:
+        return set_up_peer(name, model, args, rates)
     rule = {
         "regular": {"refresh_every": NEVER},
         "scoring": {"refresh_every": 1, "selection": args.scoring_rule},
@@ -114,6 +148,21 @@ def set_up(name: str, args: argparse.Namespace) -> Variant:
     options = {"rank": args.rank, "block": args.block, **rule}
     compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
     return Variant(model, compiled, grass_fx.AdamW(model.parameters(), **rates))
+
+
+def set_up_peer(name: str, model: nn.Module, args: argparse.Namespace, rates: dict) -> Variant:
+    compiled = torch.compile(model, dynamic=False)
+    if name == "adamw8bit":
+        return Variant(model, compiled, adamw8bit(list(model.parameters()), **rates), peer=True)
+    groups = galore_groups(model, args.rank, is_taken, gap=NEVER)
+    optimizer = galore(groups, **rates)
+    keep = partial(project_every, optimizer, NEVER)
+    return Variant(model, compiled, optimizer, prepare=keep, peer=True)
+
+
+def is_taken(name: str, parameter: nn.Parameter) -> bool:
+    """What grass takes of this model: every matrix that multiplies."""
+    return parameter.dim() == 2 and not name.startswith("embed")
 
 
 def random_tokens(args: argparse.Namespace, vocab: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -132,12 +181,18 @@ def measure(args: argparse.Namespace) -> dict[str, Variant]:
     device = torch.device(args.device)
     clock = Clock(device)
     variants = {name: set_up(name, args) for name in args.variants}
+    if "galore" in variants:
+        kept = variants["galore"]
+        renew = partial(project_every, kept.optimizer, 1)
+        variants["galore_svd"] = replace(kept, times=no_times(), prepare=renew)
     draw = random_tokens(args, variants["full"].model.config.vocab)
 
     for index in tqdm(range(-args.warmup, args.rounds), desc="rounds", leave=False):
         batch = draw()
         order = list(variants) if index % 2 else list(reversed(variants))
         for name in order:
+            if name == "galore_svd" and not 0 <= index < args.svd_rounds:
+                continue
             variant = variants[name]
             if clock.on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -160,7 +215,8 @@ def results(variants: dict[str, Variant]) -> dict[str, dict]:
     for name, variant in variants.items():
         row = {}
         for phase in PHASES:
-            times, reference = variant.times[phase], full.times[phase]
+            times = variant.times[phase]
+            reference = full.times[phase][: len(times)]  # of the rounds that it took part in
             pairs = [time / other for time, other in zip(times, reference, strict=True)]
             low, median, high = statistics.quantiles(times, n=4, method="inclusive")
             row[phase] = {
@@ -232,6 +288,8 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=20, help="timed steps of each variant (default: 20)")
     add("--warmup", type=int, default=3, help="steps before that, compiling among them (3)")
     add("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="default: all three")
+    add("--peers", action="store_true", help="GaLore and 8-bit AdamW, too, where installed")
+    add("--svd-rounds", type=int, default=3, help="rounds with GaLore's SVD, at least 2 (3)")
     add("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
     add("--breakdown", action="store_true", help="forward+backward and optimizer step apart, too")
     add("--json", type=Path, metavar="FILE", help="write every time measured here")
@@ -241,6 +299,8 @@ def parse() -> argparse.Namespace:
         parser.error("--variants needs full, which the others are compared with")
     if args.warmup < 1:
         parser.error("--warmup has to be at least 1: the first steps compile")
+    if args.svd_rounds < 2:
+        parser.error("--svd-rounds has to be at least 2: one time has no quartiles")
     if args.smoke:
         args.size, args.batch, args.seq, args.rounds = "smoke", 2, 32, 3
     return args
@@ -255,6 +315,11 @@ def main() -> None:
         f"LLaMA {args.size}, {args.batch} x {args.seq} tokens, {args.dtype}, rank {args.rank}, "
         f"block {args.block}, weight decay {args.weight_decay}, {args.rounds} rounds\n"
     )
+    for peer in MODULES if args.peers else ():
+        if reason := why_missing(peer):
+            print(f"{peer}: not installed ({reason})\n")
+        else:
+            args.variants = (*args.variants, peer)
     variants = measure(args)
     answer = results(variants)
     print(table(answer, PHASES if args.breakdown else ("step",)))
