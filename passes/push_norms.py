@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SQUARED_NORMS
-from grass_fx.passes.push_selection import CONVERSIONS, COPIES, RESHAPES, dim_below_reshape
+from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, dim_below_reshape
 
 aten = torch.ops.aten
 

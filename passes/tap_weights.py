@@ -131,7 +131,9 @@ def tap_weights_pass(
     body = last.next
     for w, operands in taps:
         with graph.inserting_before(body):
-            tapped = graph.call_function(scoring_tap if scoring is not None else tap, (w, *operands))
+            tapped = graph.call_function(
+                scoring_tap if scoring is not None else tap, (w, *operands)
+            )
         tapped.meta["example_value"] = w.meta.get("example_value")
         w.replace_all_uses_with(tapped, delete_user_cb=partial(operator.is_not, tapped))
     graph.lint()

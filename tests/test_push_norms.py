@@ -3,13 +3,13 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from test_push_selection import B, M, N, count, products, traced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
 from grass_fx.passes.push_norms import LARGE_GRADIENT, push_norms_pass, wants_tiles
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import Captured, mlp, text
-from test_push_selection import B, M, N, count, products, traced
 
 aten, prims = torch.ops.aten, torch.ops.prims
 ROWS = torch.tensor([0, 2, 4])
@@ -89,7 +89,9 @@ def test_norms_move_below_what_changes_no_value(name, dim):
     d, x, *_ = products()
     graph, moved = pushed(gradient, d, x, torch.tensor([0, 2]))
     assert moved == count(graph, MM_SQUARED_NORMS) == count(graph, SELECTED_MM) == 1
-    assert not [n for n in graph.nodes if n.op == "call_function" and n.meta["val"].numel() == M * N]
+    assert not [
+        n for n in graph.nodes if n.op == "call_function" and n.meta["val"].numel() == M * N
+    ]
 
 
 STAYS = {

@@ -1,0 +1,165 @@
+"""A selection on its way down: what the rules of ``push_rules`` make their nodes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from grass_fx.ops import SELECT
+
+aten = torch.ops.aten
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+PRODUCTS = (
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
+)  # fmt: skip
+FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+
+
+class Stop(Exception):
+    """Why a selection cannot go below a node."""
+
+
+class Push:
+    """One selection on its way down."""
+
+    def __init__(
+        self,
+        rules: Mapping[Any, Rule],
+        graph: fx.Graph,
+        select: fx.Node,
+        indices: Any,
+        scale: Any,
+        block: list[Any],
+    ) -> None:
+        self.rules = rules
+        self.graph, self.select, self.indices, self.scale = graph, select, indices, scale
+        self.block = block  # empty, or the one argument after ``dim``
+        self.stops: list[str] = []
+        self.made: dict[Any, fx.Node] = {}  # nodes reached on two ways are selected once
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.indices.meta["val"].shape[0])
+
+    def below(self, node: Any, dim: int, user: fx.Node) -> fx.Node | None:
+        """The selection of ``node`` along ``dim``, made below it; None if it stays above it."""
+        try:
+            if not isinstance(node, fx.Node) or node.op != "call_function":
+                raise Stop("its gradient is an input of the graph")
+            self.check(node, user)
+            rule = self.rules.get(node.target)
+            if rule is None:
+                raise Stop(f"no rule for {node.target}")
+            return rule(self, node, dim % node.meta["val"].dim())
+        except Stop as reason:
+            self.stops.append(str(reason))
+            return None
+
+    def check(self, node: fx.Node, user: fx.Node) -> None:
+        """Stop if more of ``node`` is needed than selections."""
+        if (whole := self._needs_whole(node, user)) is not None:
+            raise Stop(f"{node.name} is needed whole by {whole.name}")
+
+    def _needs_whole(self, node: fx.Node, user: fx.Node | None) -> fx.Node | None:
+        """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
+
+        A sum may use a gradient twice, and parts of one may each be selected, as those of
+        concatenated weights are: the whole will be gone when all of them are pushed.
+        """
+        for other in node.users:
+            if other is user or other.target is SELECT:
+                continue
+            hands_on = other.target in SPLITS or (
+                other.target in self.rules and other.target not in (*PRODUCTS, *FACTORS)
+            )
+            whole = self._needs_whole(other, None) if hands_on else other
+            if whole is not None:
+                return whole
+        return None
+
+    def of(self, node: Any, dim: int, user: fx.Node) -> fx.Node:
+        """The selection of ``node``, made as deep as it goes."""
+        key = node, dim, self.indices, self.scale
+        if key not in self.made:
+            below = self.below(node, dim, user)
+            self.made[key] = self.selected(node, dim) if below is None else below
+        return self.made[key]
+
+    def selected(self, node: fx.Node, dim: int) -> fx.Node:
+        """The selection of ``node``, made above it."""
+        return self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
+
+    def spans(self, x: fx.Node, node: fx.Node, dim: int) -> bool:
+        """Whether ``x`` has the selected dimension of ``node``, and is not broadcast along it."""
+        shape, full = x.meta["val"].shape, node.meta["val"].shape
+        own = dim - len(full) + len(shape)
+        return own >= 0 and bool(shape[own] == full[dim])
+
+    def broadcast(self, x: fx.Node, node: fx.Node, dim: int) -> fx.Node:
+        """The selection of ``x`` as it stands in the shape of ``node``, its user."""
+        if self.spans(x, node, dim):
+            return self.of(x, dim - node.meta["val"].dim() + x.meta["val"].dim(), node)
+        if self.scale is None:
+            return x
+        raise Stop(f"{node.name} broadcasts along the selected dimension")
+
+    def unscaled(self) -> Push:
+        """The same rows without ρ."""
+        return self if self.scale is None else self._other(self.indices, None, self.block)
+
+    def moved(self, start: int) -> Push:
+        """The same rows of a tensor in which they begin at ``start``."""
+        if start == 0:
+            return self
+        indices = self.call(aten.add.Tensor, self.indices, start)
+        return self._other(indices, self.scale, self._aligned(start))
+
+    def inside(
+        self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: fx.Node | None
+    ) -> fx.Node:
+        """The selected rows that lie in ``x``, which is rows [start, start + size); else ``other``.
+
+        All r rows of ``x`` are made, those outside from some row of it, so that shapes stay.
+        """
+        shifted = self.call(aten.sub.Tensor, self.indices, start) if start else self.indices
+        place = self.call(aten.remainder.Scalar, shifted, size)
+        within = self._other(place, self.scale, self._aligned(start, size))
+        below = within.of(x, dim, user)
+        if other is None:
+            return below
+        mask = self.call(aten.eq.Tensor, place, shifted)
+        ndim = x.meta["val"].dim()
+        mask = self.call(aten.reshape.default, mask, [-1 if d == dim else 1 for d in range(ndim)])
+        return self.call(aten.where.self, mask, below, other)
+
+    def _aligned(self, *offsets: int) -> list[Any]:
+        """The block, if runs that move by ``offsets`` still begin at a multiple of it."""
+        kept = self.block and all(offset % self.block[0] == 0 for offset in offsets)
+        return self.block if kept else []
+
+    def _other(self, indices: fx.Node, scale: Any, block: list[Any]) -> Push:
+        push = Push(self.rules, self.graph, self.select, indices, scale, block)
+        push.stops, push.made = self.stops, self.made
+        return push
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node before the selection, with its value and the old one's origin."""
+        with self.graph.inserting_before(self.select):
+            name = target.overloadpacket.__name__
+            new = self.graph.create_node("call_function", target, args, kwargs, name)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.select.meta["val"].fake_mode:
+            new.meta["val"] = target(*values[0], **values[1])
+        # Not all of meta: what belongs to the old operator's signature would mislead Inductor.
+        for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "autograd_backward"):
+            if key in self.select.meta:
+                new.meta[key] = self.select.meta[key]
+        return new
+
+
+Rule = Callable[[Push, fx.Node, int], fx.Node]

@@ -1,0 +1,327 @@
+"""Below which operations a selection moves, and what is there then: one small function for each.
+
+A rule gets the push, a node and the dimension of the node that is selected; it returns the node
+that is the selection of ``node``, made from selections of what ``node`` is made of. With P from
+equation 1 of docs/method.md: PᵀF(x) = F′(Pᵀx), for all F that are linear along the selected
+dimension. Where a rule does not apply it raises :class:`Stop` with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from grass_fx.ops import SELECTED_MM
+from grass_fx.passes.push import FACTORS, PRODUCTS, SPLITS, Push, Rule, Stop
+
+aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
+
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+)  # fmt: skip
+CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
+COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of these operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+@rule(aten.mm.default)
+def _mm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """select(a @ b) = selected_mm(a, b): what all of this is for."""
+    return push.call(SELECTED_MM, *node.args, push.indices, push.scale, dim, *push.block)
+
+
+@rule(aten.bmm.default)
+def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """A batch of products: the factor that has the selected dimension is selected."""
+    a, b = node.args
+    if node.meta["val"].shape[0] == 1 and dim > 0:  # as einsum makes it
+        a, b = push.call(aten.squeeze.dim, a, 0), push.call(aten.squeeze.dim, b, 0)
+        compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1, *push.block)
+        return push.call(aten.unsqueeze.default, compact, 0)
+    if dim < 2:
+        a = push.selected(a, dim)
+    if dim != 1:
+        b = (push if dim == 2 else push.unscaled()).selected(b, dim)  # ρ once
+    return push.call(aten.bmm.default, a, b)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _add_product(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """select(β c + α a @ b) = β select(c) + α select(a @ b)."""
+    c, a, b = cast("tuple[fx.Node, ...]", node.args)
+    product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+    with push.graph.inserting_before(node):
+        plain = push.graph.call_function(product, (a, b))
+    plain.meta = dict(node.meta)
+    below = RULES[product](push, plain, dim)
+    push.graph.erase_node(plain)
+    c = push.broadcast(c, node, dim)
+    beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
+    c = c if beta == 1 else push.call(aten.mul.Tensor, c, beta)
+    below = below if alpha == 1 else push.call(aten.mul.Tensor, below, alpha)
+    return push.call(aten.add.Tensor, below, c)
+
+
+# --- sums and factors -----------------------------------------------------------------------------
+
+
+@rule(aten.add.Tensor, aten.sub.Tensor)
+def _sum(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Several uses of one weight: select(G ± G′) = select(G) ± select(G′)."""
+    if not all(isinstance(x, fx.Node) for x in node.args):
+        raise Stop(f"{node.name} adds a number")
+    x, y = (push.broadcast(cast(fx.Node, x), node, dim) for x in node.args)
+    return push.call(node.target, x, y, **node.kwargs)
+
+
+@rule(*FACTORS)
+def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """select(s ∘ t) = select(s) ∘ select(t), with ρ once; what is constant there stays as it is."""
+    spanning = [x for x in node.all_input_nodes if push.spans(x, node, dim)]
+    dividing = node.target in (aten.div.Tensor, aten.div.Scalar) and node.args[0] not in spanning
+    if not spanning or dividing or node.args[0] is node.args[-1]:
+        raise Stop(f"{node.name} is no product with something that is selected")
+    new = {}
+    for k, x in enumerate(spanning):
+        along = dim - node.meta["val"].dim() + x.meta["val"].dim()
+        each = push if k == 0 else push.unscaled()
+        # What comes from no product is in memory as it is: nothing is gained below it.
+        new[x] = each.of(x, along, node) if has_product(x) else each.selected(x, along)
+    return push.call(node.target, *(new.get(x, x) for x in node.args))
+
+
+def has_product(node: Any) -> bool:
+    """Whether a matrix product lies below ``node`` and what a selection can pass."""
+    if not isinstance(node, fx.Node) or node.target not in (RULES.keys() | SPLITS):
+        return False
+    return node.target in PRODUCTS or any(has_product(x) for x in node.all_input_nodes)
+
+
+@rule(aten.neg.default)
+def _neg(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    return push.call(aten.neg.default, push.of(node.args[0], dim, node))
+
+
+@rule(aten.sum.dim_IntList)
+def _sum_over(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Sums over other dimensions: of a batch that one weight was expanded to."""
+    x, dims, *keepdim = cast("tuple[Any, ...]", node.args)
+    ndim = x.meta["val"].dim()
+    gone = {d % ndim for d in dims or range(ndim)}
+    kept = range(ndim) if keepdim == [True] else [d for d in range(ndim) if d not in gone]
+    if kept[dim] in gone:
+        raise Stop(f"{node.name} sums over the selected dimension")
+    below = push.of(x, kept[dim], node)
+    return push.call(node.target, below, dims, *keepdim, **node.kwargs)
+
+
+# --- the same numbers in another shape, dtype or place --------------------------------------------
+
+
+@rule(aten.permute.default)
+def _permute(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    x, dims = cast("tuple[fx.Node, list[int]]", node.args)
+    below = push.of(x, dims[dim], node)
+    if below.target is aten.permute.default:
+        inner, first = cast("tuple[fx.Node, list[int]]", below.args)
+        if [first[d] for d in dims] == list(range(len(dims))):
+            push.graph.erase_node(below)  # AOTAutograd transposes a linear's gradient twice
+            return inner
+    return push.call(aten.permute.default, below, dims)
+
+
+@rule(aten.t.default)
+def _t(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    return push.call(aten.t.default, push.of(node.args[0], 1 - dim, node))
+
+
+@rule(aten.transpose.int)
+def _transpose(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    x, first, second = cast("tuple[fx.Node, int, int]", node.args)
+    ndim = node.meta["val"].dim()
+    swap = {first % ndim: second % ndim, second % ndim: first % ndim}
+    return push.call(aten.transpose.int, push.of(x, swap.get(dim, dim), node), first, second)
+
+
+@rule(*RESHAPES)
+def _reshape(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Where the selected dimension is one dimension on both sides."""
+    x = cast(fx.Node, node.args[0])
+    new = list(node.meta["val"].shape)
+    below = dim_below_reshape(x.meta["val"].shape, new, dim)
+    if below is None:
+        raise Stop(f"{node.name} splits or merges the selected dimension")
+    new[dim] = push.rank
+    return push.call(aten.reshape.default, push.of(x, below, node), new)
+
+
+def dim_below_reshape(old: Sequence[int], new: Sequence[int], dim: int) -> int | None:
+    """The dimension of the shape ``old`` that is ``dim`` of its view ``new``; None if none is."""
+    for below in range(len(old)):
+        if old[below] == new[dim] and math.prod(old[:below]) == math.prod(new[:dim]):
+            return below
+    return None
+
+
+@rule(aten.expand.default)
+def _expand(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Equal copies along other dimensions, or along the selected one."""
+    x = cast(fx.Node, node.args[0])
+    shape = list(node.meta["val"].shape)
+    shape[dim] = push.rank
+    return push.call(aten.expand.default, push.broadcast(x, node, dim), shape)
+
+
+@rule(*CONVERSIONS)
+def _convert(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    x, *rest = node.args
+    return push.call(node.target, push.of(x, dim, node), *rest, **node.kwargs)
+
+
+@rule(*COPIES)
+def _same(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    return push.of(node.args[0], dim, node)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@rule(aten.slice.Tensor)
+def _slice(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """A part of a larger gradient: the weight was concatenated with others."""
+    x, over, start, end, step = _slice_of(node, 1)
+    if over != dim:
+        return push.call(node.target, push.of(x, dim, node), over, start, end, step)
+    if step != 1:
+        raise Stop(f"{node.name} has a step along the selected dimension")
+    return push.moved(start).of(x, dim, node)
+
+
+@rule(operator.getitem)
+def _part(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """One part of a split."""
+    parts, k = cast("tuple[fx.Node, int]", node.args)
+    if parts.target not in SPLITS:
+        raise Stop(f"no rule for {parts.target}")
+    push.check(parts, node)
+    x, _, *over = cast("tuple[Any, ...]", parts.args)
+    across = (over or [0])[0] % x.meta["val"].dim()
+    start = sum(part.shape[across] for part in parts.meta["val"][:k])
+    if across == dim:
+        return push.moved(start).of(x, dim, parts)
+    end = start + node.meta["val"].shape[across]
+    return push.call(aten.slice.Tensor, push.of(x, dim, parts), across, start, end)
+
+
+@rule(aten.cat.default)
+def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Parts of a weight that are used apart. Along the selected dimension each part pays r rows."""
+    parts, *over = cast("tuple[Any, ...]", node.args)
+    across = (over or [0])[0] % node.meta["val"].dim()
+    if across != dim:
+        return push.call(node.target, [push.of(x, dim, node) for x in parts], across)
+    size = node.meta["val"].shape[dim]
+    if len(parts) * push.rank > size:
+        raise Stop(f"{node.name} has {len(parts)} parts, too many for {push.rank} rows of {size}")
+    start, below = 0, None
+    for x in parts:
+        length = x.meta["val"].shape[dim]
+        below = push.inside(x, start, length, dim, node, below)
+        start += length
+    assert below is not None
+    return below
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """The gradient of a weight of which a part is used."""
+    base, x = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    _, over, start, end, step = _slice_of(node, 2)
+    below = push.of(base, dim, node)
+    if over != dim:
+        return push.call(node.target, below, push.of(x, dim, node), over, start, end, step)
+    if step != 1:
+        raise Stop(f"{node.name} has a step along the selected dimension")
+    return push.inside(x, start, end - start, dim, node, below)
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """The same with one matrix of a stack."""
+    base, x, over, index = cast("tuple[Any, ...]", node.args)
+    over %= node.meta["val"].dim()
+    if over == dim:
+        raise Stop(f"{node.name} writes one row of the selected dimension")
+    below = push.of(base, dim, node), push.of(x, dim - (over < dim), node)
+    return push.call(node.target, *below, over, index)
+
+
+@rule(aten.select.int)
+def _select_int(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """One matrix of a batch of gradients."""
+    x, over, index = cast("tuple[Any, ...]", node.args)
+    over %= x.meta["val"].dim()
+    return push.call(node.target, push.of(x, dim + (over <= dim), node), over, index)
+
+
+@rule(aten.full.default)
+def _constant(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """What parts are written into: zeros."""
+    shape, value = cast("tuple[list[int], Any]", node.args)
+    if value != 0:
+        raise Stop(f"{node.name} is no gradient")
+    shape = [*shape]
+    shape[dim] = push.rank
+    return push.call(node.target, shape, value, **node.kwargs)
+
+
+def _slice_of(node: fx.Node, before: int) -> tuple[fx.Node, int, int, int, int]:
+    """(input, dimension, start, end, step) of a slice, with what it leaves out filled in."""
+    x = cast(fx.Node, node.args[0])
+    defaults = (0, None, None, 1)
+    given = node.args[before:]
+    names = ("dim", "start", "end", "step")
+    over, start, end, step = (
+        given[k] if k < len(given) else node.kwargs.get(names[k], defaults[k]) for k in range(4)
+    )
+    over = cast(int, over) % x.meta["val"].dim()
+    size = x.meta["val"].shape[over]
+    start, end, step = slice(start, end, step).indices(size)
+    return x, over, start, end, step
+
+
+# --- collectives ----------------------------------------------------------------------------------
+
+
+@rule(c10d.wait_tensor.default)
+def _wait(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    return push.call(node.target, push.of(node.args[0], dim, node))
+
+
+@rule(c10d.all_reduce.default)
+def _all_reduce(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Selected alike on all ranks, so only what is selected travels."""
+    x, op, group = node.args
+    if op not in ("sum", "avg"):
+        raise Stop(f"{node.name} is no sum")
+    return push.call(node.target, push.of(x, dim, node), op, group)
