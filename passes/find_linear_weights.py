@@ -49,12 +49,21 @@ LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear}
 MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.mm, aten.matmul}
 ADDMM = {torch.addmm, "addmm", aten.addmm}
 EINSUM = {torch.einsum, torch.functional.einsum}
+ATTENTION = {torch.nn.functional.multi_head_attention_forward}
+IN_ATTENTION = {5, 11, "in_proj_weight", "out_proj_weight",
+                "q_proj_weight", "k_proj_weight", "v_proj_weight"}  # fmt: skip
 PERMUTE = {torch.permute, "permute", aten.permute}
 TRANSPOSE = PERMUTE | {
     torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.adjoint,
     "t", "transpose", "swapaxes", "swapdims", "T", "mT", "adjoint",
     aten.t, aten.transpose, aten.numpy_T, aten.mT,
 }  # fmt: skip
+# Parts of a matrix, and a larger matrix that it is part of.
+PARTS = {
+    "chunk", "split", "narrow", torch.chunk, torch.split, torch.functional.split, torch.narrow,
+    aten.chunk, aten.split, aten.narrow, aten.slice,
+}  # fmt: skip
+WHOLES = {torch.cat, torch.concat, torch.concatenate, aten.cat}
 SAME = {
     "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
     torch.clone, "requires_grad_",
@@ -67,8 +76,9 @@ def find_linear_weights_pass(
     """List the linear weights of a Dynamo graph; the graph stays as it is.
 
     Taken: a 2-D float parameter that needs a gradient, whose every use is ``x @ W`` or ``x @ W.T``
-    (``F.linear``, ``mm``, ``matmul``, ``addmm``, ``einsum``; also inside activation-checkpointing
-    bodies, through transposes and dtype conversions), with a selected dimension of at least r.
+    (``F.linear``, ``mm``, ``matmul``, ``addmm``, ``einsum``, ``multi_head_attention_forward``; also
+    inside activation-checkpointing bodies, through transposes and dtype conversions, in parts and
+    concatenated with others), with a selected dimension of at least r.
 
     Left, with a reason: ``include``/``exclude``, other uses (an embedding tied to a head), sizes,
     and tensors of other kinds. Uses are followed by what they compute, never by module names.
@@ -149,11 +159,26 @@ def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
             return _output_dims(user, flipped ^ _swaps(user))
         if target in SAME and args[0] is node:
             return _output_dims(user, flipped)
+        if _is_part(user, node) or target in WHOLES:
+            return _output_dims(user, flipped)
         out = _product_dim(node, user)
         if out is not None:
             return [out ^ flipped]
     what = getattr(target, "__name__", str(target))
     raise _NotLinear(f"also used by {what}, which is no matrix product with it")
+
+
+def _is_part(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` is a matrix made of rows or columns of ``node``, or a tuple of such."""
+    if user.args[0] is not node:
+        return False
+    target = _called(user)
+    if target is not operator.getitem:
+        return target in PARTS
+    if _called(node) in PARTS:
+        return True  # one of a tuple
+    index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+    return all(i is Ellipsis or isinstance(i, slice) for i in index)
 
 
 def _called(user: fx.Node) -> Any:
@@ -173,6 +198,9 @@ def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
     if len(places) != 1:
         return None
     place = places[0]
+    if target in ATTENTION:
+        name = next((k for k, v in user.kwargs.items() if v is node), place)
+        return 0 if name in IN_ATTENTION else None
     if target in LINEAR:
         return 0 if place == 1 else None
     if target in MATMUL:
@@ -187,9 +215,11 @@ def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
 def _einsum_dim(user: fx.Node, place: int) -> int | None:
     """Of an einsum of two operands that contracts one dimension of the weight: the other one."""
     equation = user.args[0]
-    if not isinstance(equation, str) or "->" not in equation or "." in equation or place == 0:
+    if not isinstance(equation, str) or place == 0:
         return None
-    left, result = equation.replace(" ", "").split("->")
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # the letters that occur once
+        result = "".join(c for c in left if left.count(c) == 1)
     terms = left.split(",")
     if len(terms) != 2 or place > 2:
         return None

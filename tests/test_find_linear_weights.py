@@ -40,6 +40,17 @@ LINEAR_USES = {
     "addmm, w first": (lambda w, x: torch.addmm(x.new_ones(4), w, x.t()), X8, 0),
     "einsum, (in, out)": (lambda w, x: torch.einsum("bi,io->bo", x, w), X12, 1),
     "einsum, (out, in)": (lambda w, x: torch.einsum("oi,bi->bo", w, x), X8, 0),
+    "einsum without a result": (lambda w, x: torch.einsum("bi,io", x, w), X12, 1),
+    "einsum with an ellipsis": (lambda w, x: torch.einsum("...i,oi->...o", x, w), X8, 0),
+    "some rows": (lambda w, x: x[:, :6] @ w[:6], X12, 1),
+    "some rows and columns": (lambda w, x: x[:, 2:8] @ w[2:8, ..., 1:], X12, 1),
+    "narrow": (lambda w, x: F.linear(x, w.narrow(0, 3, 8)), X8, 0),
+    "split and used apart": (
+        lambda w, x: torch.cat([F.linear(x, part) for part in w.split([4, 8])], 1), X8, 0
+    ),
+    "chunks of columns": (lambda w, x: sum(x @ part for part in w.chunk(2, 1)), X12, 1),
+    "one of several chunks": (lambda w, x: F.linear(x, torch.chunk(w, 3)[1]), X8, 0),
+    "concatenated": (lambda w, x: F.linear(x, torch.cat([w, 2 * x])), X8, 0),
     "transpose": (lambda w, x: x @ w.transpose(0, 1), X8, 0),
     "transpose negative": (lambda w, x: x @ torch.transpose(w, -1, -2), X8, 0),
     "permute": (lambda w, x: x @ w.permute(1, 0), X8, 0),
@@ -84,7 +95,7 @@ OTHER_USES = {
     "an elementwise function": (lambda w, x: x @ w.sin(), X12, "sin"),
     "normalised": (lambda w, x: x @ F.normalize(w), X12, "no matrix product"),
     "returned": (lambda w, x: (x @ w, w.t()), X12, "leaves the compiled graph"),
-    "sliced": (lambda w, x: x[:, :6] @ w[:6], X12, "getitem"),
+    "one row": (lambda w, x: x @ w + w[0], X12, "getitem"),
 }  # fmt: skip
 
 
