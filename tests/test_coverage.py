@@ -1,0 +1,125 @@
+"""Every linear weight of the zoo is taken and pushed, and every gradient of it is right.
+
+To change the page: python examples/model_coverage.py --update, and read the diff.
+"""
+
+import fnmatch
+
+import pytest
+import torch
+from torch import nn
+
+import model_coverage
+from grass_fx.gradient import CompactGrad
+from zoo import FROM_TRANSFORMERS, ZOO
+
+TIED = "also used by embedding, which is no matrix product with it"
+STACKED = {"*.experts.*_proj": "3 dimensions, only matrices are taken"}
+
+# Of these models these weights stay dense, for these reasons; all others are taken.
+LEFT = {
+    "llama, tied head": {"lm_head.weight": TIED},
+    "gemma": {"lm_head.weight": TIED},
+    "gpt2": {"lm_head.weight": TIED},
+    "bert": {"cls.predictions.decoder.weight": TIED},
+    "roberta": {"lm_head.decoder.weight": TIED},
+    "t5": {"lm_head.weight": TIED},
+    "whisper": {"proj_out.weight": TIED},
+    "head tied to an embedding": {"table.weight": TIED},
+    "mixtral": STACKED,
+    "mixtral, batched_mm experts": STACKED,
+    # A loop over the experts that tokens were sent to: Dynamo runs it in plain Python.
+    "mixtral, eager experts": {"*.experts.*_proj": "in no compiled graph"},
+    # One kernel with both products, both weights and the gates.
+    "nn.LSTMCell": {"it.weight_*": "also used by lstm_cell"},
+    "weight norm": {"it.parametrizations.weight.original1": "no matrix product"},
+}
+
+# Each graph decides for itself: the one with the head takes what another one looks rows up in.
+# The gradients of both uses add up to a compact one.
+TAKEN_IN_PART = {"head tied across a graph break": {"table.weight": TIED}}
+
+# Modules whose matrices are no linear weights: they are looked up, or slid over an image.
+NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
+
+every_model = pytest.mark.parametrize("name", ZOO)
+
+
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def covered(name):
+    if name in FROM_TRANSFORMERS:
+        transformers()
+    return model_coverage.covered(name)
+
+
+def check_close(actual, expected, exact):
+    """Relative to the largest element: what cancels has the rounding of what it is made of."""
+    relative = 1e-10 if exact else 1e-4
+    bound = relative * expected.abs().max().item() + 1e-12
+    torch.testing.assert_close(actual, expected, rtol=relative, atol=bound)
+
+
+@every_model
+def test_every_linear_weight_is_taken_or_left_for_a_known_reason(name, covered):
+    assert covered.weights
+    left = {w.name: w.reason for w in covered.weights if not w.taken}
+    known = LEFT.get(name, {})
+    unknown = {
+        path: reason
+        for path, reason in left.items()
+        if not any(fnmatch.fnmatchcase(path, p) and why in reason for p, why in known.items())
+    }
+    assert unknown == {}
+    idle = [p for p in known if not any(fnmatch.fnmatchcase(path, p) for path in left)]
+    assert idle == [], "no longer left: take it off the list"
+
+
+@every_model
+def test_every_taken_weight_is_pushed(name, covered):
+    full = {w.name: w.reason for w in covered.weights if w.taken and not w.pushed}
+    assert full == TAKEN_IN_PART.get(name, {})
+
+
+@every_model
+def test_the_compact_gradient_is_the_selection_of_the_full_one(covered):
+    for weight in covered.weights:
+        if weight.taken:
+            grad, full = covered.gradients[weight.name], covered.plain[weight.name]
+            assert isinstance(grad, CompactGrad), weight.name
+            check_close(grad.compact, grad.subspace.project(full), covered.case.exact)
+
+
+@every_model
+def test_all_other_gradients_are_unchanged(covered):
+    taken = {weight.parameter for weight in covered.weights if weight.taken}
+    for path, parameter in covered.case.model.named_parameters():
+        grad, plain = covered.gradients[path], covered.plain[path]
+        if parameter in taken:
+            continue
+        assert (grad is None) == (plain is None) and not isinstance(grad, CompactGrad), path
+        if plain is not None:
+            check_close(grad, plain, covered.case.exact)
+
+
+@every_model
+def test_the_walk_over_the_modules_overlooks_no_matrix(covered):
+    named = {weight.parameter for weight in covered.weights}
+    for path, parameter in covered.case.model.named_parameters():
+        owner = covered.case.model.get_submodule(path.rpartition(".")[0])
+        added = parameter.dim() < 2 or 1 in parameter.shape  # biases, scales, positions
+        assert parameter in named or added or isinstance(owner, NOT_LINEAR), path
+
+
+@every_model
+def test_the_page_has_the_line_of_every_model(name, covered):
+    assert model_coverage.row(name) in model_coverage.PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_page_is_up_to_date():
+    transformers()
+    assert model_coverage.PAGE.read_text(encoding="utf-8") == model_coverage.page()
