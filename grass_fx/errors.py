@@ -29,3 +29,7 @@ class UnsupportedTorchError(GrassError, RuntimeError):
 
 class GrassWarning(UserWarning):
     """Something works, but probably not as the user meant it."""
+
+
+class UnsupportedGradError(GrassError, RuntimeError):
+    """A gradient of a kind that the optimizer cannot step with."""

@@ -297,8 +297,14 @@ def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
 @_handles(aten.zeros_like)
 def _zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
-    compact = torch.zeros_like(grad.compact, dtype=kwargs.get("dtype"))
-    return CompactGrad(compact, grad.subspace, grad.shape, None, zeroed=True)
+    compact = torch.zeros_like(grad.compact, **_kind(kwargs))
+    subspace = grad.subspace.to(compact.device)
+    return CompactGrad(compact, subspace, grad.shape, None, zeroed=True)
+
+
+def _kind(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a new tensor is asked to be."""
+    return {name: kwargs[name] for name in ("dtype", "device") if name in kwargs}
 
 
 @_handles(aten.empty_like, aten.new_empty_strided, aten.new_empty)
@@ -306,8 +312,14 @@ def _empty(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     if len(args) > 1 and tuple(args[1]) != tuple(grad.shape):
         return NotImplemented
-    compact = torch.empty_like(grad.compact, dtype=kwargs.get("dtype"))
-    return CompactGrad(compact, grad.subspace, grad.shape, None, zeroed=True)
+    compact = torch.empty_like(grad.compact, **_kind(kwargs))
+    if grad.device.type == "meta" != compact.device.type:
+        raise CompactGradError(
+            f"the compact gradient of {grad.subspace.name} is on the meta device: which rows it "
+            "holds is not known. Call zero_grad() before module.to_empty()."
+        )
+    subspace = grad.subspace.to(compact.device)
+    return CompactGrad(compact, subspace, grad.shape, None, zeroed=True)
 
 
 @_handles(aten.copy_)
@@ -348,7 +360,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
         return _add_(func, (_clone(func, (grad,), {}), other), kwargs)
     if not isinstance(other, CompactGrad) or grad.shape != other.shape or alpha != 1:
         return NotImplemented
-    return grad + other.subspace.lift(other.compact, other.shape)
+    return _add_(func, (_clone(func, (other,), {}), grad), kwargs)
 
 
 @_handles(aten.add_.Tensor)

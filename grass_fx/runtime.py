@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grass_fx.errors import SelectionChangedError
+from grass_fx.errors import CompactGradError, SelectionChangedError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
@@ -52,9 +51,14 @@ class DeliverGradients(torch.autograd.Function):
         return tuple(proxy for role in zip(*made, strict=True) for proxy in role)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         delivery: _Delivery = ctx.delivery
+        if torch.is_grad_enabled():  # silently a constant, otherwise
+            raise CompactGradError(
+                f"{delivery.subspaces[0].name}: a gradient with create_graph=True. A compiled "
+                "graph is differentiated once: compute this loss with the model itself, which is "
+                "not compiled."
+            )
         count = len(delivery.weights)
         results: list[Tensor | None] = []
         for k in range(count):
@@ -71,6 +75,7 @@ class DeliverGradients(torch.autograd.Function):
                     "backward before optimizer.step(), and compile every graph that uses the "
                     "weight with the same options."
                 )
+            subspace.delivered = True
             # A graph scores all its weights if one is due; the others' scores are dropped.
             scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
             results.append(CompactGrad(compact, selection, ctx.shapes[k], scores))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from grass_fx import selection as rules
@@ -65,7 +66,7 @@ class Subspace:
 
     ``selection`` is the current :class:`~grass_fx.gradient.Selection`; ``step`` counts optimizer
     steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
-    gradients must carry scores.
+    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Subspace:
             return False
         return self._retry or self._at_period_end(self.step)
 
+        self.delivered = False
     def _at_period_end(self, step: int) -> bool:
         if self.spec.refresh_every == math.inf:
             return step == 0
@@ -105,7 +107,7 @@ class Subspace:
         ``scores`` s: (size,) float32 as the gradient brought them, or None. Scores that are
         missing, not finite or all zero keep the selection and make the next step a scoring step.
         """
-        was_due = self.scoring_due
+        was_due, self.delivered = self.scoring_due, False
         self.step += 1
         if not self.rule.needs_scores:
             if self._at_period_end(self.step):
@@ -317,6 +319,8 @@ class Registry:
         differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
         change = ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
         if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
+            if is_traceable_wrapper_subclass(weight):
+                continue  # never taken; and torch converts one only if no weak reference knows it
             raise OptionError(
                 f"{name}: two compiled functions with different options share this weight "
                 f"({change}), and it holds a gradient of the first. Compile both with the same "

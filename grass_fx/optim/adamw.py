@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
-from grass_fx.errors import StateError
-from grass_fx.gradient import CompactGrad
+from grass_fx.errors import StateError, UnsupportedGradError
+from grass_fx.gradient import CompactGrad, matrix
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.update import CompactStep, adam_update_, carried
@@ -140,9 +140,17 @@ class AdamW(SubspaceOptimizer):
                 else:
                     self._compact_state(p, grad, group["on_refresh"])
 
+    def _check_dense(self, p: Tensor) -> None:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise UnsupportedGradError(
+                f"{registry.name_of(p)}: AdamW does not support sparse gradients. Build its module "
+                "with sparse=False, or give it a torch.optim.SparseAdam of its own."
+            )
+
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
         if "indices" in self.state.get(p, {}):  # loaded state may be of another dtype too
-            self._dtypes[p] = self.state[p]["exp_avg"].dtype
+            former = self._layouts.get(p, (None, p.shape))[1]
+            self._layouts[p] = self.state[p]["exp_avg"].dtype, former
         super()._check_place(p, grad)
 
     # --- taken weights ----------------------------------------------------------------------------

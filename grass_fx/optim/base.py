@@ -41,7 +41,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Begin without what is known beside the state: it is found out again."""
-        self._dtypes: dict[Tensor, torch.dtype] = {}
+        self._layouts: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
@@ -139,7 +139,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ]
         for group in plan:
             for p, grad in group:
-                if grad is not None:
+                if grad is None:
+                    self._check_dense(p)
+                else:
                     self._met_compact = True
                     self._check_place(p, grad)
         if params and not any(plan):
@@ -154,7 +156,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 selection = subspace.selection_on(p.device)
                 return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
             return grad
-        if grad is None or "indices" not in self.state.get(p, {}):
+        known = "indices" in self.state.get(p, {})
+        # A dense gradient may have met a compact one, which cannot change its type.
+        if grad is None or not (known or (subspace is not None and subspace.delivered)):
             return None
         if subspace is None:
             raise StateError(
@@ -166,8 +170,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if not self._warned_projected:
             self._warned_projected = True
             warnings.warn(
-                f"{subspace.name} has its optimizer state in a subspace, but its gradient came "
-                "dense, from code outside the compiled graph: it was projected. Run all of the "
+                f"{subspace.name} is stepped in a subspace, but its gradient came dense, at least "
+                "in part from code outside the compiled graph: it was projected. Run all of the "
                 "training step through the compiled model; to train the weight dense from here "
                 "on, make a new optimizer.",
                 GrassWarning,
@@ -176,12 +180,30 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         selection = subspace.selection_on(p.device)
         return CompactGrad(selection.project(grad), selection, p.shape)
 
+    def _check_dense(self, p: Tensor) -> None:
+        """Raise if the optimizer cannot step with p's ordinary gradient; by default it can."""
+
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
         """Raise StateError if the model has moved since p's state was made."""
-        state = self.state.get(p, {})
-        dtype = self._dtypes.setdefault(p, grad.dtype)
+        state, name, shape = self.state.get(p, {}), grad.subspace.name, tuple(p.shape)
+        if grad.device.type == "meta":
+            raise StateError(
+                f"{name} is on the meta device and has no values: give it some first, by "
+                "module.to_empty(device=...) and initialising or loading it."
+            )
+        if grad.shape != p.shape:
+            raise StateError(
+                f"{name} has shape {shape}, its gradient {tuple(grad.shape)}: the weight was "
+                "replaced after the forward. Call optimizer.zero_grad(), and run it again."
+            )
+        dtype, former = self._layouts.setdefault(p, (grad.dtype, p.shape))
         if "indices" not in state:
-            self._dtypes[p] = grad.dtype
+            self._layouts[p] = grad.dtype, p.shape
+        elif former != p.shape:
+            raise StateError(
+                f"{name} has shape {shape} now, its optimizer state was made for "
+                f"{tuple(former)}. Make a new optimizer."
+            )
         elif state["indices"].device != grad.device:
             raise StateError(
                 f"{grad.subspace.name} is on {grad.device} now, its optimizer state on "
