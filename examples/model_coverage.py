@@ -143,7 +143,7 @@ def covered(name: str) -> Coverage:
     torch.manual_seed(0)
     torch._dynamo.reset()
     case = ZOO[name]()
-    dtype = torch.float64 if case.exact else torch.float32
+    dtype = case.dtype
     model = case.model.train().to(dtype)
     inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in case.inputs.items()}
     plain = copy.deepcopy(model)

@@ -22,12 +22,18 @@ from grass_fx.ops import along, select
 aten = torch.ops.aten
 
 
+def matrix(tensor: Tensor) -> Tensor:
+    """A matrix as it is; a stack of matrices (e, m, n) as one of e·m rows, in the same memory."""
+    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """One selection of a weight: immutable, so that a gradient kept for later stays true.
 
     ``indices`` σ: (r,) int64 ascending; ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor
-    dimension they select; ``generation`` counts the weight's selections.
+    dimension they select; ``generation`` counts the weight's selections. Of a stack of e matrices
+    they select rows of :func:`matrix`: (e·r,), r of each, ``dim`` 0.
     """
 
     indices: Tensor
@@ -56,13 +62,20 @@ class Selection:
 
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""
-        return select(dense, self.indices, self.scale, self.dim)
+        compact = select(matrix(dense), self.indices, self.scale, self.dim)
+        return compact if dense.dim() == 2 else compact.view(dense.shape[0], -1, dense.shape[-1])
 
     def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """P C: each selected row times ρ at its place, repeated rows adding, 0 elsewhere."""
+        compact = matrix(compact)
         if self.scale is not None:
-            compact = (compact * along(self.scale, self.dim, compact.dim())).to(compact.dtype)
-        return compact.new_zeros(shape).index_add_(self.dim, self.indices, compact)
+            compact = (compact * along(self.scale, self.dim, 2)).to(compact.dtype)
+        return self._placed(compact, shape)
+
+    def _placed(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        dense = rows.new_zeros(shape)
+        matrix(dense).index_add_(self.dim, self.indices, rows)
+        return dense
 
     def lift(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """A dense tensor whose projection is C: C_j / ρ_j at row σ_j, once per distinct row."""
@@ -70,16 +83,17 @@ class Selection:
         first[1:] = (self.indices[1:] != self.indices[:-1]).to(compact.dtype)
         if self.scale is not None:
             first = first / self.scale
-        rows = (compact * along(first, self.dim, compact.dim())).to(compact.dtype)
-        return compact.new_zeros(shape).index_add_(self.dim, self.indices, rows)
+        rows = (matrix(compact) * along(first, self.dim, 2)).to(compact.dtype)
+        return self._placed(rows, shape)
 
 
 class CompactGrad(Tensor):
     """The compact gradient C of a weight (m, n), equations 2 and 3 of docs/method.md.
 
-    Attributes: ``compact`` C, (r, n) or (m, r); ``subspace``, the :class:`Selection` it belongs to;
-    ``scores`` s, (m,) or (n,) float32, the rows' squared gradient norms in a scoring step, else
-    None. ``zeroed`` tells a gradient that ``zero_`` emptied: it adopts the next one's selection.
+    Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``subspace``, the
+    :class:`Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the rows' squared
+    gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that ``zero_`` emptied:
+    it adopts the next one's selection.
     """
 
     compact: Tensor

@@ -19,9 +19,7 @@ torch.library.define(
     "grass::selected_mm",
     "(Tensor a, Tensor b, Tensor indices, Tensor? scale, int dim, int block=1) -> Tensor",
 )
-torch.library.define(
-    "grass::squared_norms", "(Tensor g, int dim, str scoring='auto') -> Tensor"
-)
+torch.library.define("grass::squared_norms", "(Tensor g, int dim, str scoring='auto') -> Tensor")
 torch.library.define("grass::mm_squared_norms", "(Tensor a, Tensor b, int dim) -> Tensor")
 
 PART = 1 << 18
@@ -29,8 +27,11 @@ PART = 1 << 18
 
 
 def along(values: Tensor, dim: int, ndim: int) -> Tensor:
-    """A vector as a tensor of ``ndim`` dimensions, ready to broadcast along ``dim``."""
-    shape = [1] * ndim
+    """A vector as a tensor of ``ndim`` dimensions, ready to broadcast along ``dim``.
+
+    One vector for each matrix of a stack, (e, r), keeps its first dimension.
+    """
+    shape = [*values.shape[:-1], *[1] * (ndim - values.dim() + 1)]
     shape[dim] = -1
     return values.view(shape)
 
@@ -46,9 +47,16 @@ def select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: in
 
     ``g``: (..., size, ...); ``indices`` σ: (r,) int64; ``scale`` ρ: (r,) or None. ``block``
     B promises that σ comes in runs of B, each beginning at a multiple of B; it changes no number.
-    Equations 2 and 3 of docs/method.md.
+    Equations 2 and 3 of docs/method.md. Of a stack of matrices, (e, m, n) with ``dim`` 1 or 2, each
+    has a σ, and a ρ, of its own: (e, r).
     """
-    return _scaled(g.index_select(dim, indices), scale, dim)
+    if indices.dim() == 2:
+        shape = list(g.shape)
+        shape[dim] = indices.shape[1]
+        picked = g.gather(dim, along(indices, dim, g.dim()).expand(shape))
+    else:
+        picked = g.index_select(dim, indices)
+    return _scaled(picked, scale, dim)
 
 
 def selected_mm(
@@ -104,7 +112,7 @@ def _fake_select(
     g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
 ) -> Tensor:
     shape = list(g.shape)
-    shape[dim] = indices.shape[0]
+    shape[dim] = indices.shape[-1]
     return g.new_empty(shape)
 
 

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +26,9 @@ from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
 
 log = logging.getLogger(__name__)
+
+Draw = tuple[Tensor, Tensor | None]
+"""Units of one matrix, (r / B,), and ρ per unit with replacement."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,27 @@ class SubspaceSpec:
     replacement: bool
     refresh_every: int | float
     seed: int
+    stack: int | None = None
+    """How many matrices a stacked weight holds, each with r rows of its own; None: it is one."""
 
     @classmethod
-    def of(cls, config: GrassConfig, size: int, dim: int, side: str) -> SubspaceSpec:
+    def of(
+        cls, config: GrassConfig, size: int, dim: int, side: str, stack: int | None = None
+    ) -> SubspaceSpec:
         """The subspace that ``config`` wants along a dimension of ``size``."""
         rank, block = config.rank_and_block(size)
         schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
-        return cls(size, dim, side, rank, block, *schedule)
+        return cls(size, dim, side, rank, block, *schedule, stack)
+
+    @property
+    def indices_shape(self) -> tuple[int, ...]:
+        """The shape of σ, and of ρ, in graphs."""
+        return (self.rank,) if self.stack is None else (self.stack, self.rank)
+
+    @property
+    def rows(self) -> int:
+        """How many rows have a score: those of all matrices of a stack."""
+        return self.size * (self.stack or 1)
 
     def compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """The shape of C for a weight of ``shape``."""
@@ -78,15 +95,17 @@ class Subspace:
         self._scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.step = 0
         self.period = 0
+        self.delivered = False
         self.frozen = False
         self._retry = False
         units = spec.size // spec.block
-        # An exhausted walk: the first draw starts the first permutation.
-        self._order, self._position = torch.arange(units), units
+        # Exhausted walks, one of each matrix: the first draw starts the first permutations.
+        self._orders, self._position = [torch.arange(units)] * (spec.stack or 1), units
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # what the inputs of graphs hold
-        self.selection = Selection(torch.empty(0), None, spec.dim, -1, name)
-        self._set(*self._draw(), device)
+        dim = spec.dim if spec.stack is None else 0
+        self.selection = Selection(torch.empty(0), None, dim, -1, name)
+        self._set(self._draw(), device)
 
     @property
     def scoring_due(self) -> bool:
@@ -95,7 +114,6 @@ class Subspace:
             return False
         return self._retry or self._at_period_end(self.step)
 
-        self.delivered = False
     def _at_period_end(self, step: int) -> bool:
         if self.spec.refresh_every == math.inf:
             return step == 0
@@ -105,20 +123,22 @@ class Subspace:
         """Tell that an optimizer step used the current selection; refresh it where that is due.
 
         ``scores`` s: (size,) float32 as the gradient brought them, or None. Scores that are
-        missing, not finite or all zero keep the selection and make the next step a scoring step.
+        missing, not finite or all zero keep the selection and make the next step a scoring step. Of
+        a stack, (e·size,), only the matrices of which this is so keep theirs, unless it is so of
+        all.
         """
         was_due, self.delivered = self.scoring_due, False
         self.step += 1
         if not self.rule.needs_scores:
             if self._at_period_end(self.step):
-                self._set(*self._draw(), self.selection.indices.device)
+                self._set(self._draw(), self.selection.indices.device)
         elif was_due:
             drawn = None if scores is None else self._draw_by(scores)
             self._retry = drawn is None
             if drawn is None:
                 log.info("%s: no usable scores, the selection stays for another step", self.name)
             else:
-                self._set(*drawn, self.selection.indices.device)
+                self._set(drawn, self.selection.indices.device)
 
     def rename(self, name: str) -> None:
         """Report the weight under another name from now on."""
@@ -139,7 +159,8 @@ class Subspace:
         selection = self.selection_on(device)
         if self._given is selection:
             return self._inputs
-        current = [t for t in (selection.indices, selection.scale) if t is not None]
+        current = [t for t in (self._within(selection), selection.scale) if t is not None]
+        current = [t.view(self.spec.indices_shape) for t in current]
         if self._given is None or self._inputs[0].device != device:
             self._inputs = [t.clone() for t in current]
         else:
@@ -148,46 +169,79 @@ class Subspace:
         self._given = selection
         return self._inputs
 
-    def _stream(self) -> torch.Generator:
-        return rules.stream(self.spec.seed, self.key, self.period)
+    def _within(self, selection: Selection) -> Tensor:
+        """σ, counted within each matrix of a stack."""
+        return selection.indices if self.spec.stack is None else selection.indices % self.spec.size
+
+    def _streams(self) -> list[torch.Generator]:
+        """The generators of this draw, one for each matrix."""
+        if self.spec.stack is None:
+            return [rules.stream(self.spec.seed, self.key, self.period)]
+        purposes = (f"grass, matrix {k}" for k in range(self.spec.stack))
+        return [rules.stream(self.spec.seed, self.key, self.period, each) for each in purposes]
 
     @property
     def _count(self) -> int:
         return self.spec.rank // self.spec.block
 
-    def _draw(self) -> tuple[Tensor, Tensor | None]:
-        """Units, and ρ per unit, without scores: rule 8, or rule 10 (also every rule's first)."""
-        stream = self._stream()
+    def _draw(self) -> list[Draw]:
+        """Without scores: rule 8, or rule 10 (also every rule's first)."""
+        drawn: list[Draw] = []
         if self.spec.selection == "uniform":
-            even = torch.ones(self._order.numel())
-            return rules.multinomial(even, self._count, self.spec.replacement, stream)
-        units, self._order, self._position = rules.cyclic(
-            self._order, self._position, self._count, stream
-        )
-        return units, None
-
-    def _draw_by(self, scores: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        spec = self.spec
-        drawn = rules.select_by_scores(
-            self.rule, scores, self._count, spec.block, spec.replacement, self._stream()
-        )
-        if drawn is not None and self.rule.freezes:
-            positive = rules.unit_norms(scores, spec.block)[drawn[0]] > 0
-            self.frozen = bool(positive.all())
+            even = torch.ones(self.spec.size // self.spec.block)
+            for stream in self._streams():
+                drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
+            return drawn
+        before, start = self._orders, self._position
+        self._orders = []
+        for order, stream in zip(before, self._streams(), strict=True):
+            units, order, self._position = rules.cyclic(order, start, self._count, stream)
+            self._orders.append(order)
+            drawn.append((units, None))
         return drawn
 
-    def _set(self, units: Tensor, scale: Tensor | None, device: torch.device) -> None:
-        units, order = units.sort(stable=True)
-        if scale is not None:
-            scale = scale[order].repeat_interleave(self.spec.block)
-        elif self.spec.replacement:
-            scale = torch.ones(self.spec.rank)  # rule 10's first selection, in a graph that takes ρ
-        if scale is not None:
-            scale = scale.to(device, self._scale_dtype)
+    def _draw_by(self, scores: Tensor) -> list[Draw] | None:
+        """By scores; None if those of no matrix are usable."""
+        spec, drawn, positive = self.spec, [], True
+        current = self._current()
+        for each, old, stream in zip(
+            scores.view(spec.stack or 1, -1), current, self._streams(), strict=True
+        ):
+            new = rules.select_by_scores(
+                self.rule, each, self._count, spec.block, spec.replacement, stream
+            )
+            positive &= new is not None and bool(
+                (rules.unit_norms(each, spec.block)[new[0]] > 0).all()
+            )
+            drawn.append(old if new is None else new)
+        if all(new is old for new, old in zip(drawn, current, strict=True)):
+            return None
+        self.frozen = self.rule.freezes and positive
+        return drawn
+
+    def _current(self) -> list[Draw]:
+        """The current selection as it was drawn."""
+        block, shape = self.spec.block, (self.spec.stack or 1, -1)
+        units = self._within(self.selection).cpu().view(shape)[:, ::block] // block
+        if self.selection.scale is None:
+            return [(each, None) for each in units]
+        scales = self.selection.scale.cpu().view(shape)[:, ::block]
+        return list(zip(units, scales, strict=True))
+
+    def _set(self, drawn: Sequence[Draw], device: torch.device) -> None:
+        rows, scales = [], []
+        for k, (units, scale) in enumerate(drawn):
+            units, order = units.sort(stable=True)
+            rows.append(rules.rows_of(units, self.spec.block) + k * self.spec.size)
+            if scale is not None:
+                scales.append(scale[order].repeat_interleave(self.spec.block))
+            elif self.spec.replacement:
+                # Rule 10's first selection, in a graph that takes ρ.
+                scales.append(torch.ones(self.spec.rank))
         self.selection = replace(
             self.selection,
-            indices=rules.rows_of(units, self.spec.block).to(device),
-            scale=scale,
+            indices=torch.cat(rows).to(device),
+            scale=torch.cat(scales).to(device, self._scale_dtype) if scales else None,
             generation=self.selection.generation + 1,
         )
         self.period += 1
@@ -200,7 +254,7 @@ class Subspace:
         )  # fmt: skip
         state = {
             "subspace_counters": torch.tensor(counters),
-            "subspace_order": self._order,
+            "subspace_order": torch.cat(self._orders),
             "subspace_indices": self.selection.indices,
         }
         if self.selection.scale is not None:
@@ -212,9 +266,10 @@ class Subspace:
         counters = state["subspace_counters"].tolist()
         indices, order = state["subspace_indices"], state["subspace_order"]
         scale = state.get("subspace_scale")
+        rows, units = math.prod(self.spec.indices_shape), sum(o.numel() for o in self._orders)
         fits = (
-            indices.numel() == self.spec.rank
-            and order.numel() == self._order.numel()
+            indices.numel() == rows
+            and order.numel() == units
             and counters[7:] == [self.spec.dim, self.spec.size]
             and (scale is not None) == self.spec.replacement
         )
@@ -223,7 +278,7 @@ class Subspace:
                 f"{self.name}: the saved selection has {indices.numel()} rows of {counters[8]} in "
                 f"{order.numel()} units along dimension {counters[7]}"
                 f"{' with scales' if scale is not None else ''}, but the options ask for "
-                f"{self.spec.rank} rows of {self.spec.size} in {self._order.numel()} units along "
+                f"{rows} rows of {self.spec.size} in {units} units along "
                 f"dimension {self.spec.dim}{' with scales' if self.spec.replacement else ''}. "
                 "Compile with the rank, block, side and replacement of the saved run."
             )
@@ -235,7 +290,8 @@ class Subspace:
         indices, scale = state["subspace_indices"], state.get("subspace_scale")
         self.step, self.period, generation, self._position, self.key = counters[:5]
         self.frozen, self._retry = bool(counters[5]), bool(counters[6])
-        self._order = state["subspace_order"].cpu()
+        orders = state["subspace_order"].cpu().chunk(len(self._orders))
+        self._orders = [each.clone() for each in orders]
         device = self.selection.indices.device
         self.selection = replace(
             self.selection,
@@ -263,6 +319,8 @@ class Registry:
     def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
         """An optimizer registers its parameters: their index keys their random streams."""
         for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
+            if is_traceable_wrapper_subclass(weight):
+                continue  # never taken; and torch converts one only if no weak reference knows it
             self._keys[weight], self._announced[weight] = index, True
             if name is not None:
                 self._names[weight] = name
@@ -319,8 +377,6 @@ class Registry:
         differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
         change = ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
         if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
-            if is_traceable_wrapper_subclass(weight):
-                continue  # never taken; and torch converts one only if no weak reference knows it
             raise OptionError(
                 f"{name}: two compiled functions with different options share this weight "
                 f"({change}), and it holds a gradient of the first. Compile both with the same "

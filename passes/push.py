@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -44,7 +45,7 @@ class Push:
     @property
     def rank(self) -> int:
         """r."""
-        return int(self.indices.meta["val"].shape[0])
+        return int(self.indices.meta["val"].shape[-1])
 
     def below(self, node: Any, dim: int, user: fx.Node) -> fx.Node | None:
         """The selection of ``node`` along ``dim``, made below it; None if it stays above it."""
@@ -54,11 +55,16 @@ class Push:
             self.check(node, user)
             rule = self.rules.get(node.target)
             if rule is None:
-                raise Stop(f"no rule for {node.target}")
+                made_by = node.args[0] if node.target is operator.getitem else node
+                raise Stop(f"no rule for {cast(fx.Node, made_by).target}")
             return rule(self, node, dim % node.meta["val"].dim())
         except Stop as reason:
             self.stops.append(str(reason))
             return None
+
+    def is_whole(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether more of ``node`` is needed than selections, so that it is in memory anyway."""
+        return self._needs_whole(node, user) is not None
 
     def check(self, node: fx.Node, user: fx.Node) -> None:
         """Stop if more of ``node`` is needed than selections."""
@@ -110,14 +116,14 @@ class Push:
 
     def unscaled(self) -> Push:
         """The same rows without ρ."""
-        return self if self.scale is None else self._other(self.indices, None, self.block)
+        return self if self.scale is None else self.other(self.indices, None, self.block)
 
     def moved(self, start: int) -> Push:
         """The same rows of a tensor in which they begin at ``start``."""
         if start == 0:
             return self
         indices = self.call(aten.add.Tensor, self.indices, start)
-        return self._other(indices, self.scale, self._aligned(start))
+        return self.other(indices, self.scale, self._aligned(start))
 
     def inside(
         self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: fx.Node | None
@@ -128,7 +134,7 @@ class Push:
         """
         shifted = self.call(aten.sub.Tensor, self.indices, start) if start else self.indices
         place = self.call(aten.remainder.Scalar, shifted, size)
-        within = self._other(place, self.scale, self._aligned(start, size))
+        within = self.other(place, self.scale, self._aligned(start, size))
         below = within.of(x, dim, user)
         if other is None:
             return below
@@ -142,8 +148,11 @@ class Push:
         kept = self.block and all(offset % self.block[0] == 0 for offset in offsets)
         return self.block if kept else []
 
-    def _other(self, indices: fx.Node, scale: Any, block: list[Any]) -> Push:
-        push = Push(self.rules, self.graph, self.select, indices, scale, block)
+    def other(
+        self, indices: Any, scale: Any, block: list[Any], rules: Mapping[Any, Rule] | None = None
+    ) -> Push:
+        """The same selection by other indices, as they count rows below some operation."""
+        push = Push(rules or self.rules, self.graph, self.select, indices, scale, block)
         push.stops, push.made = self.stops, self.made
         return push
 

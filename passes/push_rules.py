@@ -31,14 +31,20 @@ COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of these operators."""
+def registers_in(table: dict[Any, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
+    """The decorator that makes a function the rule of some operators in a table."""
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, function))
-        return function
+    def rule(*targets: Any) -> Callable[[Rule], Rule]:
+        def register(function: Rule) -> Rule:
+            table.update(dict.fromkeys(targets, function))
+            return function
 
-    return register
+        return register
+
+    return rule
+
+
+rule = registers_in(RULES)
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -53,7 +59,7 @@ def _mm(push: Push, node: fx.Node, dim: int) -> fx.Node:
 @rule(aten.bmm.default)
 def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
     """A batch of products: the factor that has the selected dimension is selected."""
-    a, b = node.args
+    a, b = cast("tuple[fx.Node, fx.Node]", node.args)
     if node.meta["val"].shape[0] == 1 and dim > 0:  # as einsum makes it
         a, b = push.call(aten.squeeze.dim, a, 0), push.call(aten.squeeze.dim, b, 0)
         compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1, *push.block)
@@ -101,12 +107,14 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
     dividing = node.target in (aten.div.Tensor, aten.div.Scalar) and node.args[0] not in spanning
     if not spanning or dividing or node.args[0] is node.args[-1]:
         raise Stop(f"{node.name} is no product with something that is selected")
-    new = {}
+    new: dict[Any, fx.Node] = {}
     for k, x in enumerate(spanning):
         along = dim - node.meta["val"].dim() + x.meta["val"].dim()
         each = push if k == 0 else push.unscaled()
-        # What comes from no product is in memory as it is: nothing is gained below it.
-        new[x] = each.of(x, along, node) if has_product(x) else each.selected(x, along)
+        full = x.meta["val"].shape == node.meta["val"].shape
+        # What is no product, or a smaller one that others need, is in memory: nothing is gained.
+        deeper = has_product(x) and (full or not push.is_whole(x, node))
+        new[x] = each.of(x, along, node) if deeper else each.selected(x, along)
     return push.call(node.target, *(new.get(x, x) for x in node.args))
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from grass_fx.ops import SELECT
 from grass_fx.passes.push import Push
 from grass_fx.passes.push_rules import RULES
+from grass_fx.passes.push_stack_rules import STACK_RULES
 
 
 @dataclass
@@ -50,7 +51,8 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
     result = PushResult()
     for select in graph.find_nodes(op="call_function", target=SELECT):
         g, indices, scale, dim, *block = cast("tuple[Any, ...]", select.args)
-        push = Push(RULES, graph, select, indices, scale, block)
+        rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
+        push = Push(rules, graph, select, indices, scale, block)
         new = push.below(g, dim, select)
         if push.stops:
             result.stopped[indices] = "; ".join(push.stops)

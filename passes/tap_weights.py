@@ -47,7 +47,10 @@ class ScoringTap(Tap):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         _, compact, *rest = Tap.backward(ctx, g)
-        scores = SQUARED_NORMS(g, ctx.dim, *ctx.scoring)
+        if g.dim() == 3:  # a stack: the norms of all its rows
+            scores = SQUARED_NORMS(g.flatten(0, 1), 0, *ctx.scoring)
+        else:
+            scores = SQUARED_NORMS(g, ctx.dim, *ctx.scoring)
         return None, compact, scores, *rest[1:]
 
 
@@ -71,7 +74,7 @@ def proxies(weight: LinearWeight, w: Tensor, with_scores: bool) -> list[Tensor]:
     """The proxies of one weight: d of C's shape, and e (size,) float32 if the rule needs scores."""
     made = [proxy_of(weight.spec.compact_shape(w.shape), w.dtype, w.device)]
     if with_scores:
-        made.append(proxy_of([weight.spec.size], torch.float32, w.device))
+        made.append(proxy_of([weight.spec.rows], torch.float32, w.device))
     return made
 
 
@@ -111,12 +114,11 @@ def tap_weights_pass(
             fresh: dict[str, Any] = {"d": None, "e": None, "indices": None, "scale": None}
             values = dict(zip(("d", "e"), proxies(weight, value, with_scores), strict=False))
             values = {k: v.requires_grad_() for k, v in values.items()}
-            values["indices"] = torch.empty(
-                weight.spec.rank, dtype=torch.int64, device=value.device
-            )
+            shape = weight.spec.indices_shape
+            values["indices"] = torch.empty(shape, dtype=torch.int64, device=value.device)
             if weight.spec.replacement:
                 exact = value.dtype if value.dtype == torch.float64 else torch.float32
-                values["scale"] = torch.empty(weight.spec.rank, dtype=exact, device=value.device)
+                values["scale"] = torch.empty(shape, dtype=exact, device=value.device)
             for role, example in values.items():
                 with graph.inserting_after(last):
                     last = graph.placeholder(f"{w.name.strip('_')}_{role}")

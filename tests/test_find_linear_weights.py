@@ -142,7 +142,7 @@ def test_only_trainable_matrices_of_floats_are_considered():
         "conv.bias": "1 dimension, only matrices are taken",
     }
     assert found.left == {
-        "conv.weight": "3 dimensions, only matrices are taken",
+        "conv.weight": "also used by conv1d, which is no product with a stack of matrices",
         "complex": "dtype torch.complex64 is not a real floating-point type",
     }
 

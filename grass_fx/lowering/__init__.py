@@ -38,7 +38,12 @@ def register() -> None:
 
 
 def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:
-    index = [None] * len(g.get_size())
+    size = list(g.get_size())
+    if len(indices.get_size()) == 2:  # a stack: rows of its own for each matrix
+        size[dim] = indices.get_size()[1]
+        rows = call(aten.expand.default, _along(call, indices, dim, len(size)), size)
+        return _scaled(call, call(aten.gather.default, g, dim, rows), scale, dim)
+    index = [None] * len(size)
     index[dim] = indices
     return _scaled(call, call(aten.index.Tensor, g, index), scale, dim)
 
@@ -127,8 +132,14 @@ def _source() -> str:
 def _scaled(call: Any, compact: Any, scale: Any, dim: int) -> Any:
     if scale is None:
         return compact
-    for axis in range(len(compact.get_size())):
-        if axis != dim:
-            scale = call(aten.unsqueeze.default, scale, axis)
+    scale = _along(call, scale, dim, len(compact.get_size()))
     product = call(aten.mul.Tensor, compact, scale)
     return call(prims.convert_element_type.default, product, compact.get_dtype())
+
+
+def _along(call: Any, values: Any, dim: int, ndim: int) -> Any:
+    """As ``grass_fx.ops.along``."""
+    for axis in range(len(values.get_size()) - 1, ndim):
+        if axis != dim:
+            values = call(aten.unsqueeze.default, values, axis)
+    return values

@@ -161,9 +161,11 @@ class AdamW(SubspaceOptimizer):
         if self._rounds(p, group):
             subspace = registry.get(p)
             rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
-        moments = (state["exp_avg"], state["exp_avg_sq"], state["age"])
-        age = self._common_age(p, state["age"])
-        return CompactStep(p, grad.compact, grad.subspace, *moments, age, rounding)
+        first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
+        ages, common = state["age"], self._common_age(p, state["age"])
+        return CompactStep(
+            matrix(p), matrix(grad.compact), grad.subspace, first, second, ages, common, rounding
+        )
 
     def _common_age(self, p: Tensor, ages: Tensor) -> int | None:
         """The age of all rows of p if it is the same; read from the device once per selection."""
@@ -188,10 +190,12 @@ class AdamW(SubspaceOptimizer):
             if old is None:
                 self._keep_selection(p, selection)
                 return state
-            moments = (state["exp_avg"], state["exp_avg_sq"], state["age"])
-            same_shape = moments[0].shape == grad.compact.shape
-            carries = on_refresh == "carry" and same_shape
-            moments = carried(old, selection, *moments) if carries else None
+            moments = None
+            shape = grad.compact.shape
+            if on_refresh == "carry" and state["exp_avg"].shape == shape:
+                first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
+                first, second, age = carried(old, selection, first, second, state["age"])
+                moments = first.view(shape), second.view(shape), age
         if moments is None:
             first, second = (torch.zeros_like(grad.compact) for _ in range(2))
             moments = first, second, torch.zeros_like(selection.indices)

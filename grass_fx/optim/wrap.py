@@ -22,7 +22,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad, Selection, matrix
 from grass_fx.ops import along, select
 from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
 from grass_fx.optim.rowwise import (
@@ -102,7 +102,7 @@ class _StandIn:
 
     def __post_init__(self) -> None:
         s = self.selection
-        self.before = select(self.weight, s.indices, s.scale, s.dim)
+        self.before = select(matrix(self.weight), s.indices, s.scale, s.dim)
         self.parameter = Parameter(self.before.clone())
         self.parameter.grad = self.gradient
 
@@ -212,7 +212,8 @@ class _Wrapped(SubspaceOptimizer):
     def _stand_ins(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> list[_StandIn]:
         """One for all of the weight's rows, or one for each age where X counts steps."""
         self._follow(p, grad, group["on_refresh"])
-        selection, compact, shape = grad.subspace, grad.compact, grad.compact.shape
+        selection, compact = grad.subspace, matrix(grad.compact)
+        shape = compact.shape
         inner = {name: value for name, value in self.state[p].items() if name not in OWN}
         if p not in self._cohorts:
             self._cohorts[p] = cohorts_of(self.state[p]["age"])
@@ -243,7 +244,7 @@ class _Wrapped(SubspaceOptimizer):
             kept, age = None, torch.zeros_like(selection.indices)
             if on_refresh == "carry" and old.indices.shape == selection.indices.shape:
                 inner = {name: value for name, value in state.items() if name not in OWN}
-                kept = carried_state(inner, old, selection, grad.compact.shape)
+                kept = carried_state(inner, old, selection, matrix(grad.compact).shape)
             if kept is not None:
                 place, stays = places(old, selection)
                 age = state["age"][place] * stays
@@ -256,13 +257,14 @@ class _Wrapped(SubspaceOptimizer):
 
     def _write_back(self, part: _StandIn, shrink: float) -> None:
         """W[σ] += α · ρ · warm-up · (what X changed, its weight decay aside)."""
-        group, selection, weight = part.group, part.selection, part.weight
+        group, selection, weight = part.group, part.selection, matrix(part.weight)
         after, steps = part.parameter.detach(), group["warmup_steps"]
-        youngest = self._cohorts[weight][0].age if part.cohort.rows is None else part.cohort.age + 1
+        whole = part.cohort.rows is None
+        youngest = self._cohorts[part.weight][0].age if whole else part.cohort.age + 1
         if group["scale"] == 1 and selection.scale is None and youngest >= steps:
             weight.index_copy_(selection.dim, selection.indices, after)
             return
-        age = self.state[weight]["age"]
+        age = self.state[part.weight]["age"]
         if part.cohort.rows is not None:
             age = age[part.cohort.rows]
         factor = warmup(age, steps) * group["scale"]

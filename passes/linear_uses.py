@@ -1,0 +1,253 @@
+"""What counts as a linear use of a parameter: what a Dynamo graph does with it.
+
+A use is followed by what it computes, never by module names: transposes, conversions and parts are
+passed through until a product is met. What is neither raises :class:`NotLinear` with the reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class NotLinear(Exception):
+    """A use of a parameter that is not a matrix product; the message is the reason."""
+
+
+# The calls a Dynamo graph may hold: python functions, methods by name, ATen packets.
+LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear}
+MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.mm, aten.matmul}
+ADDMM = {torch.addmm, "addmm", aten.addmm}
+EINSUM = {torch.einsum, torch.functional.einsum}
+ATTENTION = {torch.nn.functional.multi_head_attention_forward}
+IN_ATTENTION = {5, 11, "in_proj_weight", "out_proj_weight",
+                "q_proj_weight", "k_proj_weight", "v_proj_weight"}  # fmt: skip
+PERMUTE = {torch.permute, "permute", aten.permute}
+TRANSPOSE = PERMUTE | {
+    torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.adjoint,
+    "t", "transpose", "swapaxes", "swapdims", "T", "mT", "adjoint",
+    aten.t, aten.transpose, aten.numpy_T, aten.mT,
+}  # fmt: skip
+# Parts of a matrix, and a larger matrix that it is part of.
+PARTS = {
+    "chunk", "split", "narrow", torch.chunk, torch.split, torch.functional.split, torch.narrow,
+    aten.chunk, aten.split, aten.narrow, aten.slice,
+}  # fmt: skip
+WHOLES = {torch.cat, torch.concat, torch.concatenate, aten.cat}
+SAME = {
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone",
+    torch.clone, "requires_grad_",
+}  # fmt: skip
+
+
+def output_dims(node: fx.Node, flipped: int) -> list[int]:
+    """For each use of ``node`` (the parameter, transposed if ``flipped``), its output dimension.
+
+    Raises NotLinear at the first use that is no matrix product.
+    """
+    dims: list[int] = []
+    for user in node.users:
+        dims += _use(node, user, flipped)
+    return dims
+
+
+def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
+    target, args = _called(user), user.args
+    if user.op == "output":
+        raise NotLinear("it leaves the compiled graph")
+    if target is getattr and args[1] in TRANSPOSE:
+        return output_dims(user, 1 - flipped)
+    if _subgraph(user) is not None:
+        return _uses_in_body(node, user, flipped)
+    if user.op in ("call_function", "call_method"):
+        if target in TRANSPOSE and args[0] is node:
+            return output_dims(user, flipped ^ _swaps(user))
+        if target in SAME and args[0] is node:
+            return output_dims(user, flipped)
+        if _is_part(user, node) or target in WHOLES:
+            return output_dims(user, flipped)
+        out = _product_dim(node, user)
+        if out is not None:
+            return [out ^ flipped]
+    what = getattr(target, "__name__", str(target))
+    raise NotLinear(f"also used by {what}, which is no matrix product with it")
+
+
+def _is_part(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` is a matrix made of rows or columns of ``node``, or a tuple of such."""
+    if user.args[0] is not node:
+        return False
+    target = _called(user)
+    if target is not operator.getitem:
+        return target in PARTS
+    if _called(node) in PARTS:
+        return True  # one of a tuple
+    index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+    return all(i is Ellipsis or isinstance(i, slice) for i in index)
+
+
+def _called(user: fx.Node) -> Any:
+    """What a node calls, whichever overload."""
+    target = user.target
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
+    """The dimension of ``node`` that holds output features in this product, or None."""
+    target = _called(user)
+    places = [i for i, a in enumerate(user.args) if a is node]
+    if node in user.kwargs.values():
+        keyword = next(k for k, v in user.kwargs.items() if v is node)
+        keywords = {"weight": 1, "other": 1, "mat2": 2 if target in ADDMM else 1}
+        places += [keywords[keyword]] if keyword in keywords else [-1]
+    if len(places) != 1:
+        return None
+    place = places[0]
+    if target in ATTENTION:
+        name = next((k for k, v in user.kwargs.items() if v is node), place)
+        return 0 if name in IN_ATTENTION else None
+    if target in LINEAR:
+        return 0 if place == 1 else None
+    if target in MATMUL:
+        return {1: 1, 0: 0}.get(place)
+    if target in ADDMM:
+        return {2: 1, 1: 0}.get(place)
+    if target in EINSUM:
+        return _einsum_dim(user, place)
+    return None
+
+
+def _einsum_dim(user: fx.Node, place: int, stacked: bool = False) -> int | None:
+    """Of an einsum of two operands that contracts one dimension of the weight: the other one.
+
+    ``stacked``: the weight's first dimension counts matrices, and stands in all three terms.
+    """
+    equation = user.args[0]
+    if not isinstance(equation, str) or place == 0:
+        return None
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # the letters that occur once
+        result = "".join(c for c in left if left.count(c) == 1)
+    terms = left.split(",")
+    if len(terms) != 2 or place > 2:
+        return None
+    mine, other = terms[place - 1], terms[2 - place]
+    kept = [i for i, c in enumerate(mine) if c in result and c not in other]
+    summed = [c for c in mine if c in other and c not in result]
+    if stacked and not (mine[:1] in other and mine[:1] in result):
+        return None
+    return kept[0] if len(mine) == 2 + stacked and len(kept) == len(summed) == 1 else None
+
+
+def _swaps(user: fx.Node) -> int:
+    """1 if this call transposes its matrix, 0 if it leaves the dimensions where they are."""
+    dims = user.args[1:] or tuple(user.kwargs.values())
+    if dims and isinstance(dims[0], (tuple, list)):
+        dims = tuple(dims[0])
+    if not dims:
+        return 1
+    ordered = [d % 2 for d in dims if isinstance(d, int)]
+    if len(ordered) != 2:
+        raise NotLinear("transposed in a way that is not understood")
+    if _called(user) in PERMUTE:
+        return int(ordered != [0, 1])
+    return int(ordered[0] != ordered[1])
+
+
+def _subgraph(user: fx.Node) -> fx.GraphModule | None:
+    """The body of a higher-order operator (activation checkpointing), if ``user`` calls one."""
+    for arg in user.args:
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            body = getattr(user.graph.owning_module, str(arg.target), None)
+            if isinstance(body, fx.GraphModule):
+                return body
+    return None
+
+
+def _uses_in_body(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
+    body = _subgraph(user)
+    assert body is not None
+    operands = [a for a in user.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+    inner = body.graph.find_nodes(op="placeholder")
+    bodies = [a for a in user.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    if len(bodies) != 1 or len(operands) != len(inner):
+        raise NotLinear(f"used inside {user.target}, whose body is not understood")
+    dims: list[int] = []
+    for operand, placeholder in zip(operands, inner, strict=True):
+        if operand is node:
+            dims += output_dims(placeholder, flipped)
+    return dims
+
+
+# --- stacks of matrices, (e, m, n) ----------------------------------------------------------------
+
+BATCHED = {torch.bmm, torch.matmul, operator.matmul, "bmm", "matmul", aten.bmm, aten.matmul}
+ADDED = {torch.baddbmm, "baddbmm", aten.baddbmm}
+GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}  # torch's and transformers'
+UNBOUND = {torch.unbind, "unbind", aten.unbind}
+
+
+def output_dims_of_stack(node: fx.Node, flipped: int) -> list[int]:
+    """As :func:`output_dims` for a stack: 1 or 2 for each use, as its matrices are multiplied."""
+    dims: list[int] = []
+    for user in node.users:
+        dims += _use_of_stack(node, user, flipped)
+    return dims
+
+
+def _use_of_stack(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
+    target, args = _called(user), user.args
+    if user.op == "output":
+        raise NotLinear("it leaves the compiled graph")
+    if user.op in ("call_function", "call_method") and args and args[0] is node:
+        if (target is getattr and args[1] == "mT") or target in TRANSPOSE:
+            return output_dims_of_stack(user, flipped ^ _swaps_in_stack(user))
+        if target in SAME:
+            return output_dims_of_stack(user, flipped)
+        if target in UNBOUND and not any(args[1:]) and not user.kwargs:
+            return [1 + d for part in user.users for d in output_dims(part, flipped)]
+        if target is operator.getitem and isinstance(args[1], int):
+            return [1 + d for d in output_dims(user, flipped)]
+        if target is operator.getitem and isinstance(args[1], fx.Node):
+            return output_dims_of_stack(user, flipped)  # the matrices that tokens were sent to
+    out = _product_dim_of_stack(node, user)
+    if out is None:
+        what = getattr(target, "__name__", str(target))
+        raise NotLinear(f"also used by {what}, which is no product with a stack of matrices")
+    return [3 - out if flipped else out]
+
+
+def _product_dim_of_stack(node: fx.Node, user: fx.Node) -> int | None:
+    """The dimension of the stack that holds output features in this product, or None."""
+    target = _called(user)
+    places = [i for i, a in enumerate(user.args) if a is node]
+    if len(places) != 1 or node in user.kwargs.values():
+        return None
+    place = places[0]
+    if target in BATCHED:
+        return {1: 2, 0: 1}.get(place)
+    if target in ADDED:
+        return {2: 2, 1: 1}.get(place)
+    if getattr(target, "__name__", "") in GROUPED:
+        return 2 if place == 1 else None
+    if target in EINSUM:
+        return _einsum_dim(user, place, stacked=True)
+    return None
+
+
+def _swaps_in_stack(user: fx.Node) -> int:
+    """1 if this call transposes the matrices of a stack."""
+    dims = user.args[1:] if _called(user) is not getattr else ()
+    if dims and isinstance(dims[0], (tuple, list)):
+        dims = tuple(dims[0])
+    ordered = [d % 3 for d in dims if isinstance(d, int)]
+    if not dims or sorted(ordered) == [1, 2]:
+        return 1
+    if ordered in ([0, 1, 2], [0, 2, 1]):
+        return int(ordered == [0, 2, 1])
+    raise NotLinear("a stack of matrices, transposed in a way that is not understood")
