@@ -123,7 +123,7 @@ class Push:
         if start == 0:
             return self
         indices = self.call(aten.add.Tensor, self.indices, start)
-        return self.other(indices, self.scale, self._aligned(start))
+        return self.other(indices, self.scale, self.aligned(start))
 
     def inside(
         self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: fx.Node | None
@@ -134,7 +134,7 @@ class Push:
         """
         shifted = self.call(aten.sub.Tensor, self.indices, start) if start else self.indices
         place = self.call(aten.remainder.Scalar, shifted, size)
-        within = self.other(place, self.scale, self._aligned(start, size))
+        within = self.other(place, self.scale, self.aligned(start, size))
         below = within.of(x, dim, user)
         if other is None:
             return below
@@ -143,7 +143,7 @@ class Push:
         mask = self.call(aten.reshape.default, mask, [-1 if d == dim else 1 for d in range(ndim)])
         return self.call(aten.where.self, mask, below, other)
 
-    def _aligned(self, *offsets: int) -> list[Any]:
+    def aligned(self, *offsets: int) -> list[Any]:
         """The block, if runs that move by ``offsets`` still begin at a multiple of it."""
         kept = self.block and all(offset % self.block[0] == 0 for offset in offsets)
         return self.block if kept else []

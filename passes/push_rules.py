@@ -328,8 +328,31 @@ def _wait(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 @rule(c10d.all_reduce.default)
 def _all_reduce(push: Push, node: fx.Node, dim: int) -> fx.Node:
-    """Selected alike on all ranks, so only what is selected travels."""
+    """All ranks have one sum and select alike in it, so only what is selected travels."""
     x, op, group = node.args
     if op not in ("sum", "avg"):
         raise Stop(f"{node.name} is no sum")
     return push.call(node.target, push.of(x, dim, node), op, group)
+
+
+@rule(c10d.reduce_scatter_tensor.default)
+def _reduce_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+    """Each rank selects rows of its own part: those of all ranks are summed, r for each."""
+    x, op, ranks, group = cast("tuple[fx.Node, str, int, str]", node.args)
+    if op not in ("sum", "avg"):
+        raise Stop(f"{node.name} is no sum")
+    if dim != 0:
+        raise Stop(f"{node.name}: ranks may select different columns")
+    part = node.meta["val"].shape[0]
+    indices, scale = (
+        t and push.call(c10d.wait_tensor.default,
+                        push.call(c10d.all_gather_into_tensor.default, t, ranks, group))
+        for t in (push.indices, push.scale)
+    )  # fmt: skip
+    starts = push.call(prims.iota.default, ranks, start=0, step=part, dtype=torch.int64,
+                       device=node.meta["val"].device, requires_grad=False)  # fmt: skip
+    rows = push.call(aten.reshape.default, indices, [ranks, push.rank])
+    rows = push.call(aten.add.Tensor, rows, push.call(aten.unsqueeze.default, starts, 1))
+    everyones = push.call(aten.reshape.default, rows, [-1])
+    below = push.other(everyones, scale, push.aligned(part)).of(x, 0, node)
+    return push.call(node.target, below, op, ranks, group)

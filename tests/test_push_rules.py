@@ -483,7 +483,11 @@ return select_2
 
 def test_every_rule_has_its_golden():
     """But for collectives, which tests/test_collectives.py runs in a process group."""
-    collectives = {c10d.all_reduce.default, c10d.wait_tensor.default}
+    collectives = {
+        c10d.all_reduce.default,
+        c10d.wait_tensor.default,
+        c10d.reduce_scatter_tensor.default,
+    }
     # make_fx takes these two apart; other tracers do not.
     assert set(RULES) - collectives - {aten.reshape.default, aten.detach.default} <= TESTED
 
