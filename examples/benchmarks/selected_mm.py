@@ -31,7 +31,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -42,6 +41,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
+from roofline import LARGE, Roofline, Timer
 
 from grass_fx.lowering import register
 
@@ -50,55 +50,12 @@ LLAMA = ["4096x4096", "11008x4096", "4096x11008", "5120x5120", "13824x5120"]
 # By device: tokens, shapes, dtype, and the sizes of the large product and the large copy. A call of
 # compiled code costs 50 microseconds on a CPU: the products have to be longer than that.
 DEFAULTS = {
-    "cuda": ([8192, 16384], LLAMA, "bfloat16", 8192, 2**31),
-    "cpu": ([2048], ["768x768", "2048x768", "768x2048"], "float32", 2048, 2**28),
+    "cuda": ([8192, 16384], LLAMA, "bfloat16", *LARGE["cuda"]),
+    "cpu": ([2048], ["768x768", "2048x768", "768x2048"], "float32", *LARGE["cpu"]),
     "smoke": ([64], ["96x64"], "float32", 256, 2**20),
 }
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]  # D, X, σ, and the selected one of D and X
-
-
-class Timer:
-    """Milliseconds of a call: the host's clock on a CPU, events on a GPU."""
-
-    def __init__(self, device: str):
-        self.on_gpu = device == "cuda"
-        if self.on_gpu:
-            memory = torch.cuda.get_device_properties(device).total_memory
-            self.filler = torch.empty(min(2**32, memory // 16), dtype=torch.uint8, device=device)
-
-    def __call__(self, function: Callable, *args) -> float:
-        if not self.on_gpu:
-            start = time.perf_counter()
-            function(*args)
-            return 1e3 * (time.perf_counter() - start)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.filler.zero_()  # about a millisecond, in which the host enqueues what follows
-        start.record()
-        function(*args)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def least_seconds(self, function: Callable, *args) -> float:
-        return min(self(function, *args) for _ in range(20)) / 1e3
-
-
-class Roofline:
-    """Peak and bandwidth of this machine in this run (the best of 20), and the time they allow."""
-
-    def __init__(self, timer: Timer, args: argparse.Namespace):
-        options = {"device": args.device, "dtype": args.dtype}
-        a, b = (torch.randn(args.square, args.square, **options) for _ in range(2))
-        self.flops = 2 * args.square**3 / timer.least_seconds(torch.mm, a, b)
-        source = torch.ones(args.copied // a.itemsize, **options)
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * source.nbytes / timer.least_seconds(target.copy_, source)
-
-    def milliseconds(self, rows: int, inner: int, columns: int, itemsize: int) -> float:
-        """The bound of (rows, inner) x (inner, columns)."""
-        moved = (rows * inner + inner * columns + rows * columns) * itemsize
-        return 1e3 * max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
 
 
 def functions(dim: int, block: int, max_autotune: bool) -> dict[str, Callable]:
@@ -243,7 +200,7 @@ def main() -> None:
     torch.manual_seed(0)
     register()
     facts, timer = environment(args.device), Timer(args.device)
-    roof = Roofline(timer, args)
+    roof = Roofline(timer, args.device, args.dtype, args.square, args.copied)
     print(f"{as_line(facts)}, {args.dtype}")
     print(f"peak {roof.flops / 1e12:.3f} TFLOP/s, copy {roof.bandwidth / 1e9:.1f} GB/s\n")
     settings, rows = {name: str(value) for name, value in vars(args).items()}, []

@@ -40,11 +40,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
+from roofline import LARGE, Roofline, Timer
 
 import grass_fx
 from llama import SIZES, build
@@ -238,6 +240,54 @@ def results(variants: dict[str, Variant]) -> dict[str, dict]:
     return answer
 
 
+def bounds(variants: dict[str, Variant], args: argparse.Namespace) -> dict[str, dict]:
+    """The two numbers of a roofline for each step: FLOPs over peak, bytes over bandwidth.
+
+    FLOPs: what torch counts in a full-rank step, less the products that a compact gradient spares.
+    Bytes, at the least: weights are read forwards and backwards and by the optimizer, which writes
+    what moves; gradients are written and read; state is read and written.
+    """
+    full = variants["full"].model
+    batch = random_tokens(args, full.config.vocab)()
+    with FlopCounterMode(display=False) as counter:
+        full(*batch).backward()
+    full.zero_grad()
+    size = (256, 2**20) if args.smoke else LARGE[torch.device(args.device).type]
+    roof = Roofline(Timer(args.device), args.device, getattr(torch, args.dtype), *size)
+    answer = {}
+    for name, variant in variants.items():
+        flops, moved = counter.get_total_flops(), 0
+        for path, parameter in variant.model.named_parameters():
+            held = variant.held[path]
+            written = parameter.nbytes
+            if held["taken"] and name == "regular":
+                written = held["gradients"]
+                spared = (parameter.nbytes - written) // parameter.itemsize
+                flops -= 2 * args.batch * args.seq * spared
+            moved += 3 * parameter.nbytes + written + 2 * (held["gradients"] + held["state"])
+        answer[name] = {
+            "gflop": flops / 1e9,
+            "flop_ms": 1e3 * flops / roof.flops,
+            "gigabytes": moved / 1e9,
+            "byte_ms": 1e3 * moved / roof.bandwidth,
+        }
+    return answer
+
+
+def table_of_bounds(answer: dict[str, dict], limits: dict[str, dict]) -> str:
+    lines = [
+        "| bound             | GFLOP | over peak, ms | GB | over bandwidth, ms | median / larger |",
+        "|:------------------|------:|--------------:|---:|-------------------:|----------------:|",
+    ]
+    for name, row in limits.items():
+        ratio = answer[name]["step"]["median_ms"] / max(row["flop_ms"], row["byte_ms"])
+        lines.append(
+            f"| {name:<17} | {row['gflop']:.1f} | {row['flop_ms']:.1f} | {row['gigabytes']:.2f} "
+            f"| {row['byte_ms']:.1f} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def held_bytes(variant: Variant, names: set[str]) -> int:
     """Gradients and optimizer state: what the method is about; the weights are the same for all."""
     return sum(variant.held[name]["gradients"] + variant.held[name]["state"] for name in names)
@@ -323,6 +373,8 @@ def main() -> None:
     variants = measure(args)
     answer = results(variants)
     print(table(answer, PHASES if args.breakdown else ("step",)))
+    limits = bounds(variants, args)
+    print("\n" + table_of_bounds(answer, limits))
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
         times = {name: variant.times for name, variant in variants.items()}
