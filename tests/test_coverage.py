@@ -8,6 +8,7 @@ import fnmatch
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 import model_coverage
 from grass_fx.gradient import CompactGrad
@@ -132,3 +133,18 @@ def test_the_page_has_the_line_of_every_model(name, covered):
 def test_the_page_is_up_to_date():
     transformers()
     assert model_coverage.PAGE.read_text(encoding="utf-8") == model_coverage.page()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nn.MultiheadAttention, cross", "fused QKV"])
+def test_inductor_takes_and_computes_the_same(name):
+    if name in FROM_TRANSFORMERS:
+        transformers()
+    with fresh_cache():  # on a warm one no pass runs, and none can tell what it pushed
+        by_inductor = model_coverage.covered(name, "inductor")
+    for weight, other in zip(
+        by_inductor.weights, model_coverage.covered(name).weights, strict=True
+    ):
+        assert (weight.taken, weight.pushed) == (other.taken, other.pushed), weight.name
+        if weight.taken:
+            grad, full = by_inductor.gradients[weight.name], by_inductor.plain[weight.name]
+            check_close(grad.compact, grad.subspace.project(full))
