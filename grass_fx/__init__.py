@@ -9,6 +9,8 @@
     selection.py    the selection rules: numbers in, numbers out
     gradient.py     CompactGrad, the gradient on weight.grad
     config.py       options and defaults
+    planning.py     plan, the largest rank that fits into a memory
+    cost.py         what a linear weight costs, as formulas
     ops.py          the operators grass::select and grass::selected_mm
     testing/        a plain eager reference
 
@@ -19,6 +21,7 @@ from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.optim import AdamW, step_in_backward
 from grass_fx.optim import subspace as subspace  # the function; the module keeps its own path
+from grass_fx.planning import plan
 
 __all__ = [
     "AdamW",
@@ -27,6 +30,7 @@ __all__ = [
     "GrassWarning",
     "Selection",
     "__version__",
+    "plan",
     "step_in_backward",
     "subspace",
 ]

@@ -19,6 +19,7 @@ FLOORS = {
     "grass_fx.cost": 1,
     "grass_fx.gradient": 2,
     "grass_fx.config": 2,
+    "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,
     "grass_fx.subspace": 3,
     "grass_fx.selection": 3,
@@ -31,6 +32,7 @@ FLOORS = {
     "grass_fx": 4,  # what it shows to users: the optimizers and all below
     "grass_fx.backend": 5,
     "grass_fx.explain": 6,
+    "grass_fx.__main__": 6,
 }
 
 
