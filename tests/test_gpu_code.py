@@ -228,6 +228,15 @@ def test_a_whole_backward_forms_no_full_gradient(backwards, key):
         assert all(compiled.tensor_cores for _, compiled in assert_fits(kernel))
 
 
+@pytest.mark.parametrize("tokens", ["static", "symbolic"])
+@pytest.mark.parametrize("block", [1, 8])
+def test_triton_compiles_all_kernels_of_a_backward(backwards, block, tokens):
+    _, module, _ = backwards[torch.bfloat16, "out", block, tokens]
+    assert len(module.kernels) >= 4
+    for kernel in module.kernels:
+        assert [capability for capability, _ in assert_fits(kernel)] == [80, 90]
+
+
 @pytest.mark.parametrize("key", [key for key in MODELS if key[0] != torch.bfloat16], ids=str)
 def test_a_whole_backwards_numbers_are_the_cpus(backwards, outputs, key):
     """Of symbolic sizes: for other sizes than the code was generated with."""

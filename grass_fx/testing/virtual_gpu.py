@@ -414,7 +414,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"XBLOCK": 256, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
+    # Sizes that Inductor would try too: of reductions few rows at a time, of the rest many numbers.
+    rows = 8 if kernel.name.startswith(("triton_red", "triton_per")) else 256
+    constants = {"XBLOCK": rows, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
     constexprs = {k: constants[k] for k, ty in kernel.signature.items() if ty == "constexpr"}
     signature = dict(kernel.signature)
     # As torch's launcher knows it: every buffer begins at a multiple of 16 bytes.
