@@ -176,6 +176,7 @@ MODELS = [
     for side in ("out", "in")
     for block in (1, 8)
     for tokens in ("static", "symbolic")
+    if dtype in HALF or block == 1  # in float32 blocks change nothing
 ]
 
 
