@@ -31,9 +31,10 @@ def matrix(tensor: Tensor) -> Tensor:
 class Selection:
     """One selection of a weight: immutable, so that a gradient kept for later stays true.
 
-    ``indices`` σ: (r,) int64 ascending; ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor
-    dimension they select; ``generation`` counts the weight's selections. Of a stack of e matrices
-    they select rows of :func:`matrix`: (e·r,), r of each, ``dim`` 0.
+    ``indices`` σ: (r,) int64 in ascending blocks, of which one that is drawn twice follows itself;
+    ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor dimension they select; ``generation``
+    counts the weight's selections. Of a stack of e matrices they select rows of :func:`matrix`:
+    (e·r,), r of each, ``dim`` 0.
     """
 
     indices: Tensor
@@ -80,8 +81,9 @@ class Selection:
     def lift(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """A dense tensor whose projection is C: C_j / ρ_j at row σ_j, once per distinct row."""
         first = torch.ones_like(self.indices, dtype=compact.dtype)
-        first[1:] = (self.indices[1:] != self.indices[:-1]).to(compact.dtype)
-        if self.scale is not None:
+        if self.scale is not None:  # only with replacement do rows repeat
+            rows, order = self.indices.sort(stable=True)
+            first[order[1:]] = (rows[1:] != rows[:-1]).to(compact.dtype)
             first = first / self.scale
         rows = (matrix(compact) * along(first, self.dim, 2)).to(compact.dtype)
         return self._placed(rows, shape)

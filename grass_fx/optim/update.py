@@ -213,7 +213,7 @@ def add_rows_(
         w.index_add_(dim, indices, change)
         return
     if selection.scale is not None:  # only with replacement do rows repeat
-        indices, place = indices.unique_consecutive(return_inverse=True)
+        indices, place = indices.unique(return_inverse=True)
         shape = list(change.shape)
         shape[dim] = indices.numel()
         change = change.new_zeros(shape).index_add_(dim, place, change)
@@ -241,7 +241,12 @@ def carried(
 
 def places(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
     """For each row of ``new``: its place in ``old``, (r,) int64, and whether it was there."""
-    place = torch.searchsorted(old.indices, new.indices).clamp_(max=old.indices.numel() - 1)
+    rows, order = old.indices, None
+    if old.scale is not None:  # a block that was drawn twice follows itself
+        rows, order = rows.sort(stable=True)
+    place = torch.searchsorted(rows, new.indices).clamp_(max=rows.numel() - 1)
+    if order is not None:
+        place = order[place]
     return place, old.indices[place] == new.indices
 
 
