@@ -37,8 +37,9 @@ from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
 from grass_fx.runtime import GrassCallable
 from grass_fx.subspace import SubspaceSpec, registry
+from roofline import LARGE, Roofline, Timer
 
-SIZE, RANK = 16, 4
+SIZE, RANK, BATCH = 16, 4, 4
 CONFIG = GrassConfig(rank=RANK, refresh_every=10**9)
 
 
@@ -133,7 +134,7 @@ def without_compute(count: int, rounds: int, device: str) -> dict[str, float]:
 def compiled_difference(count: int, rounds: int, device: str, compiler: str) -> float:
     """Microseconds per weight of a really compiled step: ours minus torch's."""
     options = {"rank": RANK, "refresh_every": 10**9, "compiler": compiler}
-    x, runs = torch.randn(4, SIZE, device=device), []
+    x, runs = torch.randn(BATCH, SIZE, device=device), []
     for settings in ({"backend": compiler}, {"backend": "grass", "options": options}):
         model = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(count)))
         runs.append((model, torch.compile(model.to(device), **settings)))
@@ -193,6 +194,14 @@ def main() -> None:
         print(f"| {label} | " + " | ".join(f"{c[key]:.1f}" for c in columns.values()) + " |")
     more = compiled_difference(args.compiled, args.rounds, args.device, args.compiler)
     print(f"compiled by {args.compiler}, {args.compiled} weights, ours minus plain: {more:.1f} µs")
+    size = (256, 2**20) if args.smoke else LARGE[args.device]
+    roof = Roofline(Timer(args.device), args.device, torch.float32, *size)
+    flops, moved = (4 + 2 * RANK / SIZE) * BATCH * SIZE**2, 4 * (3 * SIZE**2 + 6 * BATCH * SIZE)
+    bound = roof.bounds(flops, moved)
+    print(
+        f"of which products, per weight: {1e3 * bound['flop_ms']:.4f} µs of FLOPs over peak, "
+        f"{1e3 * bound['byte_ms']:.4f} µs of bytes over bandwidth; without compute both are 0"
+    )
 
 
 if __name__ == "__main__":

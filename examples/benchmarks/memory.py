@@ -22,6 +22,9 @@ inside oneDNN and MKL. --limit-gb leaves torch what a card of that size would: 0
 "predicted" is docs/method.md's sum: full rank has 4mn numbers per weight, grass mn + 3rn + 3r (here
 without ρ). Peaks have activations and temporaries besides; a scoring step adds m numbers per weight
 and, but with tiles, one layer's G. Goals: 13B within 40 GB at ranks 64 and 1/8, 7B within 24 GB.
+
+Below stand the two numbers of a roofline for a regular step, FLOPs over peak and bytes over
+bandwidth: the time that a step takes at least on this machine.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,6 +49,7 @@ import grass_fx
 from llama import SIZES, build
 from peer_optimizers import adamw8bit, galore, galore_groups, nbytes, rows
 from pretrain import is_linear, rank
+from roofline import LARGE, Roofline, Timer
 
 GRASS = {
     "grass": {},
@@ -187,6 +192,35 @@ def line_of(method: str, result: dict, full: dict, unit: float) -> str:
     return f"| {method} | {' | '.join(cells)} |"
 
 
+def bounds(results: dict[str, dict], args: argparse.Namespace) -> dict[str, dict]:
+    """The roofline of a regular step, peak and bandwidth measured here.
+
+    FLOPs: what torch counts at full rank (a forward more with checkpointing), less what compact
+    gradients spare. Bytes: as in step_time.py.
+    """
+    with torch.device("meta"):
+        model = build(args.size)
+        text = torch.zeros(args.batch, args.seq, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(text, text)
+        forward = counter.get_total_flops() if args.checkpointing else 0
+        loss.backward()
+    size = (256, 2**20) if args.smoke else LARGE[args.device]
+    dtype = getattr(torch, args.dtype)
+    roof = Roofline(Timer(args.device), args.device, dtype, *size)
+    answer = {}
+    for method in (method for method, result in results.items() if "skipped" not in result):
+        spared = 0
+        for name, p in model.named_parameters() if method in GRASS else ():
+            if is_linear(name, p):
+                spared += p.numel() - rows(p, args.rank) * max(p.shape)
+        flops = counter.get_total_flops() + forward - 2 * args.batch * args.seq * spared
+        weights, gradients, state = results[method]["held"]
+        moved = 4 * weights - spared * dtype.itemsize + 2 * (gradients + state)
+        answer[method] = roof.bounds(flops, moved)
+    return answer
+
+
 def draw(lines: dict[str, list], unit: float, name: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -246,6 +280,9 @@ def main() -> None:
         if args.json:  # each time: what was measured stays if time runs out
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(contents, indent=1, default=str))
+    print("\n| bound | GFLOP | over peak, ms | GB | over bandwidth, ms |\n|:--|--:|--:|--:|--:|")
+    for method, row in bounds(results, args).items():
+        print(f"| {method} | {' | '.join(f'{value:.2f}' for value in row.values())} |")
     if args.picture:
         draw(lines, unit, name, args.picture)
 

@@ -53,3 +53,12 @@ class Roofline:
         """The bound of (rows, inner) x (inner, columns)."""
         moved = (rows * inner + inner * columns + rows * columns) * itemsize
         return 1e3 * max(2 * rows * inner * columns / self.flops, moved / self.bandwidth)
+
+    def bounds(self, flops: float, moved: float) -> dict[str, float]:
+        """The two numbers of a roofline: FLOPs over peak, bytes over bandwidth."""
+        return {
+            "gflop": flops / 1e9,
+            "flop_ms": 1e3 * flops / self.flops,
+            "gigabytes": moved / 1e9,
+            "byte_ms": 1e3 * moved / self.bandwidth,
+        }

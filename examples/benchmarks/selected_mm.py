@@ -41,9 +41,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
-from roofline import LARGE, Roofline, Timer
 
 from grass_fx.lowering import register
+from roofline import LARGE, Roofline, Timer
 
 GOALS = {"floor": 1.15, "gather": 1.0}
 LLAMA = ["4096x4096", "11008x4096", "4096x11008", "5120x5120", "13824x5120"]

@@ -46,7 +46,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
-from roofline import LARGE, Roofline, Timer
 
 import grass_fx
 from llama import SIZES, build
@@ -60,6 +59,7 @@ from peer_optimizers import (
     why_missing,
 )
 from pretrain import bytes_held, rank
+from roofline import LARGE, Roofline, Timer
 
 NEVER = math.inf
 VARIANTS = ("full", "regular", "scoring")
@@ -265,12 +265,7 @@ def bounds(variants: dict[str, Variant], args: argparse.Namespace) -> dict[str, 
                 spared = (parameter.nbytes - written) // parameter.itemsize
                 flops -= 2 * args.batch * args.seq * spared
             moved += 3 * parameter.nbytes + written + 2 * (held["gradients"] + held["state"])
-        answer[name] = {
-            "gflop": flops / 1e9,
-            "flop_ms": 1e3 * flops / roof.flops,
-            "gigabytes": moved / 1e9,
-            "byte_ms": 1e3 * moved / roof.bandwidth,
-        }
+        answer[name] = roof.bounds(flops, moved)
     return answer
 
 
