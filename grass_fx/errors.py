@@ -33,3 +33,7 @@ class GrassWarning(UserWarning):
 
 class UnsupportedGradError(GrassError, RuntimeError):
     """A gradient of a kind that the optimizer cannot step with."""
+
+
+class MissingPackageError(GrassError, ImportError):
+    """An optional package that something needs is not installed."""

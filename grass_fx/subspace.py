@@ -24,6 +24,7 @@ from grass_fx import selection as rules
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.history import SelectionHistory
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class Subspace:
 
     ``selection`` is the current :class:`~grass_fx.gradient.Selection`; ``step`` counts optimizer
     steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
-    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it.
+    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it;
+    ``history`` records selections for reports, and decides nothing; ``compilations`` are those
+    that the weight has met since (frame, number), for a warning.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Subspace:
         self.step = 0
         self.period = 0
         self.delivered = False
+        self.compilations: set[tuple[int, int]] = set()
         self.frozen = False
         self._retry = False
         units = spec.size // spec.block
@@ -103,6 +107,7 @@ class Subspace:
         self._orders, self._position = [torch.arange(units)] * (spec.stack or 1), units
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # what the inputs of graphs hold
+        self.history = SelectionHistory(spec.rows)
         dim = spec.dim if spec.stack is None else 0
         self.selection = Selection(torch.empty(0), None, dim, -1, name)
         self._set(self._draw(), device)
@@ -203,20 +208,25 @@ class Subspace:
     def _draw_by(self, scores: Tensor) -> list[Draw] | None:
         """By scores; None if those of no matrix are usable."""
         spec, drawn, positive = self.spec, [], True
-        current = self._current()
+        current, held, whole = self._current(), 0.0, 0.0
+        scores = scores.cpu()
         for each, old, stream in zip(
             scores.view(spec.stack or 1, -1), current, self._streams(), strict=True
         ):
             new = rules.select_by_scores(
                 self.rule, each, self._count, spec.block, spec.replacement, stream
             )
-            positive &= new is not None and bool(
-                (rules.unit_norms(each, spec.block)[new[0]] > 0).all()
-            )
+            if new is not None:
+                norms = rules.unit_norms(each, spec.block)
+                positive &= bool((norms[new[0]] > 0).all())
+                held += float(norms[new[0].unique()].square().sum())
+                whole += float(norms.square().sum())
+            positive &= new is not None
             drawn.append(old if new is None else new)
         if all(new is old for new, old in zip(drawn, current, strict=True)):
             return None
         self.frozen = self.rule.freezes and positive
+        self.history.captured = math.sqrt(held / whole)
         return drawn
 
     def _current(self) -> list[Draw]:
@@ -238,9 +248,11 @@ class Subspace:
             elif self.spec.replacement:
                 # Rule 10's first selection, in a graph that takes ρ.
                 scales.append(torch.ones(self.spec.rank))
+        indices = torch.cat(rows)
+        self.history.change(indices, self.step)
         self.selection = replace(
             self.selection,
-            indices=torch.cat(rows).to(device),
+            indices=indices.to(device),
             scale=torch.cat(scales).to(device, self._scale_dtype) if scales else None,
             generation=self.selection.generation + 1,
         )
@@ -259,7 +271,7 @@ class Subspace:
         }
         if self.selection.scale is not None:
             state["subspace_scale"] = self.selection.scale
-        return state
+        return {**state, **self.history.state()}
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise StateError if :meth:`state` of another run does not fit this subspace."""
@@ -292,6 +304,7 @@ class Subspace:
         self.frozen, self._retry = bool(counters[5]), bool(counters[6])
         orders = state["subspace_order"].cpu().chunk(len(self._orders))
         self._orders = [each.clone() for each in orders]
+        self.history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), self.step, state)
         device = self.selection.indices.device
         self.selection = replace(
             self.selection,

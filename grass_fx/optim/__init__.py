@@ -7,6 +7,7 @@ adamw.py        grass_fx.AdamW
 rowwise.py      the state of an arbitrary optimizer, seen as rows
 wrap.py         grass_fx.subspace(X): any torch optimizer class X
 in_backward.py  stepping as gradients arrive, where memory is scarcest
+telemetry.py    what stats() tells of taken weights
 """
 
 from grass_fx.optim.adamw import AdamW

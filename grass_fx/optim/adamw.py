@@ -11,9 +11,10 @@ from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import StateError, UnsupportedGradError
-from grass_fx.gradient import CompactGrad, matrix
+from grass_fx.gradient import CompactGrad, Selection, matrix
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
+from grass_fx.optim.telemetry import adam_update_norm
 from grass_fx.optim.update import CompactStep, adam_update_, carried
 from grass_fx.subspace import registry
 
@@ -99,6 +100,7 @@ class AdamW(SubspaceOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._common_ages: dict[Tensor, tuple[Tensor, int | None]] = {}
+        self._applied: dict[Tensor, tuple[Selection, dict[str, Any]]] = {}
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -118,14 +120,17 @@ class AdamW(SubspaceOptimizer):
         for group, entries in zip(self.param_groups, plan, strict=True):
             compact = [self._compact_step(p, g, group) for p, g in entries if g is not None]
             beta1, beta2 = group["betas"]
-            adam_update_(
-                compact,
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                compile=group["compile"],
-                **{k: group[k] for k in ("eps", "weight_decay", "scale", "warmup_steps")},
-            )
+            settings: dict[str, Any] = {
+                "lr": float(group["lr"]),
+                "beta1": beta1,
+                "beta2": beta2,
+                **{k: group[k] for k in ("eps", "scale", "warmup_steps")},
+            }
+            whole = {k: group[k] for k in ("weight_decay", "compile")}
+            adam_update_(compact, **whole, **settings)
+            for p, grad in entries:
+                if grad is not None:
+                    self._applied[p] = grad.subspace, settings
             dense = [p for p, g in entries if g is None]
             rounded = [p for p in dense if self._rounds(p, group)]
             self._step_dense([p for p in dense if not self._rounds(p, group)], group)
@@ -166,6 +171,14 @@ class AdamW(SubspaceOptimizer):
         return CompactStep(
             matrix(p), matrix(grad.compact), grad.subspace, first, second, ages, common, rounding
         )
+
+    def _update_norm(self, p: Tensor) -> Tensor | None:
+        state = self.state.get(p, {})
+        if p not in self._applied or "indices" not in state:
+            return None
+        selection, settings = self._applied[p]
+        first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
+        return adam_update_norm(selection, first, second, state["age"], **settings)
 
     def _common_age(self, p: Tensor, ages: Tensor) -> int | None:
         """The age of all rows of p if it is the same; read from the device once per selection."""

@@ -12,10 +12,13 @@ from torch import Tensor
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.optim.telemetry import stats_of
 from grass_fx.subspace import Subspace, registry
 
 _SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
 _SHAPE = "weight_shape"
+_HISTORY = "history_"  # keys of SelectionHistory.state()
+_PAST = "selection_history"  # where a checkpoint has those: beside "state", and it can lack them
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -252,6 +255,23 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         old = Selection(state["indices"], state.get("scale"), new.dim, int(state["generation"]))
         return None if old.generation == new.generation and _equal(old, new) else old
 
+    # --- telemetry --------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """What can be told of each taken weight now: ``{name: {metric: value}}``, plain floats.
+
+        ``age``: steps since its selection was drawn. ``coverage``: share of its rows (columns for
+        side "in") ever selected. ``overlap``: share of the selection that was in the one before.
+        ``captured``: share of the gradient's norm in the rows that the last scores selected.
+        ``update_norm`` (``grass_fx.AdamW``): norm of the last update, weight decay aside. What is
+        not known is left out; {} before the compiled model has run. See docs/telemetry.md.
+        """
+        return stats_of(self._parameters(), self._update_norm)
+
+    def _update_norm(self, p: Tensor) -> Tensor | None:
+        """The norm of p's last update in its subspace, () on its device, if it can be known."""
+        return None
+
     def _warn_if_none(self) -> None:
         if self._met_compact or self._warned_dense:
             return
@@ -314,13 +334,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 stacklevel=2,
             )
         result: dict[str, Any] = super().state_dict()
+        past = {}
         for p, key, _ in self._entries(result):
             state = result["state"].get(key, {})
             if "indices" in state:
                 own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
                 shape = {_SHAPE: torch.tensor(p.shape)}
                 state = self._saved({**state, **own})
-                result["state"][key] = {**state, **registry.saved_state(p), **shape}
+                saved, past[key] = _apart(registry.saved_state(p))
+                result["state"][key] = {**state, **saved, **shape}
+        if past:
+            result[_PAST] = past
         return result
 
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -341,6 +365,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         nothing has changed.
         """
         own, subspaces = dict(state_dict["state"]), {}
+        past = state_dict.get(_PAST, {})
         for p, key, name in self._entries(state_dict):
             self._check_name(p, name)
             if key in own:
@@ -350,6 +375,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if ours:
                     registry.check(p, ours)
                     subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
+                    subspaces[p] |= {k: v.cpu() for k, v in past.get(key, {}).items()}
         super().load_state_dict({**state_dict, "state": own})
         for p, key, _ in self._entries(state_dict):
             for k, v in own.get(key, {}).items():
@@ -389,6 +415,12 @@ def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
 def _plain(name: str) -> str:
     """A parameter's name without what torch.compile and data-parallel wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _apart(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A subspace's state: what training needs, and what only reports need."""
+    past = {k: v for k, v in saved.items() if k.startswith(_HISTORY)}
+    return {k: v for k, v in saved.items() if k not in past}, past
 
 
 def _equal(old: Selection, new: Selection) -> bool:
