@@ -1,4 +1,4 @@
-"""One small model through every stage of the backend, as listings that can be read and compared.
+"""Small models through the stages of the backend, as listings that can be read and compared.
 
     python examples/inspect_graphs.py              # print all listings
     python examples/inspect_graphs.py pushed       # print one
@@ -18,12 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.utils.checkpoint import checkpoint
+
+from grass_fx.dump import graph_part, graph_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "inspecting-graphs.md")
 
 # A fenced block under the comment <!-- listing: NAME -->.
 LISTING = re.compile(r"(<!-- listing: ([\w-]+) -->\n```\w*\n)(.*?)(?=^```$)", re.M | re.S)
+
+
+SELECTED_MM = "grass.selected_mm.default("
 
 
 class TwoLayers(nn.Module):
@@ -38,10 +44,30 @@ class TwoLayers(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def one_step(backend: str, options: dict) -> TwoLayers:
-    """The model after one forward and one backward, compiled anew."""
+class SwiGLU(nn.Module):
+    """The MLP of a transformer block, as in llama.py: `gate` and `up` read the same x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 32, bias=False)
+        self.up = nn.Linear(16, 32, bias=False)
+        self.down = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Checkpointed(TwoLayers):
+    """The two layers, whose activations are computed again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def one_step(backend: str, options: dict, kind: type[nn.Module] = TwoLayers) -> nn.Module:
+    """A model after one forward and one backward, compiled anew."""
     torch._dynamo.reset()
-    model = TwoLayers()
+    model = kind()
     torch.compile(model, backend=backend, options=options)(torch.ones(64, 16)).sum().backward()
     return model
 
@@ -54,7 +80,12 @@ def stages() -> dict[str, str]:
         scored = dumped(rank=4, selection="top")
         tiled = dumped(rank=4, selection="top", scoring="tiles")
         products = {name: matrix_products(name) for name in ("inductor", "grass")}
+        block = dumped(SwiGLU, rank=4)
+        block_out = dumped(SwiGLU, rank=4, side="out")
+        again = dumped(Checkpointed, rank=4)
+        _, backward = halves(Checkpointed)
     joint, pushed = tidy(found["joint_regular"]), tidy(found["pushed_regular"])
+    mlp, mlp_pushed = tidy(block["joint_regular"]), tidy(block["pushed_regular"])
     return {
         "dynamo": tidy(found["dynamo"]),
         "tapped": tidy(found["tapped_regular"]),
@@ -65,15 +96,21 @@ def stages() -> dict[str, str]:
         "scoring": gradient_of_down(tidy(scored["pushed_scoring"])),
         "tiles": gradient_of_down(tidy(tiled["pushed_scoring"])),
         "inductor": side_by_side(products),
+        "swiglu-dynamo": tidy(block["dynamo"]),
+        "swiglu-joint": only_for(gradients(mlp), mlp),
+        "swiglu-pushed": only_for(gradients(mlp_pushed), mlp_pushed),
+        "swiglu-out": selected_products(tidy(block_out["pushed_regular"])),
+        "checkpoint-tapped": tidy(again["tapped_regular"]),
+        "checkpoint-backward": backward,
     }
 
 
-def dumped(**options) -> dict[str, str]:
+def dumped(kind: type[nn.Module] = TwoLayers, **options) -> dict[str, str]:
     """What `dump_dir` receives, by stage: {"dynamo": ..., "joint_regular": ...}."""
     with tempfile.TemporaryDirectory() as folder:
-        one_step("grass", {**options, "dump_dir": folder, "compiler": "aot_eager"})
-        files = sorted(Path(folder).iterdir())  # 02_joint_regular.txt
-        return {file.stem.partition("_")[2]: file.read_text(encoding="utf-8") for file in files}
+        one_step("grass", {**options, "dump_dir": folder, "compiler": "aot_eager"}, kind)
+        files = sorted(Path(folder).iterdir())  # 02_joint_regular.py
+        return {file.stem.partition("_")[2]: graph_part(file.read_text("utf-8")) for file in files}
 
 
 def tidy(graph: str) -> str:
@@ -94,9 +131,18 @@ def tidy(graph: str) -> str:
 
 def gradient_of_down(graph: str) -> str:
     """The lines of a tidy joint graph that nothing but the last weight's gradient needs."""
+    returned = gradients(graph)
+    return only_for(returned[len(returned) // 2 :], graph)  # the first half is the first weight's
+
+
+def gradients(graph: str) -> list[str]:
+    """What a tidy joint graph returns for the weights' proxies."""
+    return [name for name in re.findall(r"(\w+),  # GradAOT", graph) if name != "None"]
+
+
+def only_for(wanted: list[str], graph: str) -> str:
+    """The lines of a tidy graph that nothing but the values `wanted` needs."""
     lines = graph.splitlines()
-    returned = [name for name in re.findall(r"(\w+),  # GradAOT", graph) if name != "None"]
-    wanted = returned[len(returned) // 2 :]  # the first half belongs to the first weight
     kept: list[str] = []
     for index in reversed(range(len(lines))):
         assignment = re.match(r" +(\w+): .* = ", lines[index])
@@ -107,6 +153,22 @@ def gradient_of_down(graph: str) -> str:
         if assignment[1] in wanted or (users and all(user in kept for user in users)):
             kept.insert(0, lines[index])
     return "".join(line.strip() + "\n" for line in kept)
+
+
+def selected_products(graph: str) -> str:
+    """The lines of a tidy graph that are selected products."""
+    return "".join(f"{line.strip()}\n" for line in graph.splitlines() if SELECTED_MM in line)
+
+
+def halves(kind: type[nn.Module]) -> list[str]:
+    """The forward and the backward graph that Inductor makes code of, without its own patterns."""
+    found: list[str] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        found.append(tidy(graph_text(graph)))
+
+    one_step("grass", {"rank": 4, "inductor": {"post_grad_custom_pre_pass": look}}, kind)
+    return found
 
 
 def matrix_products(backend: str) -> dict[str, list[str]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from types import CodeType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,12 +24,17 @@ __all__ = [
     "CUDA_GRAPHS",
     "CustomGraphPass",
     "compile_aot_eager",
+    "argument_counts",
     "choose_kernel",
+    "compiled_apart",
     "combined_kernels",
     "compile_inductor",
     "copy_dynamo_graph",
+    "current_compilation",
     "extern_kernel",
+    "example_size",
     "fake_mode_of",
+    "gradient_of_input",
     "has_triton",
     "inductor_patches",
     "input_position",
@@ -38,9 +45,11 @@ __all__ = [
     "mark_added_placeholder",
     "parameter_name",
     "put_rows",
+    "real_value",
     "realized",
     "register_inductor_lowering",
     "size_hint",
+    "trace_artifact",
     "trace_static",
     "triton_template",
     "tuning_everything",
@@ -65,6 +74,36 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for ours, theirs in zip(new, old, strict=True):
         ours._dynamo_source = getattr(theirs, "_dynamo_source", None)
     return result
+
+
+@contextmanager
+def compiled_apart(
+    function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
+) -> Iterator[Callable[..., Any]]:
+    """``torch.compile(function)`` that leaves no trace in what is compiled before or after it.
+
+    It teaches Dynamo no dynamic sizes. Dynamo's cache of a function that it compiled here and never
+    before, be it a copy of ``function`` or one called after a graph break, is emptied at the end:
+    its entries would count towards the limit of recompilations.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import reset_code
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    fresh: dict[CodeType, bool] = {}
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        code = InstructionTranslator.current_tx().f_code
+        fresh.setdefault(code, not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
+        return backend(*args, **kwargs)
+
+    limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+    try:
+        with config.patch(automatic_dynamic_shapes=False, **limits):
+            yield torch.compile(function, backend=watching, dynamic=dynamic)
+    finally:
+        for code in (code for code, new in fresh.items() if new):
+            reset_code(code)
 
 
 def mark_added_placeholder(node: fx.Node) -> None:
@@ -117,6 +156,43 @@ def trace_static(
         return make_fx(function)(*fakes), fakes
 
 
+def current_compilation() -> tuple[int, int] | None:
+    """Which frame is being compiled, and its how many-th compilation; torch writes ``3/0``."""
+    from torch._guards import CompileContext
+
+    found: Any = CompileContext.current_compile_id()
+    return None if found is None else (found.frame_id, found.frame_compile_id)
+
+
+def real_value(node: fx.Node) -> Any:
+    """What arrived for a placeholder of a Dynamo graph; None where Dynamo no longer knows it."""
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def example_size(size: Any) -> int | None:
+    """A size as a number: a symbolic one as it was in the example; None if it had none."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint if isinstance(hint, int) else None
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add ``text()`` to torch's structured trace (``TORCH_TRACE``); not called without one."""
+    from torch._logging._internal import trace_structured
+
+    about = {"name": name, "encoding": "string"}
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
+
+
+def argument_counts(gm: fx.GraphModule) -> list[int] | None:
+    """How many placeholders each argument of a joint graph holds, in a list; None: all are flat."""
+    from torch.utils._pytree import tree_unflatten
+
+    if not hasattr(gm, "_in_spec"):
+        return None
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [len(argument) for argument in tree_unflatten(placeholders, gm._in_spec)]
+
+
 # --- AOTAutograd ----------------------------------------------------------------------------------
 
 
@@ -125,15 +201,27 @@ def input_position(node: fx.Node) -> int | None:
     return getattr(node.meta.get("desc"), "idx", None)
 
 
+def gradient_of_input(graph: fx.Graph, position: int) -> fx.Node | None:
+    """The node of a joint graph that is the gradient of one of the backend's inputs."""
+    output = graph.output_node()
+    (values,) = output.args
+    for value, desc in zip(cast("Sequence[Any]", values), output.meta["desc"], strict=True):
+        if getattr(getattr(desc, "grad_of", None), "idx", None) == position:
+            return value if isinstance(value, fx.Node) else None
+    return None
+
+
 def compile_aot_eager(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
     joint_pass: GraphPass | None,
     on_backward: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
+    on_partition: Callable[[fx.GraphModule, fx.GraphModule], None] | None = None,
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions and partitioner; the graphs run as they are.
 
-    ``on_backward`` may look at the backward graph, and returns what is to run for it.
+    ``on_backward`` may look at the backward graph, and returns what is to run for it;
+    ``on_partition`` sees forward and backward as soon as there are two.
     The joint pass runs as the first act of the partitioner, which works in every version.
     """
     from torch._dynamo.backends.common import aot_autograd
@@ -146,9 +234,12 @@ def compile_aot_eager(
             joint_pass(joint.graph)
             joint.graph.lint()
             joint.recompile()
-        return min_cut_rematerialization_partition(
+        parts = min_cut_rematerialization_partition(
             joint, joint_inputs, **{**kwargs, "compiler": "inductor"}
         )
+        if on_partition is not None:
+            on_partition(*parts)
+        return parts
 
     def run(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)

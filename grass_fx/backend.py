@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +19,30 @@ from grass_fx._torch_compat import (
     CUDA_GRAPHS,
     compile_aot_eager,
     compile_inductor,
+    current_compilation,
     inductor_patches,
+    real_value,
     uses_cuda_graphs,
 )
 from grass_fx.config import GrassConfig
 from grass_fx.dump import Dump
 from grass_fx.errors import GrassWarning
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
-from grass_fx.passes.pipeline import GrassPasses, PushReport, source_hash
-from grass_fx.passes.tap_weights import scoring_tap, tap, tap_weights_pass
+from grass_fx.passes.pipeline import (
+    GrassPasses,
+    PushReport,
+    log_pass,
+    operations,
+    source_hash,
+)
+from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
 from grass_fx.runtime import GrassCallable
+from grass_fx.subspace import registry
 
 log = logging.getLogger(__name__)
+
+TOO_OFTEN = 5
+"""Compilations of one frame for the same weights that are a warning; Dynamo gives up after 8."""
 
 
 def grass(
@@ -53,33 +67,81 @@ def grass(
     compiler = _Compiler(config, patches)
     if not torch.is_grad_enabled():
         return compiler.plain(gm, example_inputs)
-    start = time.perf_counter()
+    start, before, name = time.perf_counter(), operations(gm.graph), _name_of(gm.graph)
     found = find_linear_weights_pass(gm, example_inputs, config=config)
+    note = f"{len(found.taken)} taken, {len(found.left)} left, {len(found.unfit)} others"
+    log_pass("find_linear_weights", before, gm.graph, start, note)
     if not found.taken:
         if found.left:
             warnings.warn(
-                f"grass took no weight of this graph, it trains dense. {_listed(found.left)}.",
+                f"grass took no weight of this graph, it trains dense. {_some(found.left)}. If one "
+                "should train compact, change what its reason names, such as the options rank, "
+                f"side, include or exclude. The graph: {name}.",
                 GrassWarning,
                 stacklevel=2,
             )
         return compiler.plain(gm, example_inputs)
-    compiled = compiler.tapped(gm, example_inputs, found)
-    _log(found, compiled.report, time.perf_counter() - start)
+    _warn_if_compiled_too_often(gm.graph, found, name)
+    compiled = compiler.tapped(gm, example_inputs, found, name)
+    _log(found, compiled.report, time.perf_counter() - start, name)
     return compiled
 
 
-def _log(found: FoundWeights, report: PushReport, seconds: float) -> None:
+def _name_of(graph: fx.Graph) -> str:
+    """The graph as torch's logs name it, with its frame: "3/0 of forward (model.py:12)"."""
+    compilation = current_compilation()
+    name = "none" if compilation is None else "/".join(map(str, compilation))
+    traces = (node.meta.get("stack_trace") or "" for node in graph.nodes)
+    for trace in filter(None, traces):  # of calls from the compiled frame inwards
+        if frame := re.match(r'\s*File "(.*)", line (\d+), in (.*)', trace):
+            return f"{name} of {frame[3]} ({Path(frame[1]).name}:{frame[2]})"
+    return name  # torch leaves out frames of its own, such as Sequential's
+
+
+def _warn_if_compiled_too_often(graph: fx.Graph, found: FoundWeights, name: str) -> None:
+    """A warning at the TOO_OFTEN-th graph of one frame *for the same weights*.
+
+    One frame may be compiled for many layers. So each weight's subspace, which is made when its
+    first graph runs, keeps the later compilations; the first one is not among them.
+    """
+    compilation = current_compilation()
+    if compilation is None:
+        return
+    placeholders, again = graph.find_nodes(op="placeholder"), []
+    for weight in found.taken:
+        value = real_value(placeholders[weight.position])
+        subspace = None if value is None else registry.get(value)
+        if subspace is None:
+            again.append(0)
+            continue
+        known = subspace.compilations
+        new = compilation not in known
+        known.add(compilation)
+        again.append(sum(frame == compilation[0] for frame, _ in known) if new else 0)
+    if min(again) == TOO_OFTEN - 1:
+        warnings.warn(
+            f"grass compiles the same weights for the {TOO_OFTEN}th time, in graph {name}. Dynamo "
+            "gives up after a few more, and then they train dense. TORCH_LOGS=recompiles says what "
+            "changes. If it is a size, use torch.compile(dynamic=True), or call "
+            "torch._dynamo.mark_dynamic(input, dim) before the first step.",
+            GrassWarning,
+            stacklevel=3,
+        )
+
+
+def _log(found: FoundWeights, report: PushReport, seconds: float, name: str) -> None:
     """One line per compilation; and a warning if a selection could not be pushed."""
     if report.stopped:
         log.warning("full weight gradients are formed for %s", _listed(report.stopped))
     pushed = f"{len(report.pushed)} selections pushed, {len(report.stopped)} stopped"
     log.info(
-        "%d weights taken, %d left (%s); %s; %.0f ms",
+        "%d weights taken, %d left%s; %s; %.0f ms; graph %s",
         len(found.taken),
         len(found.left),
-        _listed(found.left),
+        f" ({_listed(found.left)})" if found.left else "",
         pushed if report.pushed or report.stopped else "graphs from the cache",
         1e3 * seconds,
+        name,
     )
 
 
@@ -87,12 +149,17 @@ def _listed(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
+def _some(reasons: Mapping[str, str], most: int = 8) -> str:
+    """The first few of them: a warning need not name every weight of a model."""
+    more = len(reasons) - most
+    return _listed(dict([*reasons.items()][:most])) + (f"; and {more} more" if more > 0 else "")
+
+
 class _Compiler:
     """The compiler of one configuration: Inductor, or AOTAutograd alone."""
 
     def __init__(self, config: GrassConfig, patches: Mapping[str, Any]) -> None:
         self.config, self.patches = config, patches
-        self.dump = Dump(config.dump_dir)
 
     def plain(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What torch would do without us."""
@@ -101,18 +168,21 @@ class _Compiler:
         return compile_inductor(gm, inputs, self.patches)
 
     def tapped(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], found: FoundWeights
+        self, gm: fx.GraphModule, inputs: Sequence[Any], found: FoundWeights, name: str
     ) -> GrassCallable:
         """The graph with its taken weights tapped: one variant, or two for rules with scores.
 
         Both are compiled here: once the backend has returned, Dynamo's guards are fixed.
         """
-        self.dump.write("dynamo", gm.graph)
+        dump = Dump(self.config, name)
+        file = dump.write("dynamo", gm.graph, "Dynamo", None, {})
         report = PushReport()
-        regular = self._variant(gm, inputs, found, report)
+        regular = self._variant(gm, inputs, found, report, dump, file)
         scoring = None
         if self.config.needs_scores:
-            scoring = self._variant(gm, inputs, found, PushReport(), self.config.scoring)
+            scoring = self._variant(
+                gm, inputs, found, PushReport(), dump, file, self.config.scoring
+            )
         cuda_graphs = self.config.compiler == "inductor" and uses_cuda_graphs(self.patches)
         return GrassCallable(found, report, regular, scoring, cuda_graphs)
 
@@ -122,28 +192,34 @@ class _Compiler:
         inputs: Sequence[Any],
         found: FoundWeights,
         report: PushReport,
+        dump: Dump,
+        file: str | None,
         scoring: str | None = None,
     ) -> Callable[..., Any]:
+        """One variant, compiled; ``file`` is the dump of ``gm``."""
+        variant = "regular" if scoring is None else "scoring"
+        start, before = time.perf_counter(), operations(gm.graph)
         with_scores = self.config.needs_scores
         tapped, extended = tap_weights_pass(
             gm, inputs, found.taken, with_scores=with_scores, scoring=scoring
         )
-        variant = "regular" if scoring is None else "scoring"
-        self.dump.write(f"tapped_{variant}", tapped.graph)
-        stride = (len(extended) - len(inputs)) // len(found.taken)
-        first = len(inputs) + (2 if with_scores else 1)
-        indices_of = {first + stride * k: w.name for k, w in enumerate(found.taken)}
-        make_pass = partial(
-            GrassPasses,
-            report,
-            indices_of,
-            stage=lambda stage, graph: self.dump.write(f"{stage}_{variant}", graph),
-        )
+        log_pass("tap_weights", before, tapped.graph, start, variant)
+        places = added_positions(found.taken, len(inputs), with_scores=with_scores)
+        indices_of = {places[w.position]["indices"]: w for w in found.taken}
+        rows = {place: (w.spec.size, w.spec.block) for place, w in indices_of.items()}
+
+        def stage(name: str, graph: fx.Graph, made_by: str) -> None:
+            nonlocal file
+            file = dump.write(f"{name}_{variant}", graph, made_by, file, rows)
+
+        stage("tapped", tapped.graph, "tap_weights")
+        names = {place: w.name for place, w in indices_of.items()}
+        make_pass = partial(GrassPasses, report, names, stage=stage, variant=variant)
         if self.config.compiler == "aot_eager":
             return compile_aot_eager(tapped, extended, make_pass(()))
         lowering.register()
-        names = (f"{f.__module__}.{f.__name__}" for f in (tap, scoring_tap))
-        cacheable = dict.fromkeys(names, source_hash())
+        taps = (f"{f.__module__}.{f.__name__}" for f in (tap, scoring_tap))
+        cacheable = dict.fromkeys(taps, source_hash())
         patches = dict(self.patches)
         if scoring is not None and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,14 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-import grass_fx
+from grass_fx import _torch_compat
 from grass_fx._torch_compat import CustomGraphPass, input_position
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 
 log = logging.getLogger(__name__)
 
-Stage = Callable[[str, fx.Graph], None]
+Stage = Callable[[str, fx.Graph, str], None]
+"""Receives the name of a stage, its graph, and what made it."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class PushReport:
 @cache
 def source_hash() -> str:
     """A hash of every source file of the package, so that no cache outlives a change of it."""
-    root = Path(grass_fx.__file__).parent
+    root = Path(_torch_compat.__file__).parent
     passes = Path(__file__).parent  # beside the package in a checkout, inside it when installed
     files = sorted({*root.rglob("*.py"), *root.rglob("*.jinja"), *passes.glob("*.py")})
     digest = hashlib.sha256(torch.__version__.encode())
@@ -45,12 +47,41 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def operations(graph: fx.Graph) -> Counter[str]:
+    """How many of each operation a graph has; empty unless it will be logged."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return Counter()
+    return Counter(_operation(node) for node in graph.nodes if node.op != "output")
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target) if node.op == "call_method" else node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def log_pass(name: str, before: Counter[str], graph: fx.Graph, start: float, note: str) -> None:
+    """One line: the operations that are fewer and more than ``before``, and the time since."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    after = operations(graph)
+    fewer, more = sorted((before - after).items()), sorted((after - before).items())
+    changes = [f"-{count} {key}" for key, count in fewer] + [
+        f"+{count} {key}" for key, count in more
+    ]
+    took = 1e3 * (time.perf_counter() - start)
+    log.debug("%s: %s, %.1f ms (%s)", name, ", ".join(changes) or "no change", took, note)
+
+
 class GrassPasses(CustomGraphPass):
     """Order: 1. ``push_norms``, which may free a gradient of the need to be whole;
     2. ``push_selection``; 3. the passes that the user has configured in Inductor.
 
     ``indices_of`` names the weight of each indices input, by its position among the inputs;
-    ``report`` receives what was pushed. Neither changes what the passes do to a graph.
+    ``report`` receives what was pushed, ``stage`` the graphs between the passes, and ``variant`` is
+    what the log calls the graph. None of them changes what the passes do to a graph.
     """
 
     def __init__(
@@ -59,31 +90,33 @@ class GrassPasses(CustomGraphPass):
         indices_of: Mapping[int, str],
         users: tuple[Callable[[fx.Graph], None], ...] = (),
         stage: Stage | None = None,
+        variant: str = "regular",
     ) -> None:
         self.report, self.indices_of, self.users, self.stage = report, indices_of, users, stage
+        self.variant = variant
 
     def __call__(self, graph: fx.Graph) -> None:
-        start, count = time.perf_counter(), len(graph.nodes)
-        if self.stage is not None:
-            self.stage("joint", graph)
-        push_norms_pass(graph)
+        self._show("joint", graph, "AOTAutograd")
+        start, before = time.perf_counter(), operations(graph)
+        changed = push_norms_pass(graph)
+        log_pass("push_norms", before, graph, start, self.variant)
+        if changed:
+            self._show("normed", graph, "push_norms")
+        start, before = time.perf_counter(), operations(graph)
         result = push_selection_pass(graph)
         for indices in result.pushed:
             self.report.pushed.append(self._name(indices))
         for indices, reason in result.stopped.items():
             self.report.stopped[self._name(indices)] = reason
-        if self.stage is not None:
-            self.stage("pushed", graph)
-        log.debug(
-            "push_selection: %d pushed, %d stopped, %d -> %d nodes, %.1f ms",
-            len(result.pushed),
-            len(result.stopped),
-            count,
-            len(graph.nodes),
-            1e3 * (time.perf_counter() - start),
-        )
+        note = f"{self.variant}, {len(result.pushed)} pushed, {len(result.stopped)} stopped"
+        log_pass("push_selection", before, graph, start, note)
+        self._show("pushed", graph, "push_selection")
         for user_pass in self.users:
             user_pass(graph)
+
+    def _show(self, stage: str, graph: fx.Graph, made_by: str) -> None:
+        if self.stage is not None:
+            self.stage(stage, graph, made_by)
 
     def _name(self, indices: fx.Node) -> str:
         position = input_position(indices)

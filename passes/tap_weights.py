@@ -78,6 +78,23 @@ def proxies(weight: LinearWeight, w: Tensor, with_scores: bool) -> list[Tensor]:
     return made
 
 
+def added_positions(
+    weights: Sequence[LinearWeight], count: int, *, with_scores: bool
+) -> dict[int, dict[str, int]]:
+    """Where a tapped graph has its added inputs, which follow ``count`` of its own.
+
+    Weight's position -> role ("d", "e", "indices", "scale") -> position.
+    """
+    places: dict[int, dict[str, int]] = {}
+    for weight in weights:
+        roles = ["d", "e", "indices"] if with_scores else ["d", "indices"]
+        if weight.spec.replacement:
+            roles.append("scale")
+        places[weight.position] = {role: count + k for k, role in enumerate(roles)}
+        count += len(roles)
+    return places
+
+
 def tap_weights_pass(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

@@ -273,7 +273,7 @@ def test_dump_dir_receives_every_stage(tmp_path):
     assert [f.stem for f in sorted(tmp_path.iterdir())] == [
         f"{i:02d}_{stage}" for i, stage in enumerate(stages)
     ]
-    assert "grass.selected_mm" in (tmp_path / "03_pushed_regular.txt").read_text()
+    assert "grass.selected_mm" in (tmp_path / "03_pushed_regular.py").read_text()
 
 
 def test_called_without_fake_inputs_is_a_clear_error():
