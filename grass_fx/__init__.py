@@ -7,8 +7,11 @@
     lowering/       how Inductor lowers grass::select and grass::selected_mm
     subspace.py     each weight's selection and schedule; the registry from Parameter to Subspace
     selection.py    the selection rules: numbers in, numbers out
+    history.py      which rows a weight has had selected
     gradient.py     CompactGrad, the gradient on weight.grad
+    pictures.py     coverage_plot
     config.py       options and defaults
+    explain/        explain: what was rewritten, what was not and why, what it saves
     planning.py     plan, the largest rank that fits into a memory
     cost.py         what a linear weight costs, as formulas
     ops.py          the operators grass::select and grass::selected_mm
@@ -18,9 +21,11 @@ Importing this does not import Inductor.
 """
 
 from grass_fx.errors import GrassError, GrassWarning
+from grass_fx.explain import explain as explain  # the function; the room keeps its own path
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.optim import AdamW, step_in_backward
 from grass_fx.optim import subspace as subspace  # the function; the module keeps its own path
+from grass_fx.pictures import coverage_plot
 from grass_fx.planning import plan
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "GrassWarning",
     "Selection",
     "__version__",
+    "coverage_plot",
     "plan",
     "step_in_backward",
     "subspace",

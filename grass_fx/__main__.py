@@ -1,18 +1,22 @@
-"""``python -m grass_fx plan``: what fits into a memory, from the command line."""
+"""``python -m grass_fx``: ``explain`` a model, ``plan`` what fits into a memory."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from grass_fx.config import RULES, SCORINGS
+from grass_fx.config import RULES, SCORINGS, SIDES
 from grass_fx.cost import LLAMA, MOMENTS
-from grass_fx.errors import GrassError
+from grass_fx.errors import GrassError, OptionError
+from grass_fx.explain import explain
 from grass_fx.planning import plan
 
 
@@ -70,7 +74,93 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
-COMMANDS = (_add_plan,)
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="what is rewritten in a model, what is not and why, what it saves",
+        description="The model is traced on the inputs; nothing is trained.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODULE:FUNCTION",
+        help="what makes the model, without arguments, from the current folder: "
+        "examples.llama:build. It may return (model, inputs)")  # fmt: skip
+    add("--inputs", nargs="+", default=[], metavar="SHAPE[:DTYPE[:BELOW]]",
+        help="random ones: 8x512 or 2x128:int64:32000. Without: some that fit the first "
+        "embedding or linear layer")  # fmt: skip
+    add("--device", default="cpu", help="to build and trace on; meta takes no memory (cpu)")
+    add("--dtype", type=_dtype, help="of the model's parameters (as they are made)")
+    add("--dynamic", action="store_true", help="with symbolic sizes")
+    add("--rank", type=_rank, default=0.25, help="rows, or a fraction of the dimension (0.25)")
+    add("--refresh-every", type=int, default=100, metavar="K", help="optimizer steps (100)")
+    add("--selection", choices=[*RULES], default="cyclic", help="the rule (cyclic)")
+    add("--scoring", choices=SCORINGS, default="auto", help="of rules that look at norms (auto)")
+    add("--block", type=int, default=1, help="rows selected together (1)")
+    add("--side", choices=SIDES, default="auto", help="which features are selected (auto)")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="weights that stay dense")
+    add("--html", metavar="FILE", help="write a page with tables, bars and graphs")
+    add("--plot", metavar="FILE", help="draw memory and FLOPs (needs matplotlib)")
+    add("--json", action="store_true", help="print all of it as JSON")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    with torch.device(args.device):
+        made = _factory(args.model)()
+        model, inputs = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
+        model = model.to(args.dtype)
+        if args.inputs:
+            inputs = [_input(text) for text in args.inputs]
+        elif inputs is None:
+            inputs = [_input_for(model)]
+    names = ("rank", "refresh_every", "selection", "scoring", "block", "side", "exclude")
+    options = {name: getattr(args, name) for name in names}
+    report = explain(model, *inputs, options=options, dynamic=args.dynamic or None)
+    print(report.to_json() if args.json else report)
+    if args.html:
+        report.to_html(args.html)
+    if args.plot:
+        report.plot(args.plot)
+    return 0 if any(weight.taken for weight in report.weights) else 1
+
+
+def _factory(text: str) -> Any:
+    """What ``MODULE:FUNCTION`` names."""
+    name, _, function = text.partition(":")
+    try:
+        return getattr(importlib.import_module(name), function or "build")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(f"--model {text}: {error}. Give MODULE:FUNCTION.") from error
+
+
+def _input(text: str) -> Tensor:
+    """A random tensor: normal, or integers below a limit."""
+    shape, _, rest = text.partition(":")
+    name, _, below = rest.partition(":")
+    try:
+        dtype = _dtype(name or "float32")
+        size = [int(each) for each in shape.split("x")]
+        if dtype.is_floating_point:
+            return torch.randn(size, dtype=dtype)
+        return torch.randint(int(below or 2), size, dtype=dtype)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise OptionError(
+            f"--inputs {text}: {error}. Give SHAPE[:DTYPE[:BELOW]], as 8x512 or 2x128:int64:32000."
+        ) from None
+
+
+def _input_for(model: nn.Module) -> Tensor:
+    """One sequence of 128 tokens for the first embedding, or 8 rows for the first linear layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return torch.randint(module.num_embeddings, (1, 128))
+        if isinstance(module, nn.Linear):
+            return torch.randn(8, module.in_features, dtype=module.weight.dtype)
+    raise OptionError("the model has no embedding and no linear layer to guess from: give --inputs")
+
+
+COMMANDS = (_add_explain, _add_plan)
 """Each adds its subcommand, and sets ``run`` to what carries it out and returns the exit status."""
 
 

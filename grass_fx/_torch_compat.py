@@ -87,7 +87,6 @@ def compiled_apart(
     its entries would count towards the limit of recompilations.
     """
     from torch._dynamo import config
-    from torch._dynamo.eval_frame import reset_code
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     fresh: dict[CodeType, bool] = {}
@@ -97,13 +96,14 @@ def compiled_apart(
         fresh.setdefault(code, not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
         return backend(*args, **kwargs)
 
-    limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+    settings: dict[str, Any] = {"automatic_dynamic_shapes": False}
+    settings |= dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
     try:
-        with config.patch(automatic_dynamic_shapes=False, **limits):
+        with config.patch(settings):
             yield torch.compile(function, backend=watching, dynamic=dynamic)
     finally:
         for code in (code for code, new in fresh.items() if new):
-            reset_code(code)
+            torch._C._dynamo.eval_frame.reset_code(code)
 
 
 def mark_added_placeholder(node: fx.Node) -> None:

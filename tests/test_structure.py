@@ -19,6 +19,7 @@ FLOORS = {
     "grass_fx.cost": 1,
     "grass_fx.gradient": 2,
     "grass_fx.config": 2,
+    "grass_fx.history": 2,
     "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,
     "grass_fx.subspace": 3,
@@ -29,9 +30,10 @@ FLOORS = {
     "grass_fx.passes": 4,
     "grass_fx.testing": 4,
     "grass_fx.dump": 4,
-    "grass_fx": 4,  # what it shows to users: the optimizers and all below
+    "grass_fx.pictures": 4,
     "grass_fx.backend": 5,
     "grass_fx.explain": 6,
+    "grass_fx": 6,  # what it shows to users
     "grass_fx.__main__": 6,
 }
 

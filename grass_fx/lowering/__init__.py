@@ -84,7 +84,7 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     tunes = compat.tuning_everything()
     # A matrix that is in no memory yet will be written row by row.
     stride = compat.known_stride(a if dim == 0 else b, dim) or 1
-    if not (tunes and dtype.itemsize <= 4) and not rule.takes_template(dtype, stride, block):
+    if rule.way("cuda", dtype, stride, block, tunes) == rule.GATHER:
         return None
     inputs = compat.realized(a, b, indices)
     a, b, indices = inputs

@@ -41,6 +41,21 @@ SMALL = Tile(64, 64, 4, 4)
 TILES = (LARGE, WIDE, TALL, SMALL)
 
 
+GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"
+
+
+def way(device: str, dtype: torch.dtype, stride: int | None, block: int, tunes: bool) -> str:
+    """How a product is computed: by one of two ways, or by the faster one, to be measured.
+
+    ``tunes``: whether Inductor measures its choices; the rest as in :func:`takes_template`.
+    """
+    if device != "cuda":
+        return GATHER
+    if tunes and dtype.itemsize <= 4:
+        return MEASURED
+    return TEMPLATE if takes_template(dtype, stride, block) else GATHER
+
+
 def takes_template(dtype: torch.dtype, stride: int | None, block: int) -> bool:
     """Whether the Triton kernel is taken without autotuning.
 

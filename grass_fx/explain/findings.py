@@ -1,0 +1,203 @@
+"""What is known of a model's weights after :func:`grass_fx.explain`: amounts before and after."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+Amount = Any
+"""A number or, with dynamic shapes, a sympy expression in the names of the sizes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What weights cost in one training step: FLOPs and traffic of products, and bytes held.
+
+    Sums of :class:`Cost` are costs. FLOPs count two for each multiplication and addition; traffic
+    is what a product has to read and write once. Amounts are numbers or sympy expressions.
+    """
+
+    forward_flops: Amount = 0
+    """Products with the weight in the forward, recomputed ones (checkpointing) included."""
+    input_gradient_flops: Amount = 0
+    weight_gradient_flops: Amount = 0
+    """Of a rule with scores, the mean over a period: one step in K scores."""
+    forward_bytes: Amount = 0
+    input_gradient_bytes: Amount = 0
+    weight_gradient_bytes: Amount = 0
+    gradient: Amount = 0
+    """Bytes of ``weight.grad``."""
+    state: Amount = 0
+    """Bytes of AdamW's state."""
+    all_reduce: Amount = 0
+    """Bytes that each process sends in a data-parallel step, by a ring."""
+
+    def __add__(self, other: Cost) -> Cost:
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Cost(*(a + b for a, b in pairs))
+
+    @property
+    def flops(self) -> Amount:
+        """Of all three kinds of products."""
+        return self.forward_flops + self.input_gradient_flops + self.weight_gradient_flops
+
+    @property
+    def bytes(self) -> Amount:
+        """Traffic of all three kinds of products."""
+        return self.forward_bytes + self.input_gradient_bytes + self.weight_gradient_bytes
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of a picture of a graph."""
+
+    name: str
+    """As in the graph."""
+    kind: str
+    """"op", "input" for what the graph is given, "rest" for the end of what is shown."""
+    label: str
+    """The operation, or the role of an input: "weight", "indices", "scale"."""
+    shape: str
+    inputs: tuple[str, ...]
+    """Names of other nodes of the picture."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A trainable parameter, and what became of it."""
+
+    name: str
+    """As in ``model.named_parameters()``."""
+    shape: tuple[int, ...]
+    dtype: str
+    status: str
+    """"pushed": its full gradient is never formed. "taken": its gradient is compact, but selected
+    from a full one. "dense": it trains as without grass."""
+    reason: str
+    """Why it is not pushed; empty if it is."""
+    side: str | None = None
+    """"out" or "in", the features that are selected; None if dense."""
+    rank: int | None = None
+    """r: selected rows, of each matrix if it is a stack of them."""
+    kernel: str | None = None
+    """What computes the compact gradient: "gather + mm", "triton template" or "autotuned"."""
+    before: Cost = Cost()
+    """At full rank."""
+    after: Cost = Cost()
+    pictures: Mapping[str, tuple[GraphNode, ...]] = field(default_factory=dict, repr=False)
+    """The graph around the weight's gradient, "before" and "after", in the order of execution."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether its gradient is compact."""
+        return self.status != "dense"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that :func:`grass_fx.explain` found, and sums of it."""
+
+    weights: tuple[Weight, ...]
+    """Every trainable parameter."""
+    weight_bytes: int
+    """All parameters, frozen ones and buffers included."""
+    activations: tuple[Amount, Amount]
+    """Bytes that the graphs keep for the backward, before and after; parameters, buffers and the
+    model's inputs aside."""
+    scoring_step: Amount
+    """Bytes that a scoring step needs more: the largest full gradient that it forms, and scores."""
+    graphs: int
+    """Compiled training graphs; more than one after graph breaks."""
+    options: Mapping[str, Any]
+    """The options that were given."""
+    symbols: Mapping[str, int | None]
+    """With dynamic shapes: the symbols in amounts, and their values in the given inputs."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> Cost:
+        """The sum over all weights at full rank."""
+        return sum((weight.before for weight in self.weights), Cost())
+
+    @property
+    def after(self) -> Cost:
+        """The same as compiled with grass."""
+        return sum((weight.after for weight in self.weights), Cost())
+
+    @property
+    def flops(self) -> Amount:
+        """FLOPs of the weights' products in a step; ``.subs({"s0": 8})`` if it is symbolic."""
+        return self.after.flops
+
+    @property
+    def full_flops(self) -> Amount:
+        """The same at full rank."""
+        return self.before.flops
+
+    @property
+    def memory(self) -> tuple[Amount, Amount]:
+        """Bytes of weights, gradients, state and activations before and after."""
+        before, after = (
+            cost.gradient + cost.state + self.weight_bytes for cost in (self.before, self.after)
+        )
+        return before + self.activations[0], after + self.activations[1]
+
+    def __getitem__(self, name: str) -> Weight:
+        """The weight of this name."""
+        return next(weight for weight in self.weights if weight.name == name)
+
+    def rows(self) -> list[tuple[str, Amount, Amount, str]]:
+        """The totals: what, before, after, unit ("FLOPs" or "bytes")."""
+        before, after = self.before, self.after
+        rows: list[tuple[str, Amount, Amount, str]] = []
+        for kind in ("forward", "input_gradient", "weight_gradient"):
+            pair = getattr(before, f"{kind}_flops"), getattr(after, f"{kind}_flops")
+            rows.append((f"{kind.replace('_', ' ')} products", *pair, "FLOPs"))
+        rows.append(("all products", before.flops, after.flops, "FLOPs"))
+        rows.append(("traffic of products", before.bytes, after.bytes, "bytes"))
+        rows.append(("gradients", before.gradient, after.gradient, "bytes"))
+        rows.append(("optimizer state", before.state, after.state, "bytes"))
+        rows.append(("all-reduce", before.all_reduce, after.all_reduce, "bytes"))
+        rows.append(("activations", *self.activations, "bytes"))
+        rows.append(("weights", self.weight_bytes, self.weight_bytes, "bytes"))
+        rows.append(("memory in all", *self.memory, "bytes"))
+        return rows
+
+    def evaluated(self, amount: Amount) -> float:
+        """An amount as a number, its symbols as they were in the given inputs."""
+        if not hasattr(amount, "subs"):
+            return float(amount)
+        return float(amount.subs({k: v for k, v in self.symbols.items() if v is not None}))
+
+    def groups(self) -> list[tuple[str, list[Weight]]]:
+        """Weights that differ by numbers in their names only, as layers do: (name, weights)."""
+        found: dict[Any, list[Weight]] = {}
+        for weight in self.weights:
+            name = re.sub(r"\b\d+\b", "*", weight.name)
+            key = name, weight.shape, weight.status, weight.reason, weight.rank, weight.kernel
+            found.setdefault(key, []).append(weight)
+        return [(key[0] if len(g) > 1 else g[0].name, g) for key, g in found.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON; symbolic amounts as strings."""
+
+        def plain(value: Any) -> Any:
+            if hasattr(value, "free_symbols"):
+                return float(value) if value.is_number else str(value)
+            if isinstance(value, Mapping):
+                return {str(key): plain(each) for key, each in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [plain(each) for each in value]
+            if hasattr(value, "__dataclass_fields__"):
+                return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+        totals = {name: {"before": a, "after": b, "unit": unit} for name, a, b, unit in self.rows()}
+        return {**plain(self), "totals": plain(totals)}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
