@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test setup typecheck smoke wheel clean
+.PHONY: demo test docs setup typecheck smoke wheel clean
 
 # torch first, pinned: a range would pull the CUDA build and gigabytes of its libraries.
 $(BIN)/.installed: pyproject.toml
@@ -35,6 +35,10 @@ typecheck: setup
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p grass_fx
 
+## The documentation as a site, in site/docs/index.html; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir docs . site
+
 ## Every example, a few steps of each.
 smoke: setup
 	$(BIN)/python examples/pretrain.py --smoke
@@ -43,6 +47,8 @@ smoke: setup
 	$(BIN)/python examples/hf_trainer.py --smoke
 	$(BIN)/python examples/lightning_module.py --smoke
 	$(BIN)/python examples/inspect_graphs.py
+	$(BIN)/python examples/selected_rows.py --smoke
+	$(BIN)/python -m grass_fx explain --model examples.llama:build --rank 0.125
 	$(BIN)/python examples/benchmarks/step_time.py --smoke
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
 	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
@@ -56,4 +62,4 @@ wheel: setup
 	bash .ci/check-wheel dist/*.whl "$(TORCH)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
