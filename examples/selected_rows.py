@@ -1,8 +1,8 @@
 """Which rows a small LLaMA's weights have had selected, step by step: a picture and a table.
 
-    python examples/selected_rows.py                  # a minute or two on two CPU cores
-    python examples/selected_rows.py --steps 400 --selection cyclic --out runs/cyclic.png
-    python examples/selected_rows.py --smoke          # a few steps of a very small model
+python examples/selected_rows.py                  # a minute or two on two CPU cores
+python examples/selected_rows.py --steps 400 --selection cyclic --out runs/cyclic.png
+python examples/selected_rows.py --smoke          # a few steps of a very small model
 """
 
 import argparse
