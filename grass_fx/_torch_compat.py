@@ -31,7 +31,6 @@ __all__ = [
     "copy_dynamo_graph",
     "current_compilation",
     "CustomGraphPass",
-    "example_size",
     "extern_kernel",
     "fake_mode_of",
     "gradient_of_input",
@@ -42,6 +41,7 @@ __all__ = [
     "known_size",
     "known_stride",
     "library_call",
+    "managed_by_fsdp",
     "mark_added_placeholder",
     "parameter_name",
     "put_rows",
@@ -127,6 +127,25 @@ def parameter_name(node: fx.Node) -> str:
     return ".".join(parts) if parts else re.sub(r"^[lLgG]_", "", node.name).rstrip("_")
 
 
+def managed_by_fsdp(node: fx.Node) -> bool:
+    """Whether a placeholder's parameter belongs to a module that FSDP gathers and shards by hooks.
+
+    What arrives is an ordinary Parameter; its module is marked, and Dynamo's source leads there.
+    """
+    from torch._dynamo import symbolic_convert
+
+    translator = getattr(symbolic_convert.tls, "current_tx", None)
+    source = getattr(node, "_dynamo_source", None)
+    if translator is None or source is None:
+        return False
+    frame, owner = translator.output.root_tx, source.name.rpartition("._parameters[")[0]
+    try:
+        module = eval(owner, {"L": frame.f_locals, "G": frame.f_globals})
+    except Exception:  # no name of a module's parameter, or another spelling
+        return False
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The FakeTensorMode of a backend's example inputs."""
     from torch._guards import detect_fake_mode
@@ -167,12 +186,6 @@ def current_compilation() -> tuple[int, int] | None:
 def real_value(node: fx.Node) -> Any:
     """What arrived for a placeholder of a Dynamo graph; None where Dynamo no longer knows it."""
     return getattr(node.meta.get("grapharg"), "example", None)
-
-
-def example_size(size: Any) -> int | None:
-    """A size as a number: a symbolic one as it was in the example; None if it had none."""
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
-    return hint if isinstance(hint, int) else None
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from grass_fx._torch_compat import argument_counts, example_size, input_position, trace_artifact
+from grass_fx._torch_compat import argument_counts, input_position, trace_artifact
 from grass_fx.config import GrassConfig
 
 if sys.platform != "win32":
@@ -250,8 +250,8 @@ def _input(index: int, node: fx.Node, rows: Rows) -> str:
 
 
 def _size(size: Any, node: fx.Node) -> int:
-    number = example_size(size)
-    if number is None:
+    number = size.node.hint if isinstance(size, torch.SymInt) else size
+    if not isinstance(number, int):
         raise _NotRunnable(f"the size {size} of {node.name} is not known before it runs")
     return number
 

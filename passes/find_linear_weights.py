@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grass_fx._torch_compat import parameter_name
+from grass_fx._torch_compat import managed_by_fsdp, parameter_name
 from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
 from grass_fx.subspace import SubspaceSpec
@@ -91,6 +91,8 @@ def _spec(node: fx.Node, weight: Tensor, name: str, config: GrassConfig) -> Subs
         raise NotLinear(f"dtype {weight.dtype} is not a real floating-point type")
     if torch.overrides.is_tensor_like(weight) and type(weight) is not torch.nn.Parameter:
         raise NotLinear(f"a tensor subclass, {type(weight).__name__}")
+    if managed_by_fsdp(node):
+        raise NotLinear("fsdp2: the hooks of fully_shard reduce full gradients")
     if weight.dim() == 3:
         return _spec_of_stack(node, weight, config)
     uses = list(output_dims(node, 0))
