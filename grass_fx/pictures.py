@@ -40,7 +40,7 @@ def coverage_plot(
         OptionError: it is another optimizer, it has no weight in a subspace yet, or a pattern
             matches none.
     """
-    figure_class = _figure_class()
+    new_figure = figure_class("coverage_plot")
     if not isinstance(optimizer, SubspaceOptimizer):
         raise OptionError(
             f"coverage_plot({type(optimizer).__name__}): it takes an optimizer that steps in the "
@@ -51,7 +51,7 @@ def coverage_plot(
     columns = min(3, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     size = (3.6 * columns + 1.0, 2.6 * rows + 0.4)
-    figure = figure_class(figsize=size, dpi=150, layout="constrained")
+    figure = new_figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axis in axes[len(chosen) :]:
         axis.remove()
@@ -68,12 +68,17 @@ def coverage_plot(
     figure.savefig(file, format="png")
 
 
-def _figure_class() -> Any:
+def figure_class(what: str) -> Any:
+    """Matplotlib's ``Figure``, for the function ``what``.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise MissingPackageError(
-            "coverage_plot draws with matplotlib, which is not installed: pip install matplotlib."
+            f"{what} draws with matplotlib, which is not installed: pip install matplotlib."
         ) from missing
     return Figure
 

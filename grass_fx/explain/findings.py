@@ -115,7 +115,6 @@ class Findings:
     """The options that were given."""
     symbols: Mapping[str, int | None]
     """With dynamic shapes: the symbols in amounts, and their values in the given inputs."""
-    notes: tuple[str, ...] = ()
 
     @property
     def before(self) -> Cost:

@@ -54,13 +54,13 @@ def as_html(report: Findings) -> str:
 
 
 def _facts(report: Findings) -> str:
-    """Options, symbols and notes."""
+    """Options and symbols."""
     options = ", ".join(f"{name} = {value!r}" for name, value in report.options.items())
     lines = [f"Options: {options or 'the defaults'}."]
     if report.symbols:
         known = ", ".join(f"{name} = {value}" for name, value in report.symbols.items())
         lines.append(f"Sizes are symbolic. Bars and small numbers are at {known}.")
-    return "".join(f"<p>{escape(line)}</p>" for line in (*lines, *report.notes))
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 # --- bars -----------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from grass_fx.errors import MissingPackageError
 from grass_fx.explain.findings import Amount, Findings
 from grass_fx.explain.text import readable
+from grass_fx.pictures import figure_class
 
 MEMORY = ("weights", "gradients", "optimizer state", "activations")
 PRODUCTS = ("forward products", "input gradient products", "weight gradient products")
@@ -51,13 +51,7 @@ def as_figure(report: Findings) -> Any:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise MissingPackageError(
-            "report.plot draws with matplotlib, which is not installed: pip install matplotlib."
-        ) from missing
-    figure = Figure(figsize=(10, 3.1), layout="constrained")
+    figure = figure_class("report.plot")(figsize=(10, 3.1), layout="constrained")
     for axis, each in zip(figure.subplots(1, 2), bars(report), strict=True):
         _draw(axis, each, each.values(report))
     return figure

@@ -19,8 +19,11 @@ from torch import Tensor, fx
 from grass_fx import _torch_compat as compat
 from grass_fx.explain.sizes import size_expression
 from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.passes.push import SPLITS
+from grass_fx.passes.push_rules import CONVERSIONS, RESHAPES
+from grass_fx.passes.push_rules import COPIES as SAME
 
-aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 # product -> the positions of its two factors
 PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -29,15 +32,12 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.mul.Tensor: (0, 1),
 }  # fmt: skip
 VIEWS = {
-    aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default,
-    aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.squeeze.default, aten.unsqueeze.default, aten.expand.default, aten.alias.default,
-    aten.detach.default, aten.select.int, aten.slice.Tensor, aten.split.Tensor,
-    aten.split_with_sizes.default, operator.getitem,
+    *RESHAPES, *SPLITS, aten.permute.default, aten.t.default, aten.transpose.int,
+    aten.squeeze.default, aten.expand.default, aten.select.int, aten.slice.Tensor,
+    operator.getitem,
 }  # fmt: skip
 COPIES = {
-    aten.clone.default, aten._to_copy.default, prims.convert_element_type.default,
-    aten.index.Tensor, aten.index_select.default, aten.cat.default,
+    *SAME, *CONVERSIONS, aten.index.Tensor, aten.index_select.default, aten.cat.default,
 }  # fmt: skip
 LINEAR = {
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.mul.Tensor, aten.mul.Scalar,

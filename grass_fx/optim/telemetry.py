@@ -85,9 +85,6 @@ def adam_update_norm(
     root.mul_(by_row((1 - beta2**ages).rsqrt())).add_(eps)
     change = torch.div(exp_avg.to(dtype) * by_row(gain), root, out=root)
     if selection.scale is not None:  # only with replacement do rows repeat
-        indices, order = selection.indices.sort()  # with blocks, a repeated one comes as a whole
-        new = torch.ones_like(indices)
-        new[1:] = (indices[1:] != indices[:-1]).to(new.dtype)
-        place = torch.empty_like(order).index_copy_(0, order, new.cumsum(0) - 1)
+        _, place = selection.indices.unique(return_inverse=True)
         change = torch.zeros_like(change).index_add_(selection.dim, place, change)
     return torch.linalg.vector_norm(change)
