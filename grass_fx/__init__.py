@@ -9,6 +9,7 @@
     selection.py    the selection rules: numbers in, numbers out
     history.py      which rows a weight has had selected
     gradient.py     CompactGrad, the gradient on weight.grad
+    distributed/    several processes: data_parallel
     pictures.py     coverage_plot
     config.py       options and defaults
     explain/        explain: what was rewritten, what was not and why, what it saves
@@ -19,6 +20,9 @@
 
 Importing this does not import Inductor.
 """
+
+import importlib
+from typing import Any
 
 from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.explain import explain as explain  # the function; the room keeps its own path
@@ -41,3 +45,10 @@ __all__ = [
     "subspace",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``grass_fx.distributed``, which needs Inductor, when it is first used."""
+    if name == "distributed":
+        return importlib.import_module("grass_fx.distributed")
+    raise AttributeError(f"module 'grass_fx' has no attribute {name!r}")

@@ -16,45 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 
 from grass_fx.errors import OptionError, UnsupportedTorchError
-
-__all__ = [
-    "CUDA_GRAPHS",
-    "argument_counts",
-    "choose_kernel",
-    "combined_kernels",
-    "compile_aot_eager",
-    "compile_inductor",
-    "compiled_apart",
-    "copy_dynamo_graph",
-    "current_compilation",
-    "CustomGraphPass",
-    "extern_kernel",
-    "fake_mode_of",
-    "gradient_of_input",
-    "has_triton",
-    "inductor_patches",
-    "input_position",
-    "is_multiple",
-    "known_size",
-    "known_stride",
-    "library_call",
-    "managed_by_fsdp",
-    "mark_added_placeholder",
-    "parameter_name",
-    "put_rows",
-    "real_value",
-    "realized",
-    "register_inductor_lowering",
-    "size_hint",
-    "trace_artifact",
-    "trace_static",
-    "triton_template",
-    "tuning_everything",
-    "uses_cuda_graphs",
-]
 
 GraphPass = Callable[[fx.Graph], None]
 
@@ -267,6 +231,35 @@ def compile_aot_eager(
         partition_fn=partition,
     )
     return backend(gm, inputs)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def running_ddp() -> Any:
+    """The DistributedDataParallel whose forward is running, or None."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def ignore_in_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Let a DistributedDataParallel of ``model`` leave these parameters alone."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+
+
+def current_backward() -> int:
+    """The number of the backward that is running."""
+    return int(torch._C._current_graph_task_id())
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the running backward has accumulated all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 # --- Inductor -------------------------------------------------------------------------------------

@@ -172,36 +172,49 @@ class _Compiler:
     ) -> GrassCallable:
         """The graph with its taken weights tapped: one variant, or two for rules with scores.
 
-        Both are compiled here: once the backend has returned, Dynamo's guards are fixed.
+        With a process group twice as many: what micro-batches run is averaged later. All are compiled here: once the backend has returned, Dynamo's guards are fixed.
         """
         dump = Dump(self.config, name)
         file = dump.write("dynamo", gm.graph, "Dynamo", None, {})
         report = PushReport()
-        regular = self._variant(gm, inputs, found, report, dump, file)
-        scoring = None
-        if self.config.needs_scores:
-            scoring = self._variant(
-                gm, inputs, found, PushReport(), dump, file, self.config.scoring
-            )
+        variant = partial(self._variant, gm, inputs, found, dump, file)
+
+        def variants(
+            report: PushReport, local: bool
+        ) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+            regular, scoring = variant(report, local), None
+            if self.config.needs_scores:
+                scoring = variant(PushReport(), local, self.config.scoring)
+            return regular, scoring
+
+        pair, local = variants(report, False), None
+        if any(weight.spec.group is not None for weight in found.taken):
+            local = variants(PushReport(), True)
         cuda_graphs = self.config.compiler == "inductor" and uses_cuda_graphs(self.patches)
-        return GrassCallable(found, report, regular, scoring, cuda_graphs)
+        return GrassCallable(found, report, *pair, cuda_graphs, local)
 
     def _variant(
         self,
         gm: fx.GraphModule,
         inputs: Sequence[Any],
         found: FoundWeights,
-        report: PushReport,
         dump: Dump,
         file: str | None,
+        report: PushReport,
+        local: bool,
         scoring: str | None = None,
     ) -> Callable[..., Any]:
         """One variant, compiled; ``file`` is the dump of ``gm``."""
-        variant = "regular" if scoring is None else "scoring"
+        variant = ("regular" if scoring is None else "scoring") + ("_local" if local else "")
         start, before = time.perf_counter(), operations(gm.graph)
         with_scores = self.config.needs_scores
         tapped, extended = tap_weights_pass(
-            gm, inputs, found.taken, with_scores=with_scores, scoring=scoring
+            gm,
+            inputs,
+            found.taken,
+            with_scores=with_scores,
+            scoring=scoring,
+            score_sync=None if local else self.config.score_sync,
         )
         log_pass("tap_weights", before, tapped.graph, start, variant)
         places = added_positions(found.taken, len(inputs), with_scores=with_scores)

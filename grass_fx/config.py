@@ -47,6 +47,7 @@ RULES = {
 
 SIDES = ("auto", "out", "in")
 SCORINGS = ("auto", "gradient", "tiles")
+SCORE_SYNCS = ("norms", "gradient")
 COMPILERS = ("inductor", "aot_eager")
 MODES = (
     None,
@@ -97,6 +98,13 @@ class GrassConfig:
     """Patterns (fnmatch) of parameter names to leave dense; stronger than ``include``."""
     seed: int = 0
     """Seed of all draws; independent of torch's global generator."""
+    process_group: Any = None
+    """The process group that averages compact gradients, inside the backward graph; None: that of
+    ``grass_fx.distributed.data_parallel(model)``, which the model needs in any case."""
+    score_sync: str = "norms"
+    """What several processes score: "norms" adds up the squared norms of each one's gradient, one
+    small all-reduce in a period; "gradient" takes them of the averaged gradient, for which scoring
+    steps all-reduce full gradients, one layer's at a time."""
     compiler: str = "inductor"
     """"inductor", or "aot_eager": the rewritten graphs run without Inductor."""
     mode: str | None = None
@@ -125,12 +133,18 @@ class GrassConfig:
         for name, valid in (
             ("selection", tuple(RULES)),
             ("scoring", SCORINGS),
+            ("score_sync", SCORE_SYNCS),
             ("side", SIDES),
             ("compiler", COMPILERS),
         ):
             if getattr(self, name) not in valid:
                 value = getattr(self, name)
                 raise OptionError(f"{name}={value!r} is not known: {nearest(value, valid)}")
+        if self.process_group is not None and not hasattr(self.process_group, "group_name"):
+            raise OptionError(
+                f"process_group={self.process_group!r} must be a process group of "
+                "torch.distributed, or None for that of grass_fx.distributed.data_parallel."
+            )
         if not isinstance(self.replacement, bool):
             raise OptionError(f"replacement={self.replacement!r} must be True or False.")
         if self.replacement and not RULES[self.selection].replacement:

@@ -37,3 +37,7 @@ class UnsupportedGradError(GrassError, RuntimeError):
 
 class MissingPackageError(GrassError, ImportError):
     """An optional package that something needs is not installed."""
+
+
+class DistributedError(GrassError, RuntimeError):
+    """Processes that train one model together disagree, or can no longer reach each other."""

@@ -95,13 +95,15 @@ class CompactGrad(Tensor):
     Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``subspace``, the
     :class:`Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the rows' squared
     gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that ``zero_`` emptied:
-    it adopts the next one's selection.
+    it adopts the next one's selection. ``local``: whether some of it is this process's alone, not an
+    average over the processes that train together (grass_fx.distributed).
     """
 
     compact: Tensor
     subspace: Selection
     scores: Tensor | None
     zeroed: bool
+    local: bool
 
     @staticmethod
     def __new__(
@@ -111,22 +113,29 @@ class CompactGrad(Tensor):
         shape: Sequence[int],
         scores: Tensor | None = None,
         zeroed: bool = False,
+        local: bool = True,
     ) -> CompactGrad:
         self: CompactGrad = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=compact.dtype, device=compact.device
         )
-        return self._hold(compact, subspace, scores, zeroed)
+        return self._hold(compact, subspace, scores, zeroed, local)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def _hold(
-        self, compact: Tensor, subspace: Selection, scores: Tensor | None, zeroed: bool
+        self,
+        compact: Tensor,
+        subspace: Selection,
+        scores: Tensor | None,
+        zeroed: bool,
+        local: bool,
     ) -> CompactGrad:
         self.compact, self.subspace, self.scores, self.zeroed = compact, subspace, scores, zeroed
+        self.local = local
         return self
 
     def _with(self, compact: Tensor, scores: Tensor | None) -> CompactGrad:
-        return CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed)
+        return CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed, self.local)
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
@@ -160,12 +169,12 @@ class CompactGrad(Tensor):
             )
         theirs: Any = torch.Tensor.data
         theirs.__set__(self, value)
-        self._hold(value.compact, value.subspace, value.scores, value.zeroed)
+        self._hold(value.compact, value.subspace, value.scores, value.zeroed, value.local)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         s = self.subspace
         state = (self.compact, s.indices, s.scale, s.dim, s.generation, s.name)
-        return _rebuild, (*state, tuple(self.shape), self.scores, self.zeroed)
+        return _rebuild, (*state, tuple(self.shape), self.scores, self.zeroed, self.local)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
         return self._with(copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo))
@@ -196,10 +205,10 @@ def _rebuild(
     shape: tuple[int, ...],
     scores: Tensor | None,
     zeroed: bool,
+    local: bool = True,
 ) -> CompactGrad:
-    return CompactGrad(
-        compact, Selection(indices, scale, dim, generation, name), shape, scores, zeroed
-    )
+    selection = Selection(indices, scale, dim, generation, name)
+    return CompactGrad(compact, selection, shape, scores, zeroed, local)
 
 
 torch.serialization.add_safe_globals([CompactGrad, _rebuild])
@@ -259,7 +268,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     compact = func(grad.compact, **kwargs)
     scores = None if grad.scores is None else grad.scores.to(compact.device)
     subspace = grad.subspace.to(compact.device)
-    return CompactGrad(compact, subspace, grad.shape, scores, grad.zeroed)
+    return CompactGrad(compact, subspace, grad.shape, scores, grad.zeroed, grad.local)
 
 
 @_handles(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg)
@@ -345,7 +354,8 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     compact = source.compact.to(into.device, into.dtype, copy=True)
     scores = None if source.scores is None else source.scores.to(into.device, copy=True)
-    return into._hold(compact, source.subspace.to(into.device), scores, source.zeroed)
+    selection = source.subspace.to(into.device)
+    return into._hold(compact, selection, scores, source.zeroed, source.local)
 
 
 @_handles(aten.linalg_vector_norm)
@@ -393,7 +403,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
         return grad.add_(other.subspace.lift(other.compact, other.shape))
     if not isinstance(other, CompactGrad):
         grad.compact.add_(grad.subspace.project(other), alpha=alpha)
-        grad.zeroed = False
+        grad.zeroed, grad.local = False, True
         return grad
     if not grad.subspace.same_as(other.subspace):
         newer = other.subspace.generation > grad.subspace.generation
@@ -408,11 +418,13 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
             )
         compact = (other.compact * alpha).to(grad.dtype)
         scores = _times(other.scores, alpha, 1)
-        return grad._hold(compact, other.subspace, scores, other.zeroed)
+        return grad._hold(compact, other.subspace, scores, other.zeroed, other.local)
     grad.compact.add_(other.compact, alpha=alpha)
     more = _times(other.scores, alpha, 1)
     if more is not None:
         grad.scores = more if grad.scores is None else grad.scores + more
+    # What holds nothing is neither one nor the other.
+    grad.local = (grad.local and not grad.zeroed) or (other.local and not other.zeroed)
     grad.zeroed = grad.zeroed and other.zeroed
     return grad
 

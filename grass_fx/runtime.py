@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx.errors import CompactGradError, SelectionChangedError
+from grass_fx._torch_compat import running_ddp
+from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
@@ -27,6 +28,8 @@ class _Delivery:
     with_scores: bool
     stored: dict[Any, list[Tensor]]
     """The graph's proxies: weights that are alike share one, and every call uses it again."""
+    averaged: bool
+    """Whether the graph averages gradients over the processes of a group."""
     copies: bool
     """Whether gradients are copied out of memory that the next call overwrites."""
 
@@ -78,7 +81,10 @@ class DeliverGradients(torch.autograd.Function):
             subspace.delivered = True
             # A graph scores all its weights if one is due; the others' scores are dropped.
             scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
-            results.append(CompactGrad(compact, selection, ctx.shapes[k], scores))
+            averaged = delivery.averaged and delivery.weights[k].spec.group is not None
+            results.append(
+                CompactGrad(compact, selection, ctx.shapes[k], scores, local=not averaged)
+            )
         return (None, *results)
 
 
@@ -87,6 +93,8 @@ class GrassCallable:
 
     ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
     Weights are found by the Parameter that arrives, so that one graph can serve many layers.
+    ``regular`` and ``scoring`` average gradients where the weights have a process group; ``local``
+    are the two of micro-batches that are averaged later.
     ``cuda_graphs`` says that the regular variant runs as CUDA graphs, whose outputs live until the
     next call only: a gradient that is accumulated must live longer.
     """
@@ -98,9 +106,11 @@ class GrassCallable:
         regular: Callable[..., Any],
         scoring: Callable[..., Any] | None,
         cuda_graphs: bool = False,
+        local: tuple[Callable[..., Any], Callable[..., Any] | None] | None = None,
     ) -> None:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
-        self.regular, self.scoring = regular, scoring
+        self.regular, self.scoring, self.local = regular, scoring, local
+        self._agreed = False
         self._stored: dict[Any, list[Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -110,18 +120,56 @@ class GrassCallable:
             registry.demand(param, weight.spec, weight.name)
             for param, weight in zip(params, weights, strict=True)
         ]
+        if subspaces[0].replicas is None:
+            self._check_ddp(params, subspaces)
         inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
         selections = [s.selection for s in subspaces]
         with_scores = self.scoring is not None
         scores = with_scores and any(s.scoring_due for s in subspaces)
         copies = self.cuda_graphs and not scores
-        delivery = _Delivery(weights, subspaces, selections, with_scores, self._stored, copies)
+        averaged = self.local is not None and self._averages(params, subspaces)
+        delivery = _Delivery(
+            weights, subspaces, selections, with_scores, self._stored, averaged, copies
+        )
         made = DeliverGradients.apply(delivery, *params)
         count = len(weights)
         extra: list[Tensor] = []
         for k, given in enumerate(inputs):
             extra.extend(made[k::count])
             extra.extend(given)
-        if self.scoring is not None and scores:
-            return self.scoring(*args, *extra)
-        return self.regular(*args, *extra)
+        regular, scoring = self.regular, self.scoring
+        if self.local is not None and not averaged:
+            regular, scoring = self.local
+        if scoring is not None and scores:
+            return scoring(*args, *extra)
+        return regular(*args, *extra)
+
+    @staticmethod
+    def _check_ddp(params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
+        """Raise if these weights are in the buckets of a DistributedDataParallel."""
+        if running_ddp() is not None and not all(hasattr(p, "_ddp_ignored") for p in params):
+            raise CompactGradError(
+                f"{subspaces[0].name} gets a compact gradient, and DistributedDataParallel has it "
+                "in a bucket of full ones. Call grass_fx.distributed.data_parallel(model) before "
+                "DistributedDataParallel(model)."
+            )
+
+    def _averages(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> bool:
+        """Whether this call's graph is to average gradients, or they are averaged afterwards.
+
+        Afterwards, all at once, if some are there already: a sum is averaged at the price of one.
+        """
+        replicas = subspaces[0].replicas
+        if replicas is None:
+            raise DistributedError(
+                f"{subspaces[0].name}: the option process_group averages its compact gradient, and "
+                "nothing averages those of other parameters. Call "
+                "grass_fx.distributed.data_parallel(model, process_group) before the first step."
+            )
+        if not self._agreed:
+            mine = [f"{s.name}: {s.spec}" for s in subspaces]
+            replicas.agree("options", mine, "Compile every process's model with the same options.")
+            self._agreed = True
+        held = (p.grad for p in params)
+        empty = all(g is None or (isinstance(g, CompactGrad) and g.zeroed) for g in held)
+        return replicas.syncs() and empty

@@ -25,6 +25,7 @@ from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.history import SelectionHistory
+from grass_fx.replicas import Replicas, replicas_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class SubspaceSpec:
     replacement: bool
     refresh_every: int | float
     seed: int
+    group: str | None = field(default=None, compare=False)
+    """The process group by which the graph averages C, by name; graphs may know it or not."""
     stack: int | None = None
     """How many matrices a stacked weight holds, each with r rows of its own; None: it is one."""
 
@@ -60,7 +63,7 @@ class SubspaceSpec:
         """The subspace that ``config`` wants along a dimension of ``size``."""
         rank, block = config.rank_and_block(size)
         schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
-        return cls(size, dim, side, rank, block, *schedule, stack)
+        return cls(size, dim, side, rank, block, *schedule, stack=stack)
 
     @property
     def indices_shape(self) -> tuple[int, ...]:
@@ -86,7 +89,8 @@ class Subspace:
     steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
     gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it;
     ``history`` records selections for reports, and decides nothing; ``compilations`` are those
-    that the weight has met since (frame, number), for a warning.
+    that the weight has met since (frame, number), for a warning. ``replicas``: with which other
+    processes it is trained.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Subspace:
         self.period = 0
         self.delivered = False
         self.compilations: set[tuple[int, int]] = set()
+        self.replicas: Replicas | None = None
         self.frozen = False
         self._retry = False
         units = spec.size // spec.block
@@ -381,6 +386,7 @@ class Registry:
         elif subspace is not None:
             generation = subspace.selection.generation + 1
             made.selection = replace(made.selection, generation=generation)
+        made.replicas = replicas_of.get(weight)
         self._subspaces[weight] = made
         return made
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from grass_fx._torch_compat import managed_by_fsdp, parameter_name
+from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
+from grass_fx.replicas import replicas_of
 from grass_fx.subspace import SubspaceSpec
 
 
@@ -67,10 +68,20 @@ def find_linear_weights_pass(
         else:
             try:
                 spec = _spec(node, value, name, config)
+                spec = replace(spec, group=_group_of(node, config))
                 found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
             except NotLinear as reason:
                 found.left[name] = str(reason)
     return found
+
+
+def _group_of(node: fx.Node, config: GrassConfig) -> str | None:
+    """The name of the process group that averages a weight's gradient in the graph."""
+    if config.process_group is not None:
+        return str(config.process_group.group_name)
+    weight = real_value(node)
+    replicas = None if weight is None else replicas_of.get(weight)
+    return None if replicas is None else replicas.group.group_name
 
 
 def _unique_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:

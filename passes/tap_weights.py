@@ -14,6 +14,8 @@ from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_p
 from grass_fx.ops import SELECT, SQUARED_NORMS
 from grass_fx.passes.find_linear_weights import LinearWeight
 
+c10d = torch.ops._c10d_functional
+
 
 class Tap(torch.autograd.Function):
     """Forward: the weight itself. Backward: PᵀG as the gradient of the proxy d, nothing for W."""
@@ -29,16 +31,15 @@ class Tap(torch.autograd.Function):
         dim: int,
         *more: Any,
     ) -> Tensor:
-        """``more``: nothing, the block of the selection, or the block and how to score."""
+        """``more``: nothing, the block of the selection, the block and how to score, or both and
+        the process group that averages gradients and what it scores (``score_sync``)."""
         ctx.save_for_backward(indices, scale)
-        ctx.dim, ctx.block, ctx.scoring = dim, more[:1], more[1:]
+        ctx.dim, ctx.block, ctx.scoring, ctx.group = dim, more[:1], more[1:2], more[2:]
         return w.view_as(w)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        indices, scale = ctx.saved_tensors
-        compact = SELECT(g, indices, scale, ctx.dim, *ctx.block)
-        return None, compact, *(None,) * (4 + len(ctx.block + ctx.scoring))
+        return None, _selected(ctx, g, *ctx.group[:1]), *_no_gradients(ctx, 4)
 
 
 class ScoringTap(Tap):
@@ -46,12 +47,32 @@ class ScoringTap(Tap):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        _, compact, *rest = Tap.backward(ctx, g)
+        group = ctx.group[:1]
+        if ctx.group[1:] == ("gradient",):
+            g, group = average(g, *group), ()
+        compact = _selected(ctx, g, *group)
         if g.dim() == 3:  # a stack: the norms of all its rows
             scores = SQUARED_NORMS(g.flatten(0, 1), 0, *ctx.scoring)
         else:
             scores = SQUARED_NORMS(g, ctx.dim, *ctx.scoring)
-        return None, compact, scores, *rest[1:]
+        return None, compact, scores, *_no_gradients(ctx, 3)
+
+
+def _selected(ctx: Any, g: Tensor, group: str | None = None) -> Tensor:
+    """C, averaged over the processes of ``group``: selected first, so that nothing else travels."""
+    indices, scale = ctx.saved_tensors
+    compact = SELECT(g, indices, scale, ctx.dim, *ctx.block)
+    return compact if group is None else average(compact, group)
+
+
+def _no_gradients(ctx: Any, count: int) -> tuple[None, ...]:
+    """Those of ``count`` arguments, and of the optional ones."""
+    return (None,) * (count + len(ctx.block + ctx.scoring + ctx.group))
+
+
+def average(x: Tensor, group: str) -> Tensor:
+    """The mean of ``x`` over the processes of a group, as operators that Inductor schedules."""
+    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "avg", group))
 
 
 # Module-level functions, so that the caches can name them (_torch_compat.compile_inductor).
@@ -102,6 +123,7 @@ def tap_weights_pass(
     *,
     with_scores: bool = False,
     scoring: str | None = None,
+    score_sync: str | None = None,
 ) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of the graph in which every use of a linear weight goes through its tap.
 
@@ -117,7 +139,8 @@ def tap_weights_pass(
     The added inputs follow the graph's own, weight by weight: d, e (``with_scores``), indices, and
     scale (with replacement). Returns the graph and the inputs, fake ones for the added.
     ``scoring`` (as in ``GrassConfig``) makes the scoring variant, which has the same inputs and the
-    same forward.
+    same forward. ``score_sync`` (as in ``GrassConfig``) lets the taps average over the weights'
+    process groups; the compact gradient is selected first, so that nothing else travels.
     """
     gm = copy_dynamo_graph(gm)
     graph = gm.graph
@@ -146,6 +169,8 @@ def tap_weights_pass(
             more: tuple[Any, ...] = (weight.spec.block,) if weight.spec.block > 1 else ()
             if scoring not in (None, "auto"):
                 more = weight.spec.block, scoring
+            if score_sync is not None and weight.spec.group is not None:
+                more = weight.spec.block, scoring or "auto", weight.spec.group, score_sync
             taps.append((w, (*fresh.values(), weight.spec.dim, *more)))
     body = last.next
     for w, operands in taps:

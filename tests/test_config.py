@@ -35,6 +35,8 @@ def test_defaults_are_those_of_the_method():
         "compiler": "inductor",
         "mode": None,
         "inductor": {},
+        "process_group": None,
+        "score_sync": "norms",
         "dump_dir": None,
     }
     assert (SCALE, WARMUP_STEPS, ON_REFRESH) == (1.0, 20, "carry")
@@ -107,6 +109,8 @@ INVALID = {
     "exclude": [[1], ["head.*", None], [True], 5, True, None],
     "mode": ["fast", 1],
     "inductor": [None, ["max_autotune"], "max_autotune"],
+    "process_group": [3, "world"],
+    "score_sync": ["norm", None],
     "dump_dir": [5, True],
 }
 
@@ -136,8 +140,9 @@ def test_messages_of_unknown_options():
 grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
   options={"inductor": {...}}.
 grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
-  'replacement', 'scoring', 'side', 'include', 'exclude', 'seed', 'compiler', 'mode',
-  'inductor', 'dump_dir'. Options of Inductor go into options={"inductor": {...}}.
+  'replacement', 'scoring', 'side', 'include', 'exclude', 'seed', 'process_group', 'score_sync',
+  'compiler', 'mode', 'inductor', 'dump_dir'. Options of Inductor go into options={"inductor":
+  {...}}.
 """,
     )
 

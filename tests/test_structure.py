@@ -20,6 +20,7 @@ FLOORS = {
     "grass_fx.gradient": 2,
     "grass_fx.config": 2,
     "grass_fx.history": 2,
+    "grass_fx.replicas": 2,
     "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,
     "grass_fx.subspace": 3,
@@ -32,6 +33,7 @@ FLOORS = {
     "grass_fx.dump": 4,
     "grass_fx.pictures": 4,
     "grass_fx.backend": 5,
+    "grass_fx.distributed": 5,
     "grass_fx.explain": 6,
     "grass_fx": 6,  # what it shows to users
     "grass_fx.__main__": 6,

@@ -12,8 +12,9 @@ from torch import Tensor
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.telemetry import stats_of
-from grass_fx.subspace import Subspace, registry
+from grass_fx.subspace import registry
 
 _SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
 _SHAPE = "weight_shape"
@@ -22,9 +23,6 @@ _PAST = "selection_history"  # where a checkpoint has those: beside "state", and
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
-
-Finished = list[tuple[Subspace, "Tensor | None"]]
-"""The subspaces that were stepped in, with the scores their gradients brought."""
 
 SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
 
@@ -95,6 +93,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: gradient and state of a weight do not fit each other; nothing has changed.
             OptionError: the gradients are on other parameters than this optimizer's.
+            DistributedError: processes that train one model have selected differently.
         """
         loss = None
         if closure is not None:
@@ -108,8 +107,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for p, earlier in early.items():
             finished += earlier
             p.grad = None
-        for subspace, scores in finished:  # here, and nowhere else, selections change
-            subspace.finish_step(scores)
+        changed = []
+        for subspace, scores in with_common_scores(finished):
+            before = subspace.selection
+            subspace.finish_step(scores)  # here, and nowhere else, selections change
+            if subspace.selection is not before:
+                changed.append(subspace)
+        check_selections(changed)
         self._warn_if_none()
         return loss
 

@@ -1,0 +1,233 @@
+"""Data parallelism: gradients are averaged over processes, compact ones inside the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_fx._torch_compat import (
+    at_end_of_backward,
+    current_backward,
+    ignore_in_ddp,
+    running_ddp,
+)
+from grass_fx.errors import DistributedError, UnsupportedGradError
+from grass_fx.gradient import CompactGrad
+from grass_fx.replicas import replicas_of
+from grass_fx.subspace import registry
+
+BUCKET_BYTES = 25 << 20
+"""What is averaged after a backward goes in buckets of this size, as in torch's DDP."""
+
+
+_SAME_BATCHES = (
+    "Every process must run as many micro-batches, and get gradients of the same parameters. Give "
+    "each as many batches, for example by drop_last=True."
+)
+
+
+def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Train ``model`` on every process of a group, with gradients averaged over them.
+
+    Call it before the first step and before ``DistributedDataParallel``, if that is used; compile
+    the model before or after. Parameters and buffers become those of the group's first process.
+    From then on every backward ends with averaged gradients: compact ones are averaged inside the
+    compiled backward graph, r·n numbers for each weight; what is dense, and what ``no_sync``
+    accumulated, follows in buckets when the backward ends.
+
+    With ``DistributedDataParallel(model)`` around it, before or after ``torch.compile``, DDP
+    averages vectors and the like, and this the weights of two and three dimensions, which DDP
+    ignores: taken ones and those that a graph left dense.
+
+    Args:
+        model: the model, the same on every process but for its values.
+        process_group: of torch.distributed; None: the default group.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        DistributedError: there is no process group, or models of the processes differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DistributedError(
+            "data_parallel: there is no process group. Call "
+            "torch.distributed.init_process_group(...) first, in a process that torchrun started."
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise DistributedError(
+            "data_parallel: the model is in a DistributedDataParallel already, which has its "
+            "weights in buckets. Call data_parallel(model) first."
+        )
+    group = dist.group.WORLD if process_group is None else process_group
+    replicas = ModelReplicas(model, group)
+    named = dict(model.named_parameters())
+    described = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
+    replicas.agree("parameters", described, "Build the same model on every process.")
+    with torch.no_grad():
+        for tensor in (*named.values(), *model.buffers()):
+            dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group)
+    matrices = [name for name, p in named.items() if p.requires_grad and p.dim() in (2, 3)]
+    plain = [name.removeprefix("_orig_mod.") for name in matrices]
+    ignore_in_ddp(model, [*plain, *(f"_orig_mod.{name}" for name in plain)])
+    for p in named.values():
+        if p.requires_grad:
+            replicas_of[p] = replicas
+            p.register_post_accumulate_grad_hook(replicas.on_gradient)
+            if (subspace := registry.get(p)) is not None:
+                subspace.replicas = replicas
+    return model
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without averaging them: for all micro-batches of a step but the last.
+
+    What ``DistributedDataParallel.no_sync`` is, for a model without one. Forward and backward both
+    belong inside.
+
+    Raises:
+        DistributedError: ``model`` is not that of a :func:`data_parallel`.
+    """
+    replicas = next(filter(None, map(replicas_of.get, model.parameters())), None)
+    if replicas is None:
+        raise DistributedError("no_sync: call grass_fx.distributed.data_parallel(model) first.")
+    before, replicas.enabled = replicas.enabled, False
+    try:
+        yield
+    finally:
+        replicas.enabled = before
+
+
+class ModelReplicas:
+    """One process's part in a model that all of ``group`` train; see grass_fx.replicas.Replicas.
+
+    It knows the parameters by weak references: whoever finds it by a parameter keeps none alive.
+    """
+
+    def __init__(self, model: nn.Module, group: Any) -> None:
+        self.group, self.enabled = group, True
+        self.ranks = dist.get_world_size(group)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._backward = -1
+        self._micro_batches = 0
+        self._pending: dict[str, Tensor] = {}
+        self._averaged, self._log = 0, hashlib.sha256()
+
+    # --- when -------------------------------------------------------------------------------------
+
+    def syncs(self) -> bool:
+        """Whether the backward of a forward that runs now averages gradients."""
+        if (ddp := running_ddp()) is not None:
+            self._ddp = weakref.ref(ddp)
+        ddp = self._ddp and self._ddp()
+        return self.enabled and (ddp is None or bool(ddp.require_backward_grad_sync))
+
+    def on_gradient(self, p: Tensor) -> None:
+        """Called for each parameter when a backward has accumulated its gradient."""
+        if (task := current_backward()) != self._backward:  # a flag would outlive a failed backward
+            self._backward = task
+            at_end_of_backward(self._finish_backward)
+        grad = p.grad
+        if grad is None or (isinstance(grad, CompactGrad) and not grad.local):
+            return
+        ddp = self._ddp and self._ddp()
+        if ddp is None or hasattr(p, "_ddp_ignored"):
+            self._pending[self._names[id(p)]] = p
+
+    def _finish_backward(self) -> None:
+        self._micro_batches += 1
+        if not self.syncs():
+            return
+        pending = {name: p for name, p in self._pending.items() if p.grad is not None}
+        count, self._micro_batches, self._pending = self._micro_batches, 0, {}
+        names = sorted(pending)
+        mine = [f"{count} micro-batches", *names]
+        self._averaged += 1
+        self._log.update("\n".join(mine).encode())
+        # On another device to compare is to wait for it: there the log is, at the next refresh.
+        if self._averaged <= 2 or all(p.device.type == "cpu" for p in pending.values()):
+            self.agree("micro-batches and gradients", mine, _SAME_BATCHES)
+        self._average([pending[name] for name in names])
+
+    # --- what -------------------------------------------------------------------------------------
+
+    def _average(self, params: Sequence[Tensor]) -> None:
+        """Average the parameters' gradients in place, in buckets of one dtype and device."""
+        buckets: dict[Any, list[list[Tensor]]] = {}
+        for p in params:
+            grad = p.grad
+            assert grad is not None
+            if grad.layout != torch.strided:
+                raise UnsupportedGradError(
+                    f"{self._names[id(p)]}: sparse gradients are not averaged over processes. "
+                    "Build its module with sparse=False."
+                )
+            if isinstance(grad, CompactGrad):
+                grad.local, grad = False, grad.compact
+            lists = buckets.setdefault((grad.dtype, grad.device), [[]])
+            if sum(each.nbytes for each in lists[-1]) >= BUCKET_BYTES:
+                lists.append([])
+            lists[-1].append(grad)
+        for tensors in (each for lists in buckets.values() for each in lists):
+            for tensor, total in zip(tensors, self.total(tensors), strict=True):
+                tensor.copy_(total.div_(self.ranks))
+
+    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors, of one dtype and device, each summed over the processes."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self._explained():
+            dist.all_reduce(flat, group=self.group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def agree(self, what: str, mine: Sequence[Any], remedy: str) -> None:
+        """Raise DistributedError, on every process, unless all have the same values.
+
+        They are compared by a hash, and told one by one only where those differ.
+        """
+        mine = [*map(str, mine), f"{self._averaged} steps of {self._log.hexdigest()[:8]}"]
+        text = "\n".join(mine)
+        digest = hashlib.sha256(text.encode()).digest()[:8]
+        hashes: list[Any] = [None] * self.ranks
+        with self._explained():
+            dist.all_gather_object(hashes, digest, group=self.group)
+            if len(set(hashes)) == 1:
+                return
+            everyones: list[Any] = [None] * self.ranks
+            dist.all_gather_object(everyones, mine, group=self.group)
+        other = next(k for k in range(self.ranks) if everyones[k] != everyones[0])
+        ours, theirs = (
+            sorted(set(everyones[a]) - set(everyones[b])) for a, b in ((0, other), (other, 0))
+        )
+        raise DistributedError(
+            f"{what} differ between processes: {_some(ours)} on rank 0, {_some(theirs)} on rank "
+            f"{other}. {remedy}"
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A collective that fails says what that can mean."""
+        try:
+            yield
+        except RuntimeError as error:
+            rank = dist.get_rank(self.group)
+            raise DistributedError(
+                f"rank {rank} of {self.ranks} cannot reach the others: {error}. One of them has "
+                "ended, does something else, such as a step more or less, or takes longer than the "
+                "timeout of the process group. Its own error, if it has one, tells more."
+            ) from error
+
+
+def _some(values: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return "; ".join(values[:most]) + more if values else "nothing"

@@ -1,0 +1,57 @@
+"""How processes that train one model keep to one selection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grass_fx.replicas import Replicas
+from grass_fx.subspace import Subspace
+
+Finished = list[tuple[Subspace, "Tensor | None"]]
+"""The subspaces that were stepped in, with the scores their gradients brought."""
+
+_REMEDY = (
+    "Every process must take the same steps with the same options, from the same checkpoint. To go "
+    "on from here, load one checkpoint on all of them."
+)
+
+
+def with_common_scores(finished: Finished) -> Finished:
+    """The same, with the scores of replicated weights summed over the processes.
+
+    One all-reduce for all weights, of their rows' number of floats, in a step that ends a period. A
+    process without scores of a weight adds none.
+    """
+    result = list(finished)
+    due: dict[tuple[Replicas, torch.device], list[tuple[int, Tensor]]] = {}
+    for place, (subspace, scores) in enumerate(finished):
+        if subspace.replicas is not None and subspace.scoring_due:
+            if scores is None:
+                scores = torch.zeros(subspace.spec.rows, device=subspace.selection.indices.device)
+            due.setdefault((subspace.replicas, scores.device), []).append((place, scores))
+    for (replicas, _), entries in due.items():
+        names = [f"{finished[place][0].name}: {scores.shape}" for place, scores in entries]
+        replicas.agree("scored weights", names, _REMEDY)
+        totals = replicas.total([scores for _, scores in entries])
+        for (place, _), total in zip(entries, totals, strict=True):
+            result[place] = finished[place][0], total
+    return result
+
+
+def check_selections(changed: Sequence[Subspace]) -> None:
+    """Raise DistributedError on every process unless all have selected alike."""
+    by_replicas: dict[Replicas, list[Subspace]] = {}
+    for subspace in changed:
+        if subspace.replicas is not None:
+            by_replicas.setdefault(subspace.replicas, []).append(subspace)
+    for replicas, subspaces in by_replicas.items():
+        mine = [f"{s.name}: step {s.step}, {_hash(s.selection.indices)}" for s in subspaces]
+        replicas.agree("selections", mine, _REMEDY)
+
+
+def _hash(indices: Tensor) -> str:
+    return hashlib.sha256(indices.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,50 @@
+"""Counting what collectives move: each operator that reaches the dispatcher, and its bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_NAMES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes handed to collectives while it is active, of this process: ``with Traffic() as t``.
+
+    ``bytes``: kind -> the larger of a collective's input and output, so that an all-reduce counts
+    its tensor, a reduce-scatter what it scatters and an all-gather what it gathers. What a network
+    moves for these depends on the algorithm: a ring of p processes sends 2 (p − 1)/p of it for an
+    all-reduce, (p − 1)/p for the others. Open it around ``backward()`` of something that is
+    compiled already: Dynamo compiles anew under a mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.bytes.values())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func.overloadpacket.__name__.replace("allreduce", "all_reduce")
+            name = name.replace("allgather", "all_gather")
+            kind = next((kind for kind in _NAMES if name.strip("_").startswith(kind)), None)
+            if kind is not None:
+                self.calls[kind] += 1
+                self.bytes[kind] += max(_bytes(args[0]), _bytes(args[1:]), _bytes(result))
+        return result
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.nbytes for t in tree_leaves(tree) if isinstance(t, Tensor))
