@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from grass_fx import lowering
 from grass_fx._torch_compat import (
@@ -37,6 +37,7 @@ from grass_fx.passes.pipeline import (
 )
 from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
 from grass_fx.runtime import GrassCallable
+from grass_fx.sharding import sharding_of
 from grass_fx.subspace import registry
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,13 @@ def _some(reasons: Mapping[str, str], most: int = 8) -> str:
     return _listed(dict([*reasons.items()][:most])) + (f"; and {more} more" if more > 0 else "")
 
 
+def _reshards(graph: fx.Graph) -> bool:
+    """Whether the backward is to gather sharded parameters again."""
+    values = map(real_value, graph.find_nodes(op="placeholder"))
+    shardings = (sharding_of.get(value) for value in values if isinstance(value, Tensor))
+    return any(each.reshard_after_forward for each in shardings if each is not None)
+
+
 class _Compiler:
     """The compiler of one configuration: Inductor, or AOTAutograd alone."""
 
@@ -172,7 +180,8 @@ class _Compiler:
     ) -> GrassCallable:
         """The graph with its taken weights tapped: one variant, or two for rules with scores.
 
-        With a process group twice as many: what micro-batches run is averaged later. All are compiled here: once the backend has returned, Dynamo's guards are fixed.
+        With a process group twice as many: what micro-batches run is averaged later. All are
+        compiled here: once the backend has returned, Dynamo's guards are fixed.
         """
         dump = Dump(self.config, name)
         file = dump.write("dynamo", gm.graph, "Dynamo", None, {})
@@ -227,7 +236,10 @@ class _Compiler:
 
         stage("tapped", tapped.graph, "tap_weights")
         names = {place: w.name for place, w in indices_of.items()}
-        make_pass = partial(GrassPasses, report, names, stage=stage, variant=variant)
+        reshard = _reshards(gm.graph)
+        make_pass = partial(
+            GrassPasses, report, names, stage=stage, variant=variant, reshard=reshard
+        )
         if self.config.compiler == "aot_eager":
             return compile_aot_eager(tapped, extended, make_pass(()))
         lowering.register()

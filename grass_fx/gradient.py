@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from grass_fx.errors import CompactGradError, SelectionChangedError
@@ -95,7 +96,7 @@ class CompactGrad(Tensor):
     Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``subspace``, the
     :class:`Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the rows' squared
     gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that ``zero_`` emptied:
-    it adopts the next one's selection. ``local``: whether some of it is this process's alone, not an
+    it adopts the next one's selection. ``local``: whether some of it is this process's alone, no
     average over the processes that train together (grass_fx.distributed).
     """
 
@@ -239,6 +240,8 @@ def _times(scores: Tensor | None, factor: Any, power: int) -> Tensor | None:
     """Scores of a gradient times ``factor``**``power``: squared norms go with its square."""
     if scores is None:
         return None
+    if isinstance(factor, DTensor):  # of clipping a sharded model
+        factor = factor.full_tensor()
     if isinstance(factor, Tensor):
         factor = factor.to(scores.device, scores.dtype).reshape(())
     return scores * factor ** (2 * power)

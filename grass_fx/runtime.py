@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,8 @@ class DeliverGradients(torch.autograd.Function):
             subspace.delivered = True
             # A graph scores all its weights if one is due; the others' scores are dropped.
             scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
+            if subspace.sharding is not None:
+                compact = subspace.sharding.whole(compact)
             averaged = delivery.averaged and delivery.weights[k].spec.group is not None
             results.append(
                 CompactGrad(compact, selection, ctx.shapes[k], scores, local=not averaged)
@@ -120,8 +122,15 @@ class GrassCallable:
             registry.demand(param, weight.spec, weight.name)
             for param, weight in zip(params, weights, strict=True)
         ]
-        if subspaces[0].replicas is None:
+        replicas = subspaces[0].replicas
+        if replicas is None:
             self._check_ddp(params, subspaces)
+        elif not self._agreed:
+            # Groups may be called differently: of a mesh each process has groups of its own.
+            specs = [replace(s.spec, group=None, shards=None) for s in subspaces]
+            mine = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
+            replicas.agree("options", mine, "Compile every process's model with the same options.")
+            self._agreed = True
         inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
         selections = [s.selection for s in subspaces]
         with_scores = self.scoring is not None
@@ -166,10 +175,6 @@ class GrassCallable:
                 "nothing averages those of other parameters. Call "
                 "grass_fx.distributed.data_parallel(model, process_group) before the first step."
             )
-        if not self._agreed:
-            mine = [f"{s.name}: {s.spec}" for s in subspaces]
-            replicas.agree("options", mine, "Compile every process's model with the same options.")
-            self._agreed = True
         held = (p.grad for p in params)
         empty = all(g is None or (isinstance(g, CompactGrad) and g.zeroed) for g in held)
         return replicas.syncs() and empty

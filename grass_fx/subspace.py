@@ -26,6 +26,7 @@ from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.history import SelectionHistory
 from grass_fx.replicas import Replicas, replicas_of
+from grass_fx.sharding import Sharding, Shards, sharding_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ class SubspaceSpec:
     seed: int
     group: str | None = field(default=None, compare=False)
     """The process group by which the graph averages C, by name; graphs may know it or not."""
+    shards: Shards | None = field(default=None, compare=False)
+    """How the graph averages C if dimension 0 of the weight is sharded over processes."""
+    parts: int = 1
+    """A selection of rows that are sharded has as many in each of so many equal parts."""
     stack: int | None = None
     """How many matrices a stacked weight holds, each with r rows of its own; None: it is one."""
 
@@ -71,6 +76,21 @@ class SubspaceSpec:
         return (self.rank,) if self.stack is None else (self.stack, self.rank)
 
     @property
+    def pieces(self) -> int:
+        """How many draws make a selection: one for each matrix of a stack, or each part."""
+        return self.stack or self.parts
+
+    @property
+    def piece_size(self) -> int:
+        """The rows that one draw selects from."""
+        return self.size // self.parts
+
+    @property
+    def piece_rank(self) -> int:
+        """The rows that one draw selects."""
+        return self.rank // self.parts
+
+    @property
     def rows(self) -> int:
         """How many rows have a score: those of all matrices of a stack."""
         return self.size * (self.stack or 1)
@@ -81,6 +101,11 @@ class SubspaceSpec:
         compact[self.dim] = self.rank
         return tuple(compact)
 
+    def own_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of this process's part of it."""
+        first, *rest = self.compact_shape(shape)
+        return (first // (self.shards.ranks if self.shards else 1), *rest)
+
 
 class Subspace:
     """A weight's selection and its schedule. One optimizer step uses one selection.
@@ -90,7 +115,7 @@ class Subspace:
     gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it;
     ``history`` records selections for reports, and decides nothing; ``compilations`` are those
     that the weight has met since (frame, number), for a warning. ``replicas``: with which other
-    processes it is trained.
+    processes it is trained, ``sharding``: how it is spread over them.
     """
 
     def __init__(
@@ -105,11 +130,13 @@ class Subspace:
         self.delivered = False
         self.compilations: set[tuple[int, int]] = set()
         self.replicas: Replicas | None = None
+        self.sharding: Sharding | None = None
+        self._own: tuple[Selection, Selection] | None = None
         self.frozen = False
         self._retry = False
-        units = spec.size // spec.block
+        units = spec.piece_size // spec.block
         # Exhausted walks, one of each matrix: the first draw starts the first permutations.
-        self._orders, self._position = [torch.arange(units)] * (spec.stack or 1), units
+        self._orders, self._position = [torch.arange(units)] * spec.pieces, units
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # what the inputs of graphs hold
         self.history = SelectionHistory(spec.rows)
@@ -159,6 +186,14 @@ class Subspace:
         self.selection = self.selection.to(device)
         return self.selection
 
+    def own(self, selection: Selection) -> Selection:
+        """What of a selection lies in this process's part of the weight; all of it if unsharded."""
+        if self.sharding is None:
+            return selection
+        if self._own is None or self._own[0] is not selection:
+            self._own = selection, self.sharding.own(selection, self.spec.rows)
+        return self._own[1]
+
     def graph_inputs(self, device: torch.device) -> list[Tensor]:
         """σ and, with replacement, ρ for a graph: the selection in tensors of one address.
 
@@ -185,20 +220,20 @@ class Subspace:
 
     def _streams(self) -> list[torch.Generator]:
         """The generators of this draw, one for each matrix."""
-        if self.spec.stack is None:
+        if self.spec.pieces == 1 and self.spec.stack is None:
             return [rules.stream(self.spec.seed, self.key, self.period)]
-        purposes = (f"grass, matrix {k}" for k in range(self.spec.stack))
+        purposes = (f"grass, matrix {k}" for k in range(self.spec.pieces))
         return [rules.stream(self.spec.seed, self.key, self.period, each) for each in purposes]
 
     @property
     def _count(self) -> int:
-        return self.spec.rank // self.spec.block
+        return self.spec.piece_rank // self.spec.block
 
     def _draw(self) -> list[Draw]:
         """Without scores: rule 8, or rule 10 (also every rule's first)."""
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
-            even = torch.ones(self.spec.size // self.spec.block)
+            even = torch.ones(self.spec.piece_size // self.spec.block)
             for stream in self._streams():
                 drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
             return drawn
@@ -216,7 +251,7 @@ class Subspace:
         current, held, whole = self._current(), 0.0, 0.0
         scores = scores.cpu()
         for each, old, stream in zip(
-            scores.view(spec.stack or 1, -1), current, self._streams(), strict=True
+            scores.view(spec.pieces, -1), current, self._streams(), strict=True
         ):
             new = rules.select_by_scores(
                 self.rule, each, self._count, spec.block, spec.replacement, stream
@@ -236,8 +271,9 @@ class Subspace:
 
     def _current(self) -> list[Draw]:
         """The current selection as it was drawn."""
-        block, shape = self.spec.block, (self.spec.stack or 1, -1)
-        units = self._within(self.selection).cpu().view(shape)[:, ::block] // block
+        block, shape = self.spec.block, (self.spec.pieces, -1)
+        within = self.selection.indices.cpu() % self.spec.piece_size
+        units = within.view(shape)[:, ::block] // block
         if self.selection.scale is None:
             return [(each, None) for each in units]
         scales = self.selection.scale.cpu().view(shape)[:, ::block]
@@ -247,12 +283,12 @@ class Subspace:
         rows, scales = [], []
         for k, (units, scale) in enumerate(drawn):
             units, order = units.sort(stable=True)
-            rows.append(rules.rows_of(units, self.spec.block) + k * self.spec.size)
+            rows.append(rules.rows_of(units, self.spec.block) + k * self.spec.piece_size)
             if scale is not None:
                 scales.append(scale[order].repeat_interleave(self.spec.block))
             elif self.spec.replacement:
                 # Rule 10's first selection, in a graph that takes ρ.
-                scales.append(torch.ones(self.spec.rank))
+                scales.append(torch.ones(self.spec.piece_rank))
         indices = torch.cat(rows)
         self.history.change(indices, self.step)
         self.selection = replace(
@@ -267,7 +303,7 @@ class Subspace:
         """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
         counters = (
             self.step, self.period, self.selection.generation, self._position, self.key,
-            int(self.frozen), int(self._retry), self.spec.dim, self.spec.size,
+            int(self.frozen), int(self._retry), self.spec.dim, self.spec.size, self.spec.parts,
         )  # fmt: skip
         state = {
             "subspace_counters": torch.tensor(counters),
@@ -287,7 +323,8 @@ class Subspace:
         fits = (
             indices.numel() == rows
             and order.numel() == units
-            and counters[7:] == [self.spec.dim, self.spec.size]
+            and counters[7:9] == [self.spec.dim, self.spec.size]
+            and (counters[9:] or [1]) == [self.spec.parts]  # without, in checkpoints of before
             and (scale is not None) == self.spec.replacement
         )
         if not fits:
@@ -337,7 +374,7 @@ class Registry:
     def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
         """An optimizer registers its parameters: their index keys their random streams."""
         for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
-            if is_traceable_wrapper_subclass(weight):
+            if is_traceable_wrapper_subclass(weight) and weight not in sharding_of:
                 continue  # never taken; and torch converts one only if no weak reference knows it
             self._keys[weight], self._announced[weight] = index, True
             if name is not None:
@@ -386,7 +423,7 @@ class Registry:
         elif subspace is not None:
             generation = subspace.selection.generation + 1
             made.selection = replace(made.selection, generation=generation)
-        made.replicas = replicas_of.get(weight)
+        made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
         self._subspaces[weight] = made
         return made
 

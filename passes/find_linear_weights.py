@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
 
 from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
 from grass_fx.replicas import replicas_of
+from grass_fx.sharding import Shards, common_parts, sharding_of
 from grass_fx.subspace import SubspaceSpec
 
 
@@ -80,7 +82,7 @@ def _group_of(node: fx.Node, config: GrassConfig) -> str | None:
     if config.process_group is not None:
         return str(config.process_group.group_name)
     weight = real_value(node)
-    replicas = None if weight is None else replicas_of.get(weight)
+    replicas = None if weight is None or weight in sharding_of else replicas_of.get(weight)
     return None if replicas is None else replicas.group.group_name
 
 
@@ -100,13 +102,28 @@ def _spec(node: fx.Node, weight: Tensor, name: str, config: GrassConfig) -> Subs
         raise NotLinear(f"{weight.dim()} dimensions, only matrices and stacks of them are taken")
     if not weight.is_floating_point():
         raise NotLinear(f"dtype {weight.dtype} is not a real floating-point type")
+    sharding = None if (real := real_value(node)) is None else sharding_of.get(real)
+    if sharding is not None:
+        return _spec_of_shards(node, weight, config, sharding.shards)
     if torch.overrides.is_tensor_like(weight) and type(weight) is not torch.nn.Parameter:
-        raise NotLinear(f"a tensor subclass, {type(weight).__name__}")
+        raise NotLinear(
+            "a DTensor that grass_fx.distributed.fully_shard has not made"
+            if isinstance(weight, DTensor)
+            else f"a tensor subclass, {type(weight).__name__}"
+        )
     if managed_by_fsdp(node):
-        raise NotLinear("fsdp2: the hooks of fully_shard reduce full gradients")
+        raise NotLinear(
+            "fsdp2: the hooks of fully_shard reduce full gradients; "
+            "grass_fx.distributed.fully_shard has none"
+        )
+    return _fitting(_spec_of_uses([node], weight, config))
+
+
+def _spec_of_uses(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+    """By what is done with ``nodes``, the weight or each gathering of it."""
     if weight.dim() == 3:
-        return _spec_of_stack(node, weight, config)
-    uses = list(output_dims(node, 0))
+        return _spec_of_stack(nodes, weight, config)
+    uses = [dim for node in nodes for dim in output_dims(node, 0)]
     if not uses:
         raise NotLinear("not used in a matrix product")
     out_dim = uses[0]  # a matrix used both ways is named after its first use
@@ -114,8 +131,40 @@ def _spec(node: fx.Node, weight: Tensor, name: str, config: GrassConfig) -> Subs
     side = config.side
     if side == "auto":
         side = "out" if features["out"] <= features["in"] else "in"
-    spec = SubspaceSpec.of(config, features[side], out_dim if side == "out" else 1 - out_dim, side)
-    return _fitting(spec)
+    dim = out_dim if side == "out" else 1 - out_dim
+    return SubspaceSpec.of(config, features[side], dim, side)
+
+
+def _spec_of_shards(
+    node: fx.Node, weight: Tensor, config: GrassConfig, shards: Shards
+) -> SubspaceSpec:
+    """Of a weight sharded along dimension 0: as many selected rows on every process."""
+    spec = _fitting(_spec_of_uses(gathered(node), weight, config))
+    if weight.shape[0] % shards.ranks:
+        raise NotLinear(f"its dimension of {weight.shape[0]} is not alike on {shards.ranks} ranks")
+    if weight.dim() == 3 or spec.dim != 0:
+        return replace(spec, shards=shards)
+    parts = common_parts(shards, spec.size // spec.block, spec.rank // spec.block)
+    if parts is None:
+        raise NotLinear(
+            f"rank {spec.rank} of {spec.size} in blocks of {spec.block} is not alike on "
+            f"{shards.ranks} ranks: a rank that is a multiple of {shards.ranks * spec.block} is"
+        )
+    return replace(spec, shards=shards, parts=parts)
+
+
+def gathered(node: fx.Node) -> list[fx.Node]:
+    """The full weights that a sharded one's placeholder is gathered to; of others, itself."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, DTensor):
+        return [node]
+    found = []
+    for user in node.users:
+        ends = list(user.users) if user.target == "redistribute" else []
+        if not ends or any(end.target != "to_local" for end in ends):
+            raise NotLinear("its shards are used themselves")
+        found += ends
+    return found
 
 
 def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
@@ -124,12 +173,12 @@ def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
     return spec
 
 
-def _spec_of_stack(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+def _spec_of_stack(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
     """Of (e, m, n) the rows of each matrix are selected, whichever features they are."""
     if not weight.is_contiguous():
         raise NotLinear("a stack of matrices that is not contiguous")
-    uses = output_dims_of_stack(node, 0)
+    uses = [dim for node in nodes for dim in output_dims_of_stack(node, 0)]
     if not uses:
         raise NotLinear("not used in a matrix product")
     side = "out" if uses[0] == 1 else "in"
-    return _fitting(SubspaceSpec.of(config, weight.shape[1], 1, side, weight.shape[0]))
+    return SubspaceSpec.of(config, weight.shape[1], 1, side, weight.shape[0])

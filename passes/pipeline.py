@@ -20,6 +20,7 @@ from grass_fx import _torch_compat
 from grass_fx._torch_compat import CustomGraphPass, input_position
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
+from grass_fx.passes.recompute_gathers import recompute_gathers_pass
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +78,13 @@ def log_pass(name: str, before: Counter[str], graph: fx.Graph, start: float, not
 
 class GrassPasses(CustomGraphPass):
     """Order: 1. ``push_norms``, which may free a gradient of the need to be whole;
-    2. ``push_selection``; 3. the passes that the user has configured in Inductor.
+    2. ``push_selection``; 3. ``recompute_gathers``, if ``reshard``; 4. the passes that the user has
+    configured in Inductor.
 
     ``indices_of`` names the weight of each indices input, by its position among the inputs;
     ``report`` receives what was pushed, ``stage`` the graphs between the passes, and ``variant`` is
-    what the log calls the graph. None of them changes what the passes do to a graph.
+    what the log calls the graph. None of these changes what the passes do to a graph; ``reshard``
+    does.
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class GrassPasses(CustomGraphPass):
         users: tuple[Callable[[fx.Graph], None], ...] = (),
         stage: Stage | None = None,
         variant: str = "regular",
+        reshard: bool = False,
     ) -> None:
         self.report, self.indices_of, self.users, self.stage = report, indices_of, users, stage
-        self.variant = variant
+        self.variant, self.reshard = variant, reshard
 
     def __call__(self, graph: fx.Graph) -> None:
         self._show("joint", graph, "AOTAutograd")
@@ -111,6 +115,8 @@ class GrassPasses(CustomGraphPass):
         note = f"{self.variant}, {len(result.pushed)} pushed, {len(result.stopped)} stopped"
         log_pass("push_selection", before, graph, start, note)
         self._show("pushed", graph, "push_selection")
+        if self.reshard:
+            log.debug("recompute_gathers: %d gathered again", recompute_gathers_pass(graph))
         for user_pass in self.users:
             user_pass(graph)
 
@@ -125,10 +131,12 @@ class GrassPasses(CustomGraphPass):
     def uuid(self) -> Any:
         """Everything the passes depend on: our sources, torch, and the user's passes.
 
-        No option of ours is in it, because no pass on the joint graph reads one: what the options
-        decide is in the graph already. None (no caching) if a user's pass has no uuid.
+        No option of ours is in it but ``reshard``, because no pass on the joint graph reads one:
+        what the others decide is in the graph already. None (no caching) if a user's pass has no
+        uuid.
         """
         ids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.users]
         if any(i is None for i in ids):
             return None
-        return hashlib.sha256(json.dumps([source_hash(), *map(repr, ids)]).encode()).hexdigest()
+        parts = [source_hash(), self.reshard, *map(repr, ids)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,9 +11,14 @@ from torch import Tensor, fx
 
 from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
 from grass_fx.ops import SELECT, SQUARED_NORMS
-from grass_fx.passes.find_linear_weights import LinearWeight
+from grass_fx.passes.find_linear_weights import LinearWeight, gathered
+from grass_fx.subspace import SubspaceSpec
 
 c10d = torch.ops._c10d_functional
+
+
+How = tuple[tuple[Any, ...], ...]
+"""Collectives: ("all_reduce", group) or ("reduce_scatter", group, number of processes)."""
 
 
 class Tap(torch.autograd.Function):
@@ -32,7 +36,7 @@ class Tap(torch.autograd.Function):
         *more: Any,
     ) -> Tensor:
         """``more``: nothing, the block of the selection, the block and how to score, or both and
-        the process group that averages gradients and what it scores (``score_sync``)."""
+        how to average over processes and what these score (``score_sync``)."""
         ctx.save_for_backward(indices, scale)
         ctx.dim, ctx.block, ctx.scoring, ctx.group = dim, more[:1], more[1:2], more[2:]
         return w.view_as(w)
@@ -47,10 +51,11 @@ class ScoringTap(Tap):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        group = ctx.group[:1]
-        if ctx.group[1:] == ("gradient",):
-            g, group = average(g, *group), ()
-        compact = _selected(ctx, g, *group)
+        how, score_sync = ctx.group or ((), None)
+        if score_sync == "gradient":  # every process needs it whole
+            g = average(g, tuple(("all_reduce", group) for _, group, *_ in how))
+            how = tuple(step for step in how if step[0] == "reduce_scatter")
+        compact = _selected(ctx, g, how)
         if g.dim() == 3:  # a stack: the norms of all its rows
             scores = SQUARED_NORMS(g.flatten(0, 1), 0, *ctx.scoring)
         else:
@@ -58,11 +63,11 @@ class ScoringTap(Tap):
         return None, compact, scores, *_no_gradients(ctx, 3)
 
 
-def _selected(ctx: Any, g: Tensor, group: str | None = None) -> Tensor:
-    """C, averaged over the processes of ``group``: selected first, so that nothing else travels."""
+def _selected(ctx: Any, g: Tensor, how: How = ()) -> Tensor:
+    """C, averaged over processes: selected first, so that nothing else travels."""
     indices, scale = ctx.saved_tensors
     compact = SELECT(g, indices, scale, ctx.dim, *ctx.block)
-    return compact if group is None else average(compact, group)
+    return average(compact, how)
 
 
 def _no_gradients(ctx: Any, count: int) -> tuple[None, ...]:
@@ -70,9 +75,27 @@ def _no_gradients(ctx: Any, count: int) -> tuple[None, ...]:
     return (None,) * (count + len(ctx.block + ctx.scoring + ctx.group))
 
 
-def average(x: Tensor, group: str) -> Tensor:
-    """The mean of ``x`` over the processes of a group, as operators that Inductor schedules."""
-    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "avg", group))
+def _how(spec: SubspaceSpec) -> How:
+    """How to average a weight's gradient."""
+    if spec.shards is not None:
+        replicas = tuple(("all_reduce", group) for group in spec.shards.replicas)
+        return (("reduce_scatter", spec.shards.group, spec.shards.ranks), *replicas)
+    return () if spec.group is None else (("all_reduce", spec.group),)
+
+
+def average(x: Tensor, how: How) -> Tensor:
+    """The mean of ``x`` over processes, or this one's part of it along dimension 0.
+
+    In operators that Inductor schedules.
+    """
+    for name, group, *ranks in how:
+        x = x.contiguous()
+        if name == "reduce_scatter":
+            x = c10d.reduce_scatter_tensor(x, "avg", *ranks, group)
+        else:
+            x = c10d.all_reduce(x, "avg", group)
+        x = c10d.wait_tensor(x)
+    return x
 
 
 # Module-level functions, so that the caches can name them (_torch_compat.compile_inductor).
@@ -93,7 +116,7 @@ def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def proxies(weight: LinearWeight, w: Tensor, with_scores: bool) -> list[Tensor]:
     """The proxies of one weight: d of C's shape, and e (size,) float32 if the rule needs scores."""
-    made = [proxy_of(weight.spec.compact_shape(w.shape), w.dtype, w.device)]
+    made = [proxy_of(weight.spec.own_compact_shape(w.shape), w.dtype, w.device)]
     if with_scores:
         made.append(proxy_of([weight.spec.rows], torch.float32, w.device))
     return made
@@ -169,17 +192,26 @@ def tap_weights_pass(
             more: tuple[Any, ...] = (weight.spec.block,) if weight.spec.block > 1 else ()
             if scoring not in (None, "auto"):
                 more = weight.spec.block, scoring
-            if score_sync is not None and weight.spec.group is not None:
-                more = weight.spec.block, scoring or "auto", weight.spec.group, score_sync
-            taps.append((w, (*fresh.values(), weight.spec.dim, *more)))
+            how = _how(weight.spec)
+            if score_sync is not None and how:
+                more = weight.spec.block, scoring or "auto", how, score_sync
+            operands = (*fresh.values(), weight.spec.dim, *more)
+            taps += [(full, operands) for full in gathered(w)]
     body = last.next
     for w, operands in taps:
-        with graph.inserting_before(body):
-            tapped = graph.call_function(
-                scoring_tap if scoring is not None else tap, (w, *operands)
-            )
+        with graph.inserting_before(body if w.op == "placeholder" else w.next):
+            value = w
+            if w.op != "placeholder":  # gathered: no gradient is to go that way, not even zeros
+                value = graph.call_method("detach", (w,))
+                value.meta["example_value"] = w.meta["example_value"]
+            made_by = scoring_tap if scoring is not None else tap
+            tapped = graph.call_function(made_by, (value, *operands))
         tapped.meta["example_value"] = w.meta.get("example_value")
-        w.replace_all_uses_with(tapped, delete_user_cb=partial(operator.is_not, tapped))
+        w.replace_all_uses_with(tapped, delete_user_cb=partial(_is_none_of, (tapped, value)))
     graph.lint()
     gm.recompile()
     return gm, [*inputs, *extra]
+
+
+def _is_none_of(nodes: tuple[fx.Node, ...], user: fx.Node) -> bool:
+    return not any(user is node for node in nodes)

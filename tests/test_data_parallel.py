@@ -1,6 +1,5 @@
 """Data parallelism: several processes train as one, and only compact gradients travel."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -21,6 +21,7 @@ FLOORS = {
     "grass_fx.config": 2,
     "grass_fx.history": 2,
     "grass_fx.replicas": 2,
+    "grass_fx.sharding": 2,
     "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,
     "grass_fx.subspace": 3,

@@ -16,7 +16,8 @@ from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.telemetry import adam_update_norm
 from grass_fx.optim.update import CompactStep, adam_update_, carried
-from grass_fx.subspace import registry
+from grass_fx.sharding import local
+from grass_fx.subspace import Subspace, registry
 
 
 class AdamW(SubspaceOptimizer):
@@ -152,6 +153,9 @@ class AdamW(SubspaceOptimizer):
                 "with sparse=False, or give it a torch.optim.SparseAdam of its own."
             )
 
+    def _check_shards(self, subspace: Subspace) -> None:
+        """It can: everything it does with a row needs that row alone."""
+
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
         if "indices" in self.state.get(p, {}):  # loaded state may be of another dtype too
             former = self._layouts.get(p, (None, p.shape))[1]
@@ -169,7 +173,14 @@ class AdamW(SubspaceOptimizer):
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
         ages, common = state["age"], self._common_age(p, state["age"])
         return CompactStep(
-            matrix(p), matrix(grad.compact), grad.subspace, first, second, ages, common, rounding
+            matrix(local(p)),
+            matrix(grad.compact),
+            grad.subspace,
+            first,
+            second,
+            ages,
+            common,
+            rounding,
         )
 
     def _update_norm(self, p: Tensor) -> Tensor | None:

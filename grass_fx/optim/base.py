@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.telemetry import stats_of
-from grass_fx.subspace import registry
+from grass_fx.sharding import local, sharding_of
+from grass_fx.subspace import Subspace, registry
 
 _SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
 _SHAPE = "weight_shape"
+_OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
 _HISTORY = "history_"  # keys of SelectionHistory.state()
 _PAST = "selection_history"  # where a checkpoint has those: beside "state", and it can lack them
 
@@ -159,8 +163,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
+            if subspace is not None and subspace.sharding is not None:
+                self._check_shards(subspace)
+                grad = self._own_part(grad, subspace)
             if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
-                selection = subspace.selection_on(p.device)
+                selection = subspace.own(subspace.selection_on(p.device))
                 return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
             return grad
         known = "indices" in self.state.get(p, {})
@@ -184,8 +191,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 GrassWarning,
                 stacklevel=5,
             )
-        selection = subspace.selection_on(p.device)
-        return CompactGrad(selection.project(grad), selection, p.shape)
+        selection = subspace.own(subspace.selection_on(p.device))
+        return CompactGrad(selection.project(local(grad)), selection, p.shape)
+
+    def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
+        """This process's part of a sharded weight's gradient: what it steps with."""
+        selection, compact = subspace.own(grad.subspace), local(grad.compact)
+        return CompactGrad(compact, selection, grad.shape, grad.scores, grad.zeroed)
+
+    def _check_shards(self, subspace: Subspace) -> None:
+        """Raise if the optimizer cannot step with a sharded weight."""
+        raise OptionError(
+            f"{subspace.name} is sharded over processes, which {self._kind} cannot step. Use "
+            "grass_fx.AdamW, or exclude the weight."
+        )
 
     def _check_dense(self, p: Tensor) -> None:
         """Raise if the optimizer cannot step with p's ordinary gradient; by default it can."""
@@ -297,7 +316,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
             return False
         grads = [p.grad for p in self._parameters() if p.grad is not None]
-        return bool(grads) and not any(isinstance(g, CompactGrad) or bool(g.any()) for g in grads)
+        return bool(grads) and not any(
+            isinstance(g, CompactGrad) or bool(local(g).any()) for g in grads
+        )
 
     def _layout_plan(self) -> Plan:
         """All parameters, taken ones with a gradient of zeros; nothing while none is known taken.
@@ -316,8 +337,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if subspace is None:
                     entries.append((p, None))
                 else:
-                    selection = subspace.selection_on(p.device)
-                    compact = selection.project(p.grad)
+                    selection = subspace.own(subspace.selection_on(p.device))
+                    compact = selection.project(local(p.grad))
                     entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
             plan.append(entries)
         return plan
@@ -344,7 +365,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if "indices" in state:
                 own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
                 shape = {_SHAPE: torch.tensor(p.shape)}
-                state = self._saved({**state, **own})
+                state = _spread(p, self._saved({**state, **own}))
                 saved, past[key] = _apart(registry.saved_state(p))
                 result["state"][key] = {**state, **saved, **shape}
         if past:
@@ -376,6 +397,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self._check_loaded(p, own[key])
                 ours = {k: v for k, v in own[key].items() if k.startswith(_SUBSPACE)}
                 own[key] = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
+                own[key] = _own_part(p, own[key])
                 if ours:
                     registry.check(p, ours)
                     subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
@@ -419,6 +441,31 @@ def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
 def _plain(name: str) -> str:
     """A parameter's name without what torch.compile and data-parallel wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _spread(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A taken weight's state as a checkpoint holds it: DTensors of what processes have parts of."""
+    sharding, subspace = sharding_of.get(p), registry.get(p)
+    if sharding is None or subspace is None:
+        return dict(state)
+    by_rows = subspace.selection.dim == 0  # else all processes have the same columns
+    spread: dict[str, Any] = {}
+    for k, v in state.items():
+        if isinstance(v, Tensor) and v.dim() > 0 and (by_rows or k not in _OF_SELECTION):
+            v = sharding.whole(v + sharding.first(math.prod(p.shape[:-1])) if k == "indices" else v)
+        spread[k] = v
+    return spread
+
+
+def _own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`_spread` made, back to what this process steps with."""
+    sharding = sharding_of.get(p)
+    if sharding is None or "indices" not in state:
+        return dict(state)  # a dense parameter is stepped as a DTensor
+    own = {k: local(v) for k, v in state.items()}
+    if isinstance(state["indices"], DTensor):
+        own["indices"] = own["indices"] - sharding.first(math.prod(p.shape[:-1]))
+    return own
 
 
 def _apart(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,117 @@
+"""Full sharding: every process holds a part of each parameter, gathered inside the graph."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+from grass_fx.distributed.data_parallel import ModelReplicas
+from grass_fx.errors import DistributedError
+from grass_fx.replicas import replicas_of
+from grass_fx.sharding import Sharding, sharding_of
+
+
+def fully_shard(
+    model: nn.Module, mesh: DeviceMesh | None = None, reshard_after_forward: bool = True
+) -> nn.Module:
+    """Shard every parameter of ``model`` over the processes of a mesh, in place.
+
+    Call it before the optimizer is built and before the model is compiled. Each parameter becomes a
+    DTensor sharded along dimension 0 (on a two-dimensional mesh: replicated over its first
+    dimension, sharded over its second). Reading ``module.weight`` gathers it, so that in a compiled
+    model the collectives are operators of the graph: a taken weight's gradient is selected first
+    and reduce-scattered then, r·n numbers. Names, hooks and ``state_dict()`` keys stay; values are
+    those of the mesh's first process.
+
+    Args:
+        model: the model, the same on every process but for its values.
+        mesh: of one dimension or two; None: one dimension, all processes.
+        reshard_after_forward: gather the weights again in the backward instead of keeping them.
+
+    Returns:
+        ``model`` itself, its modules of subclasses of their classes.
+
+    Raises:
+        DistributedError: there is no process group, models of the processes differ, or the model is
+            sharded already.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DistributedError(
+            "fully_shard: there is no process group. Call "
+            "torch.distributed.init_process_group(...) first, in a process that torchrun started."
+        )
+    named = dict(model.named_parameters())
+    if mesh is None:
+        device = next(iter(named.values())).device.type
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+    if mesh.ndim > 2:
+        raise DistributedError(
+            f"fully_shard: a mesh of {mesh.ndim} dimensions. Use one dimension to shard over, or "
+            'two, (replicate, shard), such as mesh["replicate", "shard"].'
+        )
+    for name, p in named.items():
+        if isinstance(p, DTensor):
+            raise DistributedError(
+                f"fully_shard: {name} is a DTensor already. Shard a model once, before anything "
+                "else distributes it; tensor parallelism is not combined with it."
+            )
+    replicas = ModelReplicas(model, _group_of(mesh))
+    described = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
+    replicas.agree("parameters", described, "Build the same model on every process.")
+    sharding = Sharding(mesh, reshard_after_forward)
+    made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
+    for module in list(model.modules()):
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        for name, p in own.items():
+            if id(p) not in made:
+                made[id(p)] = _shard(p, sharding)
+                if p.requires_grad:
+                    sharding_of[made[id(p)]] = sharding
+                    replicas_of[made[id(p)]] = replicas
+            module._parameters[name] = made[id(p)]
+        if own:
+            module.__class__ = _gathering(type(module), tuple(own))
+    for buffer in model.buffers():
+        dist.broadcast(buffer, dist.get_global_rank(replicas.group, 0), replicas.group)
+    return model
+
+
+def _group_of(mesh: DeviceMesh) -> Any:
+    """All processes of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
+
+
+def _shard(p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
+    placements = sharding.placements if p.dim() else [Replicate()] * sharding.mesh.ndim
+    value = distribute_tensor(p.detach(), sharding.mesh, placements)
+    return nn.Parameter(value, requires_grad=p.requires_grad)
+
+
+@cache
+def _gathering(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass in which reading one of these parameters gathers it.
+
+    One for all modules alike, so that Dynamo sees one class in every layer.
+    """
+    properties = {name: property(_gather(name)) for name in names}
+    return type(f"Sharded{cls.__name__}", (cls,), {**properties, "__module__": cls.__module__})
+
+
+def _gather(name: str) -> Any:
+    def gather(module: nn.Module) -> Tensor:
+        p: Any = module._parameters[name]
+        ndim = p.device_mesh.ndim
+        whole = p.redistribute(placements=[Replicate()] * ndim)
+        gathered: Tensor = whole.to_local(grad_placements=[Partial("avg")] * ndim)
+        return gathered
+
+    return gather

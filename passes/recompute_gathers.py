@@ -1,0 +1,53 @@
+"""Gather sharded weights again in the backward, instead of keeping them from the forward."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+
+SAME_WEIGHT = {
+    c10d.all_gather_into_tensor.default, c10d.wait_tensor.default, operator.getitem,
+    aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor, aten.cat.default,
+    aten.split.Tensor, aten.split_with_sizes.default, *RESHAPES, *CONVERSIONS, *COPIES,
+}  # fmt: skip
+"""What a gathered weight is made of its shards by."""
+
+REGION = 100_000
+"""The region of recomputation, apart from those of activation checkpointing, counted from 0."""
+
+
+def recompute_gathers_pass(graph: fx.Graph) -> int:
+    """Mark what gathers parameters for the partitioner, which then keeps shards only.
+
+    Before, all of the forward, and of it the backward needs ``wait_tensor``::
+
+        all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default(w, 2, '0')
+        wait_tensor = torch.ops._c10d_functional.wait_tensor.default(all_gather)
+
+    After: the same, with ``meta["recompute"]``, and both once more in the backward. Views and
+    conversions of a gathered parameter are marked with it. Returns how many gatherings there are.
+    """
+    shards: set[fx.Node] = set()
+    gathered: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder":
+            shards.add(node)
+        elif node.target not in SAME_WEIGHT or not inputs:
+            continue
+        elif all(x in gathered for x in inputs):
+            gathered.add(node)
+        elif all(x in shards for x in inputs):
+            gathers = node.target is c10d.all_gather_into_tensor.default
+            (gathered if gathers else shards).add(node)
+    for node in gathered:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta["ac_graph_id"] = REGION
+    return sum(node.target is c10d.all_gather_into_tensor.default for node in gathered)

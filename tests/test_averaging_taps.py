@@ -1,0 +1,93 @@
+"""The taps of a weight that several processes train: select first, average then."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from expecttest import assert_expected_inline
+from torch import nn
+
+import grass_fx
+from grass_fx.distributed import data_parallel
+from helpers import Captured
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def backward_of(tmp_path, variant, **options):
+    """The operations of the joint graph after the passes that make gradients; C is checked."""
+    torch._dynamo.reset()
+    model = data_parallel(Scale())
+    backend = Captured(rank=3, dump_dir=str(tmp_path), **options)
+    x = torch.randn(5, 6)
+    torch.compile(model, backend=backend)(x).square().sum().backward()
+    (full,) = torch.autograd.grad((x @ model.weight.T).square().sum(), model.weight)
+    grad = model.weight.grad
+    assert isinstance(grad, grass_fx.CompactGrad) and not grad.local
+    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
+    (file,) = tmp_path.rglob(f"*pushed_{variant}.py")
+    names = re.findall(r"= torch\.ops\.([\w.]+?)(?:\.default)?\((.*?)\)", file.read_text())
+    start = max(k for k, (name, _) in enumerate(names) if name.endswith("mm"))
+    return "".join(f"{name}({args})\n" for name, args in names[start:])
+
+
+def test_a_regular_step_averages_what_is_selected(group, tmp_path):
+    assert_expected_inline(
+        backward_of(tmp_path, "regular"),
+        """\
+grass.selected_mm(permute_1, primals_2, primals_4, None, 1)
+_c10d_functional.all_reduce(selected_mm, 'avg', '0')
+_c10d_functional.wait_tensor(all_reduce)
+""",
+    )
+
+
+def test_a_micro_batch_averages_nothing(group, tmp_path):
+    assert "all_reduce" not in backward_of(tmp_path, "regular_local")
+
+
+def test_a_scoring_step_averages_what_is_selected(group, tmp_path):
+    assert_expected_inline(
+        backward_of(tmp_path, "scoring", selection="top"),
+        """\
+aten.mm(permute_1, primals_2)
+aten.permute(mm_1, [1, 0])
+aten.permute(permute_2, [1, 0])
+grass.select(permute_3, primals_5, None, 1)
+_c10d_functional.all_reduce(select, 'avg', '0')
+_c10d_functional.wait_tensor(all_reduce)
+grass.squared_norms(permute_3, 1)
+""",
+    )
+
+
+def test_it_may_score_the_averaged_gradient(group, tmp_path):
+    got = backward_of(tmp_path, "scoring", selection="top", score_sync="gradient")
+    assert_expected_inline(
+        got,
+        """\
+aten.mm(permute_1, primals_2)
+aten.permute(mm_1, [1, 0])
+aten.permute(permute_2, [1, 0])
+_c10d_functional.all_reduce(permute_3, 'avg', '0')
+_c10d_functional.wait_tensor(all_reduce)
+grass.select(wait_tensor, primals_5, None, 1)
+grass.squared_norms(wait_tensor, 1)
+""",
+    )

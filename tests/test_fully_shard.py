@@ -1,0 +1,174 @@
+"""Full sharding: several processes hold parts of each weight and train as one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import spawn
+from test_data_parallel import EXACT, STEPS, Model, batch, loss_of, options
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import grass_fx
+from grass_fx.distributed import fully_shard
+from grass_fx.errors import DistributedError, OptionError
+from grass_fx.testing.traffic import Traffic
+from helpers import Captured
+
+CASES = [("cyclic", "norms", "auto"), ("top", "gradient", "auto"), ("uniform", "norms", "in")]
+
+
+def train(rule, score_sync, side, mesh=None, compiler="aot_eager"):
+    torch._dynamo.reset()
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(0)
+    model = Model().double()
+    fully_shard(model, mesh)
+    given = options(rank=8, selection=rule, score_sync=score_sync, side=side, compiler=compiler)
+    compiled = torch.compile(model, backend="grass", options=given)
+    optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=2)
+    for step in range(STEPS):
+        loss_of(compiled, batch(step).chunk(ranks)[rank]).backward()
+        for name, p in model.named_parameters():
+            taken = name in ("up.weight", "down.weight")
+            assert isinstance(p.grad, grass_fx.CompactGrad) == taken, name
+            assert isinstance(p, DTensor)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().full_tensor() for p in model.parameters()], norm.full_tensor()
+
+
+def run(rank, folder):
+    ranks = dist.get_world_size()
+    for k, (rule, score_sync, side) in enumerate(CASES):
+        got = train(rule, score_sync, side)
+        if ranks == 1:
+            torch.save(got, f"{folder}/{k}.pt")
+            continue
+        for value, want in zip(got[0], torch.load(f"{folder}/{k}.pt")[0], strict=True):
+            torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
+        torch.testing.assert_close(got[1], torch.load(f"{folder}/{k}.pt")[1], **EXACT)
+    if ranks == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        got = train(*CASES[0], mesh)
+        for value, want in zip(got[0], torch.load(f"{folder}/0.pt")[0], strict=True):
+            torch.testing.assert_close(value, want, **EXACT)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with what one process trains in each case."""
+    folder = tmp_path_factory.mktemp("alone")
+    spawn(run, 1, str(folder))
+    return str(folder)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_processes_equal_one(ranks, alone):
+    spawn(run, ranks, alone)
+
+
+def advance(model, compiled, optimizer, steps):
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for step in steps:
+        loss_of(compiled, batch(step).chunk(ranks)[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def built(side="auto", rule="cyclic"):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = fully_shard(Model().double())
+    given = options(rank=8, side=side, selection=rule)
+    compiled = torch.compile(model, backend="grass", options=given)
+    return model, compiled, grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=2)
+
+
+def resume(rank, folder):
+    """Two processes save, and any number goes on to the same numbers."""
+    for side in ("auto", "in"):
+        model, compiled, optimizer = parts = built(side)
+        if dist.get_world_size() == 2:
+            advance(*parts, range(6))
+            states = get_state_dict(model, optimizer)
+            up = states[1]["state"]["up.weight"]
+            assert isinstance(up["exp_avg"], DTensor)
+            assert tuple(up["exp_avg"].shape) == ((32, 8) if side == "in" else (32, 8))
+            dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=f"{folder}/{side}")
+            advance(*parts, range(6, 11))
+            weights = [p.detach().full_tensor() for p in model.parameters()]
+            if rank == 0:
+                torch.save(weights, f"{folder}/{side}.pt")
+            continue
+        loss_of(compiled, batch(0)).backward()  # which weights are taken is known from here on
+        optimizer.zero_grad()
+        states = get_state_dict(model, optimizer)
+        both = {"model": states[0], "optimizer": states[1]}
+        dcp.load(both, checkpoint_id=f"{folder}/{side}")
+        set_state_dict(
+            model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+        )
+        advance(*parts, range(6, 11))
+        for p, want in zip(model.parameters(), torch.load(f"{folder}/{side}.pt"), strict=True):
+            torch.testing.assert_close(p.detach().full_tensor(), want, **EXACT)
+
+
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(tmp_path):
+    for ranks in (2, 1, 4):
+        spawn(resume, ranks, str(tmp_path))
+
+
+def run_inductor(rank):
+    """Code that Inductor generates trains alike; collectives move what is compact, and shards."""
+    generated, plain = (train(*CASES[0], compiler=each)[0] for each in ("inductor", "aot_eager"))
+    torch.testing.assert_close(generated, plain, **EXACT)
+    for reshard in (True, False):
+        torch._dynamo.reset()
+        model = fully_shard(Model(), reshard_after_forward=reshard)
+        compiled = torch.compile(model, backend="grass", options=options(rank=8))
+        loss_of(compiled, batch(0)).backward()
+        compact = [p.grad.compact for p in model.parameters() if hasattr(p.grad, "compact")]
+        dense = [p.grad for p in model.parameters() if not hasattr(p.grad, "compact")]
+        want = sum(each.numel() for each in (*compact, *dense)) * 4
+        model.zero_grad()
+        loss = loss_of(compiled, batch(1))
+        with Traffic() as traffic:
+            loss.backward()
+        assert len(compact) == 2
+        assert traffic.bytes["reduce_scatter"] == want
+        assert (traffic.calls["all_gather"] > 0) == reshard
+
+
+def test_with_inductor():
+    spawn(run_inductor, 2)
+
+
+def refuse(rank):
+    model, compiled, _ = built()
+    loss_of(compiled, batch(0)).backward()
+    optimizer = grass_fx.subspace(torch.optim.SGD)(model.parameters(), lr=0.1)
+    with pytest.raises(OptionError, match=r"weight is sharded .* Use grass_fx.AdamW"):
+        optimizer.step()
+    with pytest.raises(DistributedError, match="is a DTensor already"):
+        fully_shard(model)
+    torch._dynamo.reset()
+    model = Model()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    backend = Captured(rank=8)
+    loss_of(torch.compile(model, backend=backend), batch(0)).backward()
+    reasons = backend.only.found.left
+    assert "fully_shard has not made" in reasons["up.weight"] == reasons["down.weight"]
+    assert isinstance(model.head.weight.grad, grass_fx.CompactGrad)
+
+
+def test_what_is_refused():
+    spawn(refuse, 2)
