@@ -27,6 +27,7 @@ def _start(rank, ranks, function, store, timeout, args):
     except BaseException:
         traceback.print_exc()  # of every rank, not only of the one that mp.spawn hears of first
         raise
+    dist.barrier()  # a process that leaves while others still talk makes these abort
     dist.destroy_process_group()
 
 

@@ -1,12 +1,10 @@
 """Weights of torch's own fully_shard: recognised, left, and trained as without grass."""
 
 import copy
-import tempfile
 import warnings
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,14 +41,11 @@ def batch(step):
     return torch.randn(8, 16, generator=gen, dtype=torch.float64)
 
 
-def run(rank, store):
+def run(rank):
     """One rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     for way in ("whole", "block by block"):
         torch._dynamo.reset()
         train(rank, way)
-    dist.destroy_process_group()
 
 
 def train(rank, way):
@@ -88,5 +83,4 @@ def train(rank, way):
 
 
 def test_they_train_dense_and_the_warning_says_why():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (f"{folder}/store",), nprocs=RANKS)
+    spawn(run, RANKS)
