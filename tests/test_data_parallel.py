@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_fx
 from grass_fx.distributed import data_parallel, no_sync
+from grass_fx.testing.traffic import Traffic
 
 STEPS, K, BATCH, HIDDEN = 13, 4, 8, 16
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -123,6 +124,23 @@ def equal_one_process(rank, folder):
         got = train(rank, way, rule, score_sync, micro_batches)
         for value, want in zip(got, torch.load(f"{folder}/{k}.pt"), strict=True):
             torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
+    count(rank)
+
+
+def count(rank):
+    """A regular step moves compact and dense gradients, and nothing else to speak of."""
+    for compiler in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        model = data_parallel(Model())
+        compiled = torch.compile(model, backend="grass", options=options(compiler=compiler))
+        loss_of(compiled, batch(0)).backward()
+        stored = [getattr(p.grad, "compact", p.grad) for p in model.parameters()]
+        model.zero_grad()
+        loss = loss_of(compiled, batch(1))
+        with Traffic() as traffic:
+            loss.backward()
+        assert traffic.calls["all_reduce"] == 3  # in the graph two, and a bucket
+        assert traffic.bytes["all_reduce"] == sum(each.nbytes for each in stored)
 
 
 @pytest.fixture(scope="module")

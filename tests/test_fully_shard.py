@@ -1,5 +1,7 @@
 """Full sharding: several processes hold parts of each weight and train as one."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,19 +64,6 @@ def run(rank, folder):
             torch.testing.assert_close(value, want, **EXACT)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A folder with what one process trains in each case."""
-    folder = tmp_path_factory.mktemp("alone")
-    spawn(run, 1, str(folder))
-    return str(folder)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_several_processes_equal_one(ranks, alone):
-    spawn(run, ranks, alone)
-
-
 def advance(model, compiled, optimizer, steps):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for step in steps:
@@ -121,11 +110,6 @@ def resume(rank, folder):
             torch.testing.assert_close(p.detach().full_tensor(), want, **EXACT)
 
 
-def test_a_checkpoint_is_resumed_by_another_number_of_processes(tmp_path):
-    for ranks in (2, 1, 4):
-        spawn(resume, ranks, str(tmp_path))
-
-
 def run_inductor(rank):
     """Code that Inductor generates trains alike; collectives move what is compact, and shards."""
     generated, plain = (train(*CASES[0], compiler=each)[0] for each in ("inductor", "aot_eager"))
@@ -147,10 +131,6 @@ def run_inductor(rank):
         assert (traffic.calls["all_gather"] > 0) == reshard
 
 
-def test_with_inductor():
-    spawn(run_inductor, 2)
-
-
 def refuse(rank):
     model, compiled, _ = built()
     loss_of(compiled, batch(0)).backward()
@@ -170,5 +150,43 @@ def refuse(rank):
     assert isinstance(model.head.weight.grad, grass_fx.CompactGrad)
 
 
-def test_what_is_refused():
-    spawn(refuse, 2)
+def two(rank, folder):
+    run(rank, folder)
+    resume(rank, folder)
+    run_inductor(rank)
+    refuse(rank)
+
+
+def four(rank, folder):
+    run(rank, folder)
+    resume(rank, folder)
+
+
+@contextmanager
+def one_process(folder, name):
+    """A group of this process alone."""
+    store = f"file://{folder}/{name}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process trains; then two do the same, save a checkpoint and go on."""
+    folder = str(tmp_path_factory.mktemp("sharded"))
+    with one_process(folder, "first"):
+        run(0, folder)
+    spawn(two, 2, folder)
+    return folder
+
+
+def test_four_processes_equal_one_and_resume_what_two_saved(folder):
+    spawn(four, 4, folder)
+
+
+def test_one_process_resumes_what_two_saved(folder):
+    with one_process(folder, "second"):
+        resume(0, folder)
