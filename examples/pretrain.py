@@ -5,6 +5,7 @@
     python examples/pretrain.py --selection top --rank 0.125 --log runs/top.jsonl
     python examples/pretrain.py --save runs/tiny.pt  # keep the weights, for finetune.py
     python examples/pretrain.py --smoke              # a few steps of a very small model
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel data     # or sharded
 
 `training(...)` is the loop, one record per step; compare.py runs two of them side by side.
 """
@@ -19,12 +20,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from parallel import WAYS, distribute, is_first, mean, part_of, processes, whole_state
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import grass_fx
 from data import Batches, Corpus, held_out_loss, load
+from grass_fx.sharding import local
 from llama import SIZES, build
 
 # The first steps compile (a rule with scores: the scoring step first, the regular one next).
@@ -69,6 +72,7 @@ class Settings:
     include_head: bool = option(False, "grass: take the output head as well")
     compiler: str = option("inductor", "what compiles the graphs", ("inductor", "aot_eager"))
     device: str = option("cpu", "where to train", kind=str)
+    parallel: str = option("none", "how the processes of torchrun share the work", WAYS)
     seed: int = option(0, "seed of weights, batches and selections")
     eval_every: int = option(30, "steps between held-out evaluations")
     data: str = option("", "train on this file or folder instead of Python's library")
@@ -113,10 +117,11 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
     if model is None:
         torch.manual_seed(settings.seed)
         model = build(settings.size).to(settings.device)
+    wrapped = distribute(model, settings.parallel, settings.method)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     if settings.method == "full":
-        compiled = torch.compile(model, backend=settings.compiler, dynamic=False)
+        compiled = torch.compile(wrapped, backend=settings.compiler, dynamic=False)
         linear = [p for name, p in trained.items() if is_linear(name, p)]
         dense = [p for name, p in trained.items() if not is_linear(name, p)]
         groups = [{"params": dense}, {"params": linear, "lr": settings.linear_lr}]
@@ -126,7 +131,7 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
         return model, compiled, optimizer
 
     compiled = torch.compile(
-        model,
+        wrapped,
         backend="grass",
         options={
             "rank": settings.rank,
@@ -188,7 +193,7 @@ def bytes_held(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer)
 
 def sum_of_bytes(values: list) -> int:
     # By address, so that a tensor reached in two ways counts once.
-    tensors = {value.data_ptr(): value for value in values if isinstance(value, Tensor)}
+    tensors = {value.data_ptr(): value for value in map(local, values) if isinstance(value, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -204,14 +209,14 @@ def training(settings: Settings, corpus: Corpus, parts: Parts | None = None) -> 
     batches = Batches(corpus.train, seed=settings.seed, **window)
 
     for step in range(1, settings.steps + 1):
-        tokens, targets = next(batches)
+        tokens, targets = (part_of(part, settings.parallel) for part in next(batches))
         optimizer.zero_grad()
         started = time.perf_counter()
         loss = compiled(tokens, targets)
         loss.backward()
         optimizer.step()
         scheduler.step()
-        loss = loss.item()  # on a GPU this also waits for the step to finish
+        loss = mean(loss, settings.parallel)  # on a GPU this also waits for the step to finish
         record = {"step": step, "loss": loss, "seconds": time.perf_counter() - started}
         if step % settings.eval_every == 0 or step == settings.steps:
             record["held_out"] = held_out_loss(model, corpus.held_out, **window)
@@ -239,8 +244,9 @@ def train(
 ) -> list[dict]:
     """Run `training` to its end with a progress bar, writing each record as a line of JSON."""
     records, held_out = [], math.nan
-    bar = tqdm(training(settings, corpus, parts), total=settings.steps, desc=settings.method)
-    file = open_log(log)
+    steps = training(settings, corpus, parts)
+    bar = tqdm(steps, total=settings.steps, desc=settings.method, disable=not is_first())
+    file = open_log(log) if is_first() else None
     for record in bar:
         records.append(record)
         held_out = record.get("held_out", held_out)
@@ -260,9 +266,11 @@ def open_log(path: Path | None):
 
 
 def save(model: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    print(f"wrote {path}")
+    state = whole_state(model)  # on several processes all of them take part
+    if is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+        print(f"wrote {path}")
 
 
 def megabytes(count: int) -> str:
@@ -275,18 +283,23 @@ def main() -> None:
     parser.add_argument("--log", type=Path, metavar="FILE.jsonl", help="write every record here")
     parser.add_argument("--save", type=Path, metavar="FILE.pt", help="keep the trained weights")
     args = parser.parse_args()
-    settings = settings_from(args)
+    with processes(args.parallel, args.device) as device:
+        settings = settings_from(args, device=device)
+        parts = set_up(settings)
+        records = train(settings, load(settings.data), args.log, parts)
+        if args.save:
+            save(parts[0], args.save)
+        if is_first():
+            report(summarise(records, settings))
 
-    parts = set_up(settings)
-    summary = summarise(train(settings, load(settings.data), args.log, parts), settings)
+
+def report(summary: dict) -> None:
     print(f"held-out loss     {summary['held_out']:.3f} nats/byte (best {summary['best']:.3f})")
     print(f"seconds per step  {summary['seconds_per_step']:.4f} (median)")
     print(f"tokens per second {summary['tokens_per_second']:,.0f}")
     print(f"compiling         {summary['first_steps']:.1f} s in the first {UNTIMED_STEPS} steps")
     for part, count in summary["bytes"].items():
         print(f"{part:<17} {megabytes(count)}")
-    if args.save:
-        save(parts[0], args.save)
 
 
 if __name__ == "__main__":
