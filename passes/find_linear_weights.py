@@ -160,11 +160,16 @@ def gathered(node: fx.Node) -> list[fx.Node]:
         return [node]
     found = []
     for user in node.users:
-        ends = list(user.users) if user.target == "redistribute" else []
-        if not ends or any(end.target != "to_local" for end in ends):
+        ends = list(user.users) if _method(user) == "redistribute" else []
+        if not ends or any(_method(end) != "to_local" for end in ends):
             raise NotLinear("its shards are used themselves")
         found += ends
     return found
+
+
+def _method(node: fx.Node) -> str:
+    """What a node calls on a DTensor; up to 2.11 Dynamo makes functions of such calls."""
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("prim_")
 
 
 def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
