@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import spawn
 from test_data_parallel import EXACT, STEPS, Model, batch, loss_of, options
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,24 @@ from grass_fx.errors import DistributedError, OptionError
 from grass_fx.testing.traffic import Traffic
 from helpers import Captured
 
+
+class Experts(nn.Module):
+    """A stack of matrices, and a head that two processes cannot divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.Parameter(torch.randn(4, 16, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.bmm(x, self.experts.transpose(1, 2))
+        return self.head(torch.bmm(hidden, self.experts)).square().mean()
+
+
+OTHERS = {  # of another model, or with other options
+    "stack": (Experts, {"rank": 8}),
+    "blocks": (Model, {"rank": 16, "block": 2}),
+    "replacement": (Model, {"rank": 8, "selection": "uniform", "replacement": True}),
+}
 CASES = [("cyclic", "norms", "auto"), ("top", "gradient", "auto"), ("uniform", "norms", "in")]
 
 
@@ -47,6 +66,27 @@ def train(rule, score_sync, side, mesh=None, compiler="aot_eager"):
     return [p.detach().full_tensor() for p in model.parameters()], norm.full_tensor()
 
 
+def train_other(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    build, more = OTHERS[name]
+    model = fully_shard(build().double())
+    compiled = torch.compile(model, backend="grass", options=options(**more))
+    optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2)
+    for step in range(6):
+        gen = torch.Generator().manual_seed(step)
+        whole = torch.randn(4, 8, 8, generator=gen, dtype=torch.float64)
+        if build is Experts:
+            compiled(whole.chunk(dist.get_world_size(), 1)[dist.get_rank()]).backward()
+        else:
+            part = batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+            loss_of(compiled, part).backward()
+        assert any(isinstance(p.grad, grass_fx.CompactGrad) for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().full_tensor() for p in model.parameters()]
+
+
 def run(rank, folder):
     ranks = dist.get_world_size()
     for k, (rule, score_sync, side) in enumerate(CASES):
@@ -57,6 +97,11 @@ def run(rank, folder):
         for value, want in zip(got[0], torch.load(f"{folder}/{k}.pt")[0], strict=True):
             torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
         torch.testing.assert_close(got[1], torch.load(f"{folder}/{k}.pt")[1], **EXACT)
+    for name in OTHERS:
+        got = train_other(name)
+        if ranks == 1:
+            torch.save(got, f"{folder}/{name}.pt")
+        torch.testing.assert_close(got, torch.load(f"{folder}/{name}.pt"), **EXACT)
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         got = train(*CASES[0], mesh)

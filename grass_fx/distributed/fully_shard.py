@@ -23,10 +23,11 @@ def fully_shard(
 
     Call it before the optimizer is built and before the model is compiled. Each parameter becomes a
     DTensor sharded along dimension 0 (on a two-dimensional mesh: replicated over its first
-    dimension, sharded over its second). Reading ``module.weight`` gathers it, so that in a compiled
-    model the collectives are operators of the graph: a taken weight's gradient is selected first
-    and reduce-scattered then, r·n numbers. Names, hooks and ``state_dict()`` keys stay; values are
-    those of the mesh's first process.
+    dimension, sharded over its second); one that the processes do not divide evenly is replicated.
+    Reading ``module.weight`` gathers it, so that in a compiled model the collectives are operators
+    of the graph: a taken weight's gradient is selected first and reduce-scattered then, r·n
+    numbers. Names, hooks and ``state_dict()`` keys stay; values are those of the mesh's first
+    process.
 
     Args:
         model: the model, the same on every process but for its values.
@@ -91,7 +92,9 @@ def _group_of(mesh: DeviceMesh) -> Any:
 
 
 def _shard(p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
-    placements = sharding.placements if p.dim() else [Replicate()] * sharding.mesh.ndim
+    even = p.dim() > 0 and p.shape[0] % sharding.shards.ranks == 0
+    # Padded parts would make the processes' graphs differ, and with them the order of collectives.
+    placements = sharding.placements if even else [Replicate()] * sharding.mesh.ndim
     value = distribute_tensor(p.detach(), sharding.mesh, placements)
     return nn.Parameter(value, requires_grad=p.requires_grad)
 
