@@ -286,6 +286,23 @@ def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
     return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
 
 
+def overlapping(patches: Mapping[str, Any], sharded: bool) -> dict[str, Any]:
+    """``patches``, and passes of Inductor by which collectives run beside computation.
+
+    Otherwise each is waited for at once. Waits for all-reduces sink as deep as memory allows.
+    Sharded, where gatherings stand in the way, each collective starts beside the product before the
+    one that needs it, in the graph's order; at most two are under way. What the patches or
+    Inductor's configuration say of such passes comes first.
+    """
+    from torch._inductor import config
+
+    key = "reorder_for_compute_comm_overlap"
+    if key in patches or getattr(config, key):
+        return dict(patches)
+    passes = ["raise_comms", "sink_waits"] if sharded else ["sink_waits_iterative"]
+    return {**patches, key: True, f"{key}_passes": passes}
+
+
 def compile_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
@@ -346,23 +363,6 @@ def library_call(op: Any, *args: Any) -> Any:
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)(*args)
-
-
-def known_stride(value: Any, dim: int) -> int | None:
-    """A stride of an IR value: None if it depends on a symbol, or the value is in no memory yet."""
-    strides = value.maybe_get_stride()
-    try:
-        return None if strides is None else int(strides[dim])
-    except (TypeError, ValueError):
-        return None
-
-
-def known_size(value: Any, dim: int) -> int | None:
-    """A size of an IR value: None if it depends on a symbol."""
-    try:
-        return int(value.get_size()[dim])
-    except (TypeError, ValueError):
-        return None
 
 
 def is_multiple(expr: Any, of: int) -> bool:

@@ -21,6 +21,7 @@ from grass_fx._torch_compat import (
     compile_inductor,
     current_compilation,
     inductor_patches,
+    overlapping,
     real_value,
     uses_cuda_graphs,
 )
@@ -246,6 +247,9 @@ class _Compiler:
         taps = (f"{f.__module__}.{f.__name__}" for f in (tap, scoring_tap))
         cacheable = dict.fromkeys(taps, source_hash())
         patches = dict(self.patches)
+        sharded = any(w.spec.shards for w in found.taken)
+        if sharded or any(w.spec.group for w in found.taken):
+            patches = overlapping(patches, sharded)
         if scoring is not None and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
         return compile_inductor(tapped, extended, patches, make_pass, cacheable)

@@ -83,12 +83,12 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     dtype = a.get_dtype()
     tunes = compat.tuning_everything()
     # A matrix that is in no memory yet will be written row by row.
-    stride = compat.known_stride(a if dim == 0 else b, dim) or 1
+    stride = _known_stride(a if dim == 0 else b, dim) or 1
     if rule.way("cuda", dtype, stride, block, tunes) == rule.GATHER:
         return None
     inputs = compat.realized(a, b, indices)
     a, b, indices = inputs
-    laid_out = compat.known_stride(a if dim == 0 else b, dim)
+    laid_out = _known_stride(a if dim == 0 else b, dim)
     r, k = indices.get_size()[0], a.get_size()[1]
     size = [r, b.get_size()[1]] if dim == 0 else [a.get_size()[0], r]
     m, n, length = (compat.size_hint(each) for each in (*size, k))
@@ -115,6 +115,15 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
         return call(prims.convert_element_type.default, total, dtype)
     extern = [(compat.extern_kernel(gather_then_mm), {"dim": dim})] if tunes else []
     return compat.choose_kernel("grass_selected_mm", inputs, size, dtype, choices, extern)
+
+
+def _known_stride(value: Any, dim: int) -> int | None:
+    """A stride of an IR value: None if it depends on a symbol, or the value is in no memory yet."""
+    strides = value.maybe_get_stride()
+    try:
+        return None if strides is None else int(strides[dim])
+    except (TypeError, ValueError):
+        return None
 
 
 def gather_then_mm(a: Tensor, b: Tensor, indices: Tensor, *, dim: int, out: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Collectives run beside the backward's computation, by passes of Inductor's own."""
+
+import re
+
+import torch
+from ranks import spawn
+from torch._inductor.utils import run_fw_bw_and_get_code
+
+import grass_fx
+from grass_fx.distributed import data_parallel, fully_shard
+from helpers import mlp
+
+LAYERS = 4
+LETTERS = {  # what generated code does, by a part of the line
+    "all_reduce": "r",
+    "reduce_scatter_tensor": "s",
+    "all_gather_into_tensor": "g",
+    "wait_tensor": "w",
+    "mm": "m",
+}
+CALLS = re.compile(rf"(?:_c10d_functional\.|extern_kernels\.)({'|'.join(LETTERS)})\w*(?:\.\w+)?\(")
+
+
+def order(way, **inductor):
+    """The collectives (r, s, g), waits (w) and products (m) of a backward; gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = way(mlp(*[32] * (LAYERS + 1), bias=False))
+    compiled = torch.compile(model, backend="grass", options={"rank": 8, "inductor": inductor})
+    grass_fx.AdamW(model.parameters())  # numbers the weights: the same selections every time
+    x = torch.randn(16, 32)
+    _, codes = run_fw_bw_and_get_code(lambda: compiled(x).square().mean())
+    grads = [p.grad for p in model.parameters()]
+    assert all(isinstance(grad, grass_fx.CompactGrad) for grad in grads)
+    return "".join(LETTERS[name] for name in CALLS.findall(codes[-1])), grads
+
+
+def run(rank):
+    """As torch schedules it each wait follows its collective; here a product comes between."""
+    off = {"reorder_for_compute_comm_overlap": False}
+    for way, start in ((data_parallel, "r"), (fully_shard, "s")):
+        (apart, want), (beside, got) = order(way, **off), order(way)
+        assert apart.count(start) == beside.count(start) == LAYERS
+        assert apart.count(f"{start}w") == LAYERS, apart
+        assert beside.count(f"{start}w") <= 2, beside  # the last, beside which nothing is left
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.compact, b.compact, rtol=0, atol=0)
+    fused, got = order(data_parallel, bucket_all_reduces_fx="all")
+    assert fused.count("r") == 1, fused
+    for a, b in zip(got, order(data_parallel)[1], strict=True):
+        torch.testing.assert_close(a.compact, b.compact)
+
+
+def test_products_run_while_gradients_are_averaged():
+    spawn(run, 2, timeout=120)
