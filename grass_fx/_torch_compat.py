@@ -245,6 +245,11 @@ def running_ddp() -> Any:
     return DistributedDataParallel._get_active_ddp_module()
 
 
+def averaged_by(ddp: Any) -> Sequence[Tensor]:
+    """The parameters that a DistributedDataParallel has in its buckets."""
+    return cast("Sequence[Tensor]", ddp._module_parameters)
+
+
 def ignore_in_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
     """Let a DistributedDataParallel of ``model`` leave these parameters alone."""
     from torch.nn.parallel import DistributedDataParallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx._torch_compat import running_ddp
+from grass_fx._torch_compat import averaged_by, running_ddp
 from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError
 from grass_fx.gradient import CompactGrad, Selection
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
@@ -113,6 +114,7 @@ class GrassCallable:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring, self.local = regular, scoring, local
         self._agreed = False
+        self._checked: weakref.ref[Any] | None = None
         self._stored: dict[Any, list[Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -123,9 +125,8 @@ class GrassCallable:
             for param, weight in zip(params, weights, strict=True)
         ]
         replicas = subspaces[0].replicas
-        if replicas is None:
-            self._check_ddp(params, subspaces)
-        elif not self._agreed:
+        self._check_ddp(params, subspaces)
+        if replicas is not None and not self._agreed:
             # Groups may be called differently: of a mesh each process has groups of its own.
             specs = [replace(s.spec, group=None, shards=None) for s in subspaces]
             mine = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
@@ -153,15 +154,22 @@ class GrassCallable:
             return scoring(*args, *extra)
         return regular(*args, *extra)
 
-    @staticmethod
-    def _check_ddp(params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
+    def _check_ddp(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
         """Raise if these weights are in the buckets of a DistributedDataParallel."""
-        if running_ddp() is not None and not all(hasattr(p, "_ddp_ignored") for p in params):
-            raise CompactGradError(
-                f"{subspaces[0].name} gets a compact gradient, and DistributedDataParallel has it "
-                "in a bucket of full ones. Call grass_fx.distributed.data_parallel(model) before "
-                "DistributedDataParallel(model)."
-            )
+        ddp = running_ddp()
+        if ddp is None or (self._checked is not None and self._checked() is ddp):
+            return
+        bucketed = {id(p) for p in averaged_by(ddp)}
+        for p, subspace in zip(params, subspaces, strict=True):
+            if id(p) in bucketed:
+                raise CompactGradError(
+                    f"{subspace.name} gets a compact gradient, and DistributedDataParallel has it "
+                    "in a bucket of full ones. Call grass_fx.distributed.data_parallel(model) "
+                    "before DistributedDataParallel(model), with the same model, here "
+                    f"{type(ddp.module).__name__}: for a part of it DistributedDataParallel knows "
+                    "nothing of the call."
+                )
+        self._checked = weakref.ref(ddp)
 
     def _averages(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> bool:
         """Whether this call's graph is to average gradients, or they are averaged afterwards.

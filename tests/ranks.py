@@ -4,6 +4,7 @@ import datetime
 import os
 import tempfile
 import traceback
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -35,3 +36,14 @@ def spawn(function, ranks, *args, timeout=TIMEOUT):
     """``function(rank, *args)`` in each of ``ranks`` processes with a process group."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_start, (ranks, function, f"{folder}/store", timeout, args), nprocs=ranks)
+
+
+@contextmanager
+def one_process(folder, name):
+    """A group of this process alone."""
+    store = f"file://{folder}/{name}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,12 +1,9 @@
 """Full sharding: several processes hold parts of each weight and train as one."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import spawn
 from test_data_parallel import EXACT, STEPS, Model, batch, loss_of, options
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -23,6 +20,7 @@ from grass_fx.distributed import fully_shard
 from grass_fx.errors import DistributedError, OptionError
 from grass_fx.testing.traffic import Traffic
 from helpers import Captured
+from ranks import one_process, spawn
 
 
 class Experts(nn.Module):
@@ -41,6 +39,15 @@ OTHERS = {  # of another model, or with other options
     "stack": (Experts, {"rank": 8}),
     "blocks": (Model, {"rank": 16, "block": 2}),
     "replacement": (Model, {"rank": 8, "selection": "uniform", "replacement": True}),
+    "drawn by scores": (
+        Model,
+        {
+            "rank": 8,
+            "selection": "multinomial_norm",
+            "replacement": True,
+            "score_sync": "gradient",
+        },
+    ),
 }
 CASES = [("cyclic", "norms", "auto"), ("top", "gradient", "auto"), ("uniform", "norms", "in")]
 
@@ -182,6 +189,8 @@ def refuse(rank):
     optimizer = grass_fx.subspace(torch.optim.SGD)(model.parameters(), lr=0.1)
     with pytest.raises(OptionError, match=r"weight is sharded .* Use grass_fx.AdamW"):
         optimizer.step()
+    with pytest.raises(OptionError, match="Call explain before fully_shard"):
+        grass_fx.explain(model, batch(0))
     with pytest.raises(DistributedError, match="is a DTensor already"):
         fully_shard(model)
     torch._dynamo.reset()
@@ -205,17 +214,6 @@ def two(rank, folder):
 def four(rank, folder):
     run(rank, folder)
     resume(rank, folder)
-
-
-@contextmanager
-def one_process(folder, name):
-    """A group of this process alone."""
-    store = f"file://{folder}/{name}"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

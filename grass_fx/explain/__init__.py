@@ -16,6 +16,7 @@ from grass_fx.cost import MOMENTS, LinearCost
 from grass_fx.errors import OptionError
 from grass_fx.explain.findings import Cost, GraphNode, Weight
 from grass_fx.explain.report import Report
+from grass_fx.sharding import sharding_of
 
 if TYPE_CHECKING:
     from grass_fx.explain.tracing import TracedGraph, TracedWeight
@@ -48,13 +49,18 @@ def explain(
         dynamic: as for ``torch.compile``; with symbolic sizes, amounts are sympy expressions.
 
     Raises:
-        OptionError: an option is impossible, or gradients are disabled.
+        OptionError: an option is impossible, gradients are disabled, or the model is sharded.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"explain: {type(model).__name__} is no torch.nn.Module.")
     if not torch.is_grad_enabled():
         raise OptionError("explain: gradients are disabled here, and nothing would be rewritten.")
     model = getattr(model, "_orig_mod", model)
+    if any(p in sharding_of for p in model.parameters()):
+        raise OptionError(
+            "explain: the model's parameters are sharded. Call explain before fully_shard: the "
+            "same weights are rewritten, and amounts are those of all processes together."
+        )
     leaves = tree_leaves((args, kwargs))
     given = [each for each in leaves if isinstance(each, Tensor)]
     watcher = _Watcher(model, GrassConfig.from_options(options), given)

@@ -75,7 +75,9 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
 
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
-    tapped, extended = tap_weights_pass(gm, inputs, found.taken, with_scores=config.needs_scores)
+    tapped, extended = tap_weights_pass(
+        gm, inputs, found.taken, with_scores=config.needs_scores, score_sync=config.score_sync
+    )
     tracer = _Tracer(config, found, inputs)
     compat.compile_aot_eager(tapped, extended, tracer.rewrite, on_partition=tracer.partitioned)
     if not tracer.parts:
