@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from parallel import WAYS, distribute, is_first, mean, part_of, processes, whole_state
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -29,6 +28,7 @@ import grass_fx
 from data import Batches, Corpus, held_out_loss, load
 from grass_fx.sharding import local
 from llama import SIZES, build
+from parallel import WAYS, distribute, is_first, mean, part_of, processes, whole_state
 
 # The first steps compile (a rule with scores: the scoring step first, the regular one next).
 UNTIMED_STEPS = 3
@@ -269,7 +269,9 @@ def save(model: nn.Module, path: Path) -> None:
     state = whole_state(model)  # on several processes all of them take part
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path)
+        unfinished = path.with_name(path.name + ".part")
+        torch.save(state, unfinished)
+        unfinished.replace(path)  # whoever finds the file finds all of it
         print(f"wrote {path}")
 
 

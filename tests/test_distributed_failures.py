@@ -5,14 +5,17 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import spawn
+import torch.distributed.checkpoint as dcp
 from test_data_parallel import Model, batch, loss_of, options
+from test_fully_shard import advance, built
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_fx
 from grass_fx.distributed import data_parallel, no_sync
 from grass_fx.errors import CompactGradError, DistributedError
+from ranks import one_process, spawn
 
 
 def compiled(model, **more):
@@ -113,6 +116,42 @@ def die(rank):
 def test_a_process_that_dies_stops_the_others():
     with pytest.raises(ProcessExitedException, match="exit code 7"):
         spawn(die, 2, timeout=10)
+
+
+class DiesWriting(dcp.FileSystemWriter):
+    """The second process ends when it is to write its part."""
+
+    def write_data(self, plan, planner):
+        if dist.get_rank() == 1:
+            os._exit(7)
+        return super().write_data(plan, planner)
+
+
+def die_saving(rank, folder):
+    parts = model, _, optimizer = built()
+    for step, writer in enumerate((dcp.FileSystemWriter, DiesWriting)):
+        advance(*parts, [step])
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        if writer is DiesWriting:
+            with pytest.raises(RuntimeError):
+                dcp.save(states, storage_writer=writer(f"{folder}/{step}"))
+            os._exit(0)
+        dcp.save(states, storage_writer=writer(f"{folder}/{step}"))
+
+
+def test_a_process_that_dies_while_saving_leaves_no_checkpoint(tmp_path):
+    """Parts of one may lie there: without their index nothing takes them for a checkpoint."""
+    with pytest.raises(ProcessExitedException, match="exit code 7"):
+        spawn(die_saving, 2, str(tmp_path), timeout=10)
+    with one_process(tmp_path, "after"):
+        model, _, optimizer = built()
+        fresh = get_state_dict(model, optimizer)[0]
+        with pytest.raises(dcp.api.CheckpointException, match=r"metadata"):
+            dcp.load({"model": fresh}, checkpoint_id=tmp_path / "1")
+        before = [p.detach().full_tensor().clone() for p in model.parameters()]
+        dcp.load({"model": fresh}, checkpoint_id=tmp_path / "0")
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert not torch.equal(p.detach().full_tensor(), old)
 
 
 def stop_early(rank):
