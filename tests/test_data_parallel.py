@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import spawn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_fx
 from grass_fx.distributed import data_parallel, no_sync
 from grass_fx.testing.traffic import Traffic
+from ranks import spawn
 
 STEPS, K, BATCH, HIDDEN = 13, 4, 8, 16
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

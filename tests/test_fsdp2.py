@@ -4,13 +4,13 @@ import copy
 import warnings
 
 import torch
-from ranks import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import grass_fx
 from grass_fx.errors import GrassWarning
+from ranks import spawn
 
 RANKS, STEPS = 2, 3
 OPTIONS = {"rank": 4, "compiler": "aot_eager"}

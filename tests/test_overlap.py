@@ -3,12 +3,12 @@
 import re
 
 import torch
-from ranks import spawn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import grass_fx
 from grass_fx.distributed import data_parallel, fully_shard
 from helpers import mlp
+from ranks import spawn
 
 LAYERS = 4
 LETTERS = {  # what generated code does, by a part of the line
