@@ -27,7 +27,7 @@ demo: setup
 test: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The passes are grass_fx.passes only once installed: types are checked on what users install.
 typecheck: setup

@@ -87,6 +87,14 @@ def test_there_are_sources():
     assert {"grass_fx", "grass_fx.backend", "grass_fx.passes.pipeline"} <= MODULES.keys()
 
 
+def test_every_package_is_installed():
+    """The list in pyproject.toml: what is not on it is missing from the wheel."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert {*settings["tool"]["setuptools"]["packages"]} == packages
+
+
 @every_module
 def test_only_torch_compat_touches_private_torch(module):
     if module in ("grass_fx._torch_compat", "grass_fx.testing.virtual_gpu"):
