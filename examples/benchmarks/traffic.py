@@ -24,6 +24,7 @@ Gloo does a reduce-scatter by an all-reduce, so it sends twice what it has to.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -136,7 +137,7 @@ def worker(args: argparse.Namespace) -> None:
     """One of the processes; the first writes what was measured to `args.result`."""
     torch.set_num_threads(1)
     interface = os.environ["GLOO_SOCKET_IFNAME"]
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))  # one may compile longer
     ways, draw = {name: set_up(name, args) for name in args.ways}, random_tokens(args)
     for way in ways.values():
         for _ in range(args.warmup):

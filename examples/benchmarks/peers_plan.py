@@ -1,0 +1,270 @@
+"""Which runs peers.py makes: contenders, sweeps of their rates, seeds, ablations, finetuning.
+
+A plan is a generator. It yields lists of runs, finds their results in the dict that it was given
+once it goes on, and decides by them what comes next. So a plan that is started again asks for the
+same runs, and those that have results are not made twice; a run that two stages ask for is one.
+"""
+
+import math
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from contenders import Run
+from finetune import matches
+
+Results = dict[str, dict]
+Plan = Generator[list[Run], None, dict]
+
+RULES = ("uniform", "top", "multinomial_norm", "multinomial_norm_sq", "frozen_top")
+RANKS = {"1/4": 0.25, "1/8": 0.125}
+ATTENTION, MLP = "layers.*.attention.*", "layers.*.mlp.*"
+# Where the sweeps of `linear_lr` begin: the neighbours of what others have found, or advise.
+FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LOW_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+DENSE_RATE = 8e-3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings; its rates are yet to be found."""
+
+    name: str
+    run: Run
+    rates: Sequence[float] = ()
+    """Candidates of `linear_lr`."""
+    like: str = ""
+    """The contender whose rates it starts from; without one it sweeps all of its own."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    base: Run
+    only: tuple[str, ...] = ("*",)
+    """Patterns of contenders' names."""
+    rules: tuple[str, ...] = RULES
+    """Beside the default."""
+    details: bool = True
+    """Whether blocks and resets are contenders, too, and the weights taken an ablation."""
+    seeds: int = 3
+    workers: int = 2
+    seconds_per_run: float = 14.0
+    """Until there are runs to tell it."""
+    candidates: int = 4
+    """Of `linear_lr`."""
+    neighbours: tuple[float, ...] = (0.5, 1, 2)
+    """Of a best rate, as factors."""
+    ranks: tuple[str, ...] = tuple(RANKS)
+    periods: tuple[int, ...] = (10, 25, 50, 100, 200, 400)
+    warmups: tuple[int, ...] = (0, 5, 20, 50)
+    factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+    """Of the best `linear_lr`, in the ablation of `scale`."""
+    finetune_steps: int = 180
+    galore_every: int = 200
+    """Steps between two projections of GaLore; for APOLLO the same."""
+
+
+def contenders(scale: Scale) -> list[Contender]:
+    """One thing at a time is varied around grass's defaults, not everything by everything."""
+    base, found, gap = scale.base, [], {"refresh_every": scale.galore_every}
+
+    def add(name: str, rates: Sequence[float], like: str = "", **changes) -> None:
+        if matches(name, scale.only):
+            run = replace(base, **changes)
+            found.append(Contender(name, run, rates[: scale.candidates], like))
+
+    add("adamw", FULL_RATES, method="adamw")
+    add("adamw8bit", FULL_RATES, method="adamw8bit")
+    for name in scale.ranks:
+        rank = RANKS[name]
+        add(f"galore {name}", LOW_RATES, method="galore", rank=rank, **gap)
+        add(f"apollo {name}", LOW_RATES, method="apollo", rank=rank, **gap)
+        add(f"grass {name}", LOW_RATES, method="grass", rank=rank)
+    add("lora 1/4", LOW_RATES, method="lora", rank=0.25)
+    add("grass8bit 1/4", LOW_RATES, method="grass8bit", rank=0.25)
+    add("grass 1/4 with head", LOW_RATES, method="grass", rank=0.25, include_head=True)
+    for name in scale.ranks:
+        like, grass = f"grass {name}", {"method": "grass", "rank": RANKS[name]}
+        for rule in scale.rules:
+            add(f"grass {name} {rule}", (), like, selection=rule, **grass)
+        for rule in ("cyclic", "multinomial_norm") if scale.details else ():
+            chosen = {**grass, "selection": rule}
+            add(f"grass {name} {rule} block 8", (), like, block=8, **chosen)
+            add(f"grass {name} {rule} reset", (), like, on_refresh="reset", **chosen)
+    return found
+
+
+def loss_of(run: Run, results: Results) -> float:
+    """Its held-out loss; infinite for a run that is missing or has diverged."""
+    result = results.get(run.key)
+    if result is None or not result["finite"] or not math.isfinite(result["held_out"]):
+        return math.inf
+    return result["held_out"]
+
+
+def best_of(runs: Iterable[Run], results: Results) -> Run | None:
+    best = min(runs, key=lambda run: loss_of(run, results), default=None)
+    return best if best and math.isfinite(loss_of(best, results)) else None
+
+
+def beyond(rate: str, runs: Iterable[Run], results: Results) -> list[Run]:
+    """One more run where the best has no neighbour on one side: the grid is extended once."""
+    runs = list(runs)
+    best = best_of(runs, results)
+    if best is None:
+        return []
+    values = {getattr(run, rate) for run in runs}
+    value = getattr(best, rate)
+    if len(values) == 1:
+        return []
+    if value == max(values):
+        return [replace(best, **{rate: 2 * value})]
+    if value == min(values):
+        return [replace(best, **{rate: value / 2})]
+    return []
+
+
+def sweep(
+    entries: Sequence[Contender], dense_lr: float, neighbours: Sequence[float], results: Results
+) -> Plan:
+    """The best run of each contender, and all that it tried, by name.
+
+    First the candidates of `linear_lr`, then, with the best of them, the neighbours of `lr`. Who is
+    `like` another takes over its `lr`, and tries the neighbours of its `linear_lr`.
+    """
+    best: dict[str, Run | None] = {}
+    tried: dict[str, list[Run]] = {}
+
+    def settle(lines: dict[str, list[Run]], rate: str) -> Generator[list[Run], None, None]:
+        yield [run for line in lines.values() for run in line]
+        more = {name: beyond(rate, line, results) for name, line in lines.items()}
+        yield [run for line in more.values() for run in line]
+        for name, line in lines.items():
+            known = tried.setdefault(name, [])
+            known += [run for run in line + more[name] if run not in known]
+            best[name] = best_of(known, results)
+
+    def around(name: str, run: Run, rate: str) -> list[Run]:
+        found = best.get(name)
+        if found is None:
+            return []
+        run = replace(run, lr=found.lr, linear_lr=found.linear_lr)
+        return [replace(run, **{rate: factor * getattr(run, rate)}) for factor in neighbours]
+
+    heads = [each for each in entries if not each.like]
+    lines = {
+        each.name: [replace(each.run, lr=dense_lr, linear_lr=rate) for rate in each.rates]
+        for each in heads
+    }
+    yield from settle(lines, "linear_lr")
+    yield from settle({each.name: around(each.name, each.run, "lr") for each in heads}, "lr")
+    followers = [each for each in entries if each.like]
+    lines = {each.name: around(each.like, each.run, "linear_lr") for each in followers}
+    yield from settle(lines, "linear_lr")
+    return {"best": {name: run for name, run in best.items() if run}, "tried": tried}
+
+
+def with_seeds(run: Run, seeds: int) -> list[Run]:
+    return [replace(run, seed=run.seed + k) for k in range(seeds)]
+
+
+def pretraining(scale: Scale, results: Results, available: Sequence[Contender]) -> Plan:
+    """The sweeps and the finalists' further seeds."""
+    swept = yield from sweep(available, DENSE_RATE, scale.neighbours, results)
+    yield [run for best in swept["best"].values() for run in with_seeds(best, scale.seeds)]
+    return swept
+
+
+Panels = dict[str, dict[str, dict[str, Run]]]
+
+
+def panels(scale: Scale, best: dict[str, Run]) -> Panels:
+    """Title of a small figure: label of a curve or group: what is varied: the run."""
+    found: Panels = {name: {} for name in ("refresh_every", "warmup_steps", "scale")}
+    for name in scale.ranks:
+        if f"grass {name}" not in best:
+            continue
+        run = best[f"grass {name}"]
+        found["refresh_every"][name] = {
+            str(k): replace(run, refresh_every=k) for k in scale.periods if k <= run.steps
+        }
+        found["warmup_steps"][name] = {
+            str(steps): replace(run, warmup_steps=steps) for steps in scale.warmups
+        }
+        found["scale"][name] = {
+            f"{factor:g}": replace(run, linear_lr=factor * run.linear_lr)
+            for factor in scale.factors
+        }
+    if "galore 1/4" in best:
+        run = best["galore 1/4"]
+        found["refresh_every"]["GaLore 1/4"] = {
+            str(k): replace(run, refresh_every=k) for k in scale.periods if k <= run.steps
+        }
+    if scale.details and "grass 1/4" in best and "adamw" in best:
+        run, linear_lr = best["grass 1/4"], best["adamw"].linear_lr
+        found["weights taken"] = {
+            "1/4": {
+                "attention": replace(run, take=(ATTENTION,), untaken_lr=linear_lr),
+                "mlp": replace(run, take=(MLP,), untaken_lr=linear_lr),
+                "both": run,
+                "both, head": replace(run, include_head=True),
+            }
+        }
+    # The rest has its own swept rates, and is in the table as well.
+    rest = {
+        "selection": {"cyclic": "", **{rule: f" {rule}" for rule in RULES}},
+        "on_refresh": {
+            "cyclic": "",
+            "cyclic, reset": " cyclic reset",
+            "multinomial": " multinomial_norm",
+            "multinomial, reset": " multinomial_norm reset",
+        },
+        "block": {
+            "cyclic": "",
+            "cyclic, 8": " cyclic block 8",
+            "multinomial": " multinomial_norm",
+            "multinomial, 8": " multinomial_norm block 8",
+        },
+    }
+    for title, endings in rest.items():
+        found[title] = {}
+        for name in scale.ranks:
+            points = {x: best.get(f"grass {name}{ending}") for x, ending in endings.items()}
+            found[title][name] = {x: run for x, run in points.items() if run}
+    return {title: line for title, line in found.items() if any(len(x) > 1 for x in line.values())}
+
+
+def ablations(scale: Scale, best: dict[str, Run]) -> Plan:
+    found = panels(scale, best)
+    yield [run for series in found.values() for line in series.values() for run in line.values()]
+    return found
+
+
+def finetuning(scale: Scale, results: Results, best: dict[str, Run], usable: set[str]) -> Plan:
+    """From the weights of the best AdamW run to other text."""
+    if "adamw" not in best:
+        return {"best": {}, "tried": {}}
+    source = replace(best["adamw"], keep=True)
+    yield [source]
+    if source.key not in results:
+        return {"best": {}, "tried": {}}
+    base = replace(
+        scale.base,
+        steps=scale.finetune_steps,
+        data="reference",
+        old_data=scale.base.data,
+        start=source.key,
+    )
+    entries = [
+        Contender("adamw", replace(base, method="adamw"), (2.5e-4, 5e-4, 1e-3)[: scale.candidates])
+    ]
+    for method in ("lora", "grass"):
+        for name in scale.ranks:
+            run = replace(base, method=method, rank=RANKS[name])
+            rates = (5e-4, 1e-3, 2e-3)[: scale.candidates]
+            entries.append(Contender(f"{method} {name}", run, rates))
+    entries = [each for each in entries if each.run.method in usable]
+    swept = yield from sweep(entries, 1e-3, scale.neighbours, results)
+    yield [run for run_ in swept["best"].values() for run in with_seeds(run_, scale.seeds)]
+    return swept
