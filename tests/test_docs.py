@@ -67,7 +67,10 @@ PIECE = re.compile(
 # Blocks that cannot run on one machine without a GPU, by their page: the reason stands in a comment
 # <!-- not run: reason --> above each. Think of a hidden <!-- setup ... --> before you add one.
 NOT_RUN: dict[str, list[str]] = {}
-NEEDED = {"trainers.md": ("transformers", "accelerate", "lightning")}
+NEEDED = {
+    "trainers.md": ("transformers", "accelerate", "lightning"),
+    "comparison.md": ("bitsandbytes",),
+}
 
 
 def pieces(page):
