@@ -114,7 +114,8 @@ class GrassCallable:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring, self.local = regular, scoring, local
         self._agreed = False
-        self._checked: weakref.ref[Any] | None = None
+        self._ddp: weakref.ref[Any] | None = None
+        self._bucketed: set[int] = set()
         self._stored: dict[Any, list[Tensor]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -157,19 +158,20 @@ class GrassCallable:
     def _check_ddp(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
         """Raise if these weights are in the buckets of a DistributedDataParallel."""
         ddp = running_ddp()
-        if ddp is None or (self._checked is not None and self._checked() is ddp):
+        if ddp is None:
             return
-        bucketed = {id(p) for p in averaged_by(ddp)}
+        if self._ddp is None or self._ddp() is not ddp:
+            self._ddp, self._bucketed = weakref.ref(ddp), {id(p) for p in averaged_by(ddp)}
         for p, subspace in zip(params, subspaces, strict=True):
-            if id(p) in bucketed:
+            if id(p) in self._bucketed:
+                model = getattr(ddp.module, "_orig_mod", ddp.module)
                 raise CompactGradError(
                     f"{subspace.name} gets a compact gradient, and DistributedDataParallel has it "
                     "in a bucket of full ones. Call grass_fx.distributed.data_parallel(model) "
                     "before DistributedDataParallel(model), with the same model, here "
-                    f"{type(ddp.module).__name__}: for a part of it DistributedDataParallel knows "
+                    f"{type(model).__name__}: for a part of it DistributedDataParallel knows "
                     "nothing of the call."
                 )
-        self._checked = weakref.ref(ddp)
 
     def _averages(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> bool:
         """Whether this call's graph is to average gradients, or they are averaged afterwards.

@@ -59,6 +59,9 @@ def misuse(rank):
     step = DistributedDataParallel(compiled(Model()))
     with pytest.raises(CompactGradError, match=r"data_parallel\(model\) before Distributed"):
         loss_of(step, batch(0))
+    part = torch.nn.Sequential(data_parallel(Model()))
+    with pytest.raises(CompactGradError, match="with the same model, here Sequential"):
+        loss_of(DistributedDataParallel(compiled(part)), batch(0))
     with pytest.raises(DistributedError, match="Call data_parallel.model. first"):
         data_parallel(step)
     with pytest.raises(DistributedError, match=r"no_sync: call .*data_parallel"), no_sync(Model()):
