@@ -67,7 +67,7 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
             "data_parallel: the model is in a DistributedDataParallel already, which has its "
             "weights in buckets. Call data_parallel(model) first."
         )
-    group = dist.group.WORLD if process_group is None else process_group
+    group: Any = dist.group.WORLD if process_group is None else process_group
     replicas = ModelReplicas(model, group)
     named = dict(model.named_parameters())
     described = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
@@ -129,8 +129,12 @@ class ModelReplicas:
         """Whether the backward of a forward that runs now averages gradients."""
         if (ddp := running_ddp()) is not None:
             self._ddp = weakref.ref(ddp)
-        ddp = self._ddp and self._ddp()
-        return self.enabled and (ddp is None or bool(ddp.require_backward_grad_sync))
+        outer = self._outer()
+        return self.enabled and (outer is None or bool(outer.require_backward_grad_sync))
+
+    def _outer(self) -> DistributedDataParallel | None:
+        """The DistributedDataParallel around the model, once one was seen."""
+        return None if self._ddp is None else self._ddp()
 
     def on_gradient(self, p: Tensor) -> None:
         """Called for each parameter when a backward has accumulated its gradient."""
@@ -140,8 +144,7 @@ class ModelReplicas:
         grad = p.grad
         if grad is None or (isinstance(grad, CompactGrad) and not grad.local):
             return
-        ddp = self._ddp and self._ddp()
-        if ddp is None or hasattr(p, "_ddp_ignored"):
+        if self._outer() is None or hasattr(p, "_ddp_ignored"):
             self._pending[self._names[id(p)]] = p
 
     def _finish_backward(self) -> None:

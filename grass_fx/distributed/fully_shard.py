@@ -76,7 +76,8 @@ def fully_shard(
                     replicas_of[made[id(p)]] = replicas
             module._parameters[name] = made[id(p)]
         if own:
-            module.__class__ = _gathering(type(module), tuple(own))
+            cls: Any = type(module)
+            module.__class__ = _gathering(cls, tuple(own))
     for buffer in model.buffers():
         dist.broadcast(buffer, dist.get_global_rank(replicas.group, 0), replicas.group)
     return model
