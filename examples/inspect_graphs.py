@@ -106,9 +106,13 @@ def stages() -> dict[str, str]:
 
 
 def dumped(kind: type[nn.Module] = TwoLayers, **options) -> dict[str, str]:
-    """What `dump_dir` receives, by stage: {"dynamo": ..., "joint_regular": ...}."""
+    """What `dump_dir` receives, by stage: {"dynamo": ..., "joint_regular": ...}.
+
+    With side "auto", which shows both sides: one weight has fewer inputs, the other fewer outputs.
+    """
+    options = {"side": "auto", "compiler": "aot_eager", **options}
     with tempfile.TemporaryDirectory() as folder:
-        one_step("grass", {**options, "dump_dir": folder, "compiler": "aot_eager"}, kind)
+        one_step("grass", {**options, "dump_dir": folder}, kind)
         files = sorted(Path(folder).iterdir())  # 02_joint_regular.py
         return {file.stem.partition("_")[2]: graph_part(file.read_text("utf-8")) for file in files}
 
@@ -167,13 +171,14 @@ def halves(kind: type[nn.Module]) -> list[str]:
     def look(graph: torch.fx.Graph) -> None:
         found.append(tidy(graph_text(graph)))
 
-    one_step("grass", {"rank": 4, "inductor": {"post_grad_custom_pre_pass": look}}, kind)
+    options = {"rank": 4, "side": "auto", "inductor": {"post_grad_custom_pre_pass": look}}
+    one_step("grass", options, kind)
     return found
 
 
 def matrix_products(backend: str) -> dict[str, list[str]]:
     """Shapes of the matrix products in the code that Inductor generates, by half of the step."""
-    options = {"rank": 4} if backend == "grass" else {}
+    options = {"rank": 4, "side": "auto"} if backend == "grass" else {}
     _, codes = run_and_get_code(one_step, backend, options)
     halves = {}
     for half, code in zip(("forward", "backward"), codes, strict=True):

@@ -52,13 +52,15 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     add("--selection", choices=[*RULES], default="cyclic", help="the rule (cyclic)")
     add("--scoring", choices=SCORINGS, default="auto", help="of rules that look at norms (auto)")
     add("--block", type=int, default=1, help="rows selected together (1)")
+    add("--side", choices=SIDES, default="in", help="which features are selected (in)")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="weights that stay dense")
     add("--json", action="store_true", help="print all of it as JSON")
     parser.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    options = {name: getattr(args, name) for name in ("selection", "scoring", "block", "exclude")}
+    chosen = ("selection", "scoring", "block", "side", "exclude")
+    options = {name: getattr(args, name) for name in chosen}
     found = plan(
         args.shape,
         args.memory,
@@ -95,7 +97,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     add("--selection", choices=[*RULES], default="cyclic", help="the rule (cyclic)")
     add("--scoring", choices=SCORINGS, default="auto", help="of rules that look at norms (auto)")
     add("--block", type=int, default=1, help="rows selected together (1)")
-    add("--side", choices=SIDES, default="auto", help="which features are selected (auto)")
+    add("--side", choices=SIDES, default="in", help="which features are selected (in)")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="weights that stay dense")
     add("--html", metavar="FILE", help="write a page with tables, bars and graphs")
     add("--plot", metavar="FILE", help="draw memory and FLOPs (needs matplotlib)")

@@ -90,8 +90,8 @@ class GrassConfig:
     its scores and its compact gradient; "tiles" holds only tiles of it and computes the compact
     gradient beside them, at the price of one more compact product; "auto" uses tiles for large
     gradients on a GPU."""
-    side: str = "auto"
-    """"out" selects output features, "in" input features, "auto" the smaller dimension."""
+    side: str = "in"
+    """"in" selects input features, "out" output features, "auto" the smaller dimension."""
     include: tuple[str, ...] | None = None
     """Patterns (fnmatch) of parameter names to take; None means all."""
     exclude: tuple[str, ...] = ()

@@ -234,7 +234,7 @@ def test_two_graphs_may_see_a_matrix_from_two_sides():
             return x @ self.w.t()
 
     model, x = BothWays().double(), torch.randn(4, 8, dtype=torch.float64)
-    backend = Captured(rank=2)
+    backend = Captured(rank=2, side="auto")
     torch.compile(model, backend=backend)(x).square().sum().backward()
     assert [g.found.taken[0].spec.side for g in backend.graphs] == ["out", "in"]
     (full,) = torch.autograd.grad(model(x).square().sum(), model.w)
@@ -243,7 +243,7 @@ def test_two_graphs_may_see_a_matrix_from_two_sides():
 
 def test_one_line_is_logged_for_each_compilation(caplog):
     with caplog.at_level(logging.INFO, "grass_fx"):
-        taken = torch.compile(mlp(8, 16, 6, 2), backend=Captured(rank=4))
+        taken = torch.compile(mlp(8, 16, 6, 2), backend=Captured(rank=4, side="auto"))
         taken(torch.randn(4, 8))
     (line,) = [r.getMessage() for r in caplog.records if r.name == "grass_fx.backend"]
     assert line.startswith("2 weights taken, 1 left (4.weight: rank 4 exceeds its 2 output")

@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_method():
         "block": 1,
         "replacement": False,
         "scoring": "auto",
-        "side": "auto",
+        "side": "in",
         "include": None,
         "exclude": (),
         "seed": 0,

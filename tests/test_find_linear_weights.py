@@ -156,14 +156,23 @@ def test_include_and_exclude_match_names_relative_to_the_region():
 
 
 def test_a_rank_above_the_dimension_leaves_the_weight_dense():
-    taken, left = taken_and_left(mlp(8, 16, 4), torch.randn(4, 8), rank=8)
+    taken, left = taken_and_left(mlp(8, 4, 16), torch.randn(4, 8), rank=8)
     assert taken == ["0.weight"]  # 8 of 8: equal to the rank is taken
-    assert left == {"2.weight": "rank 8 exceeds its 4 output features"}
+    assert left == {"2.weight": "rank 8 exceeds its 4 input features"}
 
 
-@pytest.mark.parametrize(("side", "dims"), [("auto", [1, 0]), ("out", [0, 0]), ("in", [1, 1])])
-def test_side_auto_selects_the_smaller_dimension(side, dims):
-    backend = Captured(rank=2, side=side)
+@pytest.mark.parametrize(
+    ("options", "dims"),
+    [
+        ({}, [1, 1]),
+        ({"side": "in"}, [1, 1]),
+        ({"side": "out"}, [0, 0]),
+        ({"side": "auto"}, [1, 0]),
+    ],
+)
+def test_input_features_are_selected_unless_told_otherwise(options, dims):
+    """side="auto" selects the smaller dimension."""
+    backend = Captured(rank=2, **options)
     torch.compile(mlp(8, 16, 8), backend=backend)(torch.randn(4, 8))
     assert [weight.spec.dim for weight in backend.only.found.taken] == dims
 

@@ -199,7 +199,7 @@ def test_a_file_runs_as_a_program_and_says_where_it_comes_from(tmp_path):
     printed = run.stdout.splitlines()
     half = len(printed) // 2
     assert printed[:half] == printed[half:]  # norms to 6 digits
-    assert any("(2, 8) torch.float32, norm " in line for line in printed)
+    assert any("(6, 2) torch.float32, norm " in line for line in printed)
     header = files["pushed_regular"].read_text(encoding="utf-8").splitlines()[:6]
     number = Block.forward.__code__.co_firstlineno + 1
     assert header[0].startswith("# pushed_regular, ") and header[0].endswith(" nodes")
@@ -286,7 +286,7 @@ def test_nothing_taken_says_what_to_do_and_in_which_graph():
     with pytest.warns(GrassWarning, match="took no weight") as caught:
         torch.compile(Block(), backend=Captured(rank=99))(torch.randn(4, 8))
     (message,) = [str(w.message) for w in caught if w.category is GrassWarning]
-    assert "linear.weight: rank 99 exceeds its 6 output features" in message
+    assert "linear.weight: rank 99 exceeds its 8 input features" in message
     assert "options rank, side, include or exclude" in message
     assert "0/0 of forward (test_logs.py:" in message
 
