@@ -86,19 +86,25 @@ def test_a_sweep_goes_on_beyond_an_edge_once():
     ]
 
     def loss(run):
-        best = 2.0 if run.method == "adamw" else 100.0
-        return abs(math.log(run.linear_lr / best)) + abs(math.log(run.lr / 3.0))
+        best, k = (2.0, 1) if run.method == "adamw" else (100.0, 300)
+        swept = (run.linear_lr / best, run.lr / 3.0, run.refresh_every / k)
+        return sum(abs(math.log(each)) for each in swept)
 
     results = {}
-    found, asked = decided(peers_plan.sweep(entries, 1.0, (0.5, 1, 2), results), loss, results)
-    best = {name: (run.lr, run.linear_lr) for name, run in found["best"].items()}
-    # From 1.0 the dense rates tried are 0.5, 1, 2 and, beyond the edge, 4; each line once.
-    assert best == {"inside": (4.0, 2.0), "outside": (4.0, 8.0), "like it": (4.0, 32.0)}
+    plan = peers_plan.sweep(peers_plan.Scale(Run()), entries, 1.0, results)
+    found, asked = decided(plan, loss, results)
+    best = {name: (run.lr, run.linear_lr, run.refresh_every) for name, run in found["best"].items()}
+    # From 1.0 the dense rates tried are 0.5, 1, 2 and, beyond the edge, 4; each line once. K is
+    # swept where there is one, and whoever is like another takes it over.
+    assert best == {
+        "inside": (4.0, 2.0, 50), "outside": (4.0, 8.0, 200), "like it": (4.0, 16.0, 200)
+    }  # fmt: skip
     assert len(found["tried"]["inside"]) == 3 + 3
-    assert len(found["tried"]["outside"]) == 4 + 3
-    assert len(found["tried"]["like it"]) == 3 + 1
-    assert len(asked) == 6 + 7 + 4
-    for name, edge in (("inside", ["lr"]), ("outside", ["lr", "linear_lr"])):
+    assert len(found["tried"]["outside"]) == 4 + 3 + 3
+    assert len(found["tried"]["like it"]) == 2 + 1
+    assert len(asked) == 6 + 10 + 3
+    everything = ["lr", "linear_lr", "refresh_every"]
+    for name, edge in (("inside", ["lr"]), ("outside", everything)):
         assert peers_report.at_edge(found["best"][name], found["tried"][name]) == edge
 
 

@@ -75,6 +75,7 @@ class Run(Settings):
     """Over those of `size`."""
     dtype: str = "float32"
     on_refresh: str = "carry"
+    side: str = "in"
     take: tuple[str, ...] = ()
     """Patterns of the matrices that grass takes; none: those of all blocks."""
     untaken_lr: float = 0.0
@@ -132,7 +133,7 @@ def set_up(run: Run, folder: Path) -> Parts:
 
 
 def set_up_grass(run: Run, model: nn.Module) -> Parts:
-    options = {"include": list(run.take)} if run.take else {}
+    options = {"side": run.side} | ({"include": list(run.take)} if run.take else {})
     model, compiled, _ = set_up_example(replace(run, method="grass"), model, **options)
     groups = [{"params": []}, {"params": [], "lr": run.untaken_lr}]
     for name, p in model.named_parameters():

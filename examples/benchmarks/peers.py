@@ -10,10 +10,11 @@ Contenders stand in contenders.py. All train from the same weights, on the same 
 same schedule. Stages:
 
     sweep       every method's rates, one seed: four rates of the linear weights, then, with the
-                best, half and twice the rate of the rest. Where the best stands at the edge of its
-                line, one more candidate beyond it. Variants of grass (rules, blocks, resets) have
-                three candidates only: the rates of grass at their rank, and half and twice that of
-                the linear weights
+                best, half and twice the rate of the rest, then half and twice the interval K of
+                projections or selections. Where the best stands at the edge of its line, one more
+                candidate beyond it. Variants of grass (sides, rules, blocks, resets) and 8-bit
+                states have fewer: the settings of what they vary, with its linear rate and half of
+                it, and one more beyond the better
     seeds       the best of each with further seeds
     ablations   one thing varied at a time, around grass's best run; one seed, rates not tuned again
     timing      seconds, bytes and traffic, all contenders in turns (peers_timing.py)
@@ -61,10 +62,10 @@ STAGES = ("sweep", "seeds", "ablations", "timing", "finetune", "report", "all")
 CPU = Run(
     size="tiny",
     shape={"hidden": 128, "ffn": 344, "heads": 4},
-    steps=450,
+    steps=600,
     batch=4,
     seq=128,
-    refresh_every=50,
+    refresh_every=100,
 )
 GPU = Run(
     size="60m",
@@ -73,7 +74,7 @@ GPU = Run(
     batch=64,
     seq=256,
     lr=4e-3,
-    refresh_every=50,
+    refresh_every=100,
     data="large",
     device="cuda",
 )
@@ -84,7 +85,7 @@ SCALES = {
         rules=("top", "multinomial_norm"),
         details=False,
         workers=1,
-        seconds_per_run=30,
+        seconds_per_step=0.05,
         periods=(25, 50, 100, 200),
     ),
 }
@@ -105,6 +106,7 @@ SMOKE_SCALE = {
     "details": False,
     "candidates": 1,
     "neighbours": (1,),
+    "followers": (1,),
     "ranks": ("1/4",),
     "periods": (2, 3),
     "warmups": (),
@@ -206,11 +208,12 @@ class Runner:
     def seconds_per_run(self) -> float:
         """Of the runs of this scale that there are, the median; else what is usual."""
         seconds = [
-            result["seconds"]
+            result["seconds"] / result["run"]["steps"]
             for result in self.results.values()
             if result["run"]["shape"] == self.scale.base.shape and not result["run"]["start"]
         ]
-        return statistics.median(seconds) if seconds else self.scale.seconds_per_run
+        per_step = statistics.median(seconds) if seconds else self.scale.seconds_per_step
+        return self.scale.base.steps * per_step
 
     @property
     def pool(self) -> ProcessPoolExecutor:

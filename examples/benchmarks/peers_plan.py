@@ -22,6 +22,9 @@ ATTENTION, MLP = "layers.*.attention.*", "layers.*.mlp.*"
 FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 DENSE_RATE = 8e-3
+SWEPT = ("lr", "linear_lr", "refresh_every")
+PERIODIC = ("galore", "apollo", "grass")
+"""Methods with an interval K of projections or selections, which is swept like their rates."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Contender:
     rates: Sequence[float] = ()
     """Candidates of `linear_lr`."""
     like: str = ""
-    """The contender whose rates it starts from; without one it sweeps all of its own."""
+    """The contender whose rates and K it takes over; without one it sweeps all of its own."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +46,32 @@ class Scale:
     base: Run
     only: tuple[str, ...] = ("*",)
     """Patterns of contenders' names."""
-    rules: tuple[str, ...] = RULES
+    rules: tuple[str, ...] = ("uniform", "top", "multinomial_norm")
     """Beside the default."""
     details: bool = True
-    """Whether blocks and resets are contenders, too, and the weights taken an ablation."""
+    """Whether there are contenders with blocks, too, with all rules and resets at the last rank,
+    where most depends on them, and the weights taken as an ablation."""
     seeds: int = 3
     workers: int = 2
-    seconds_per_run: float = 14.0
+    seconds_per_step: float = 0.03
     """Until there are runs to tell it."""
     candidates: int = 4
     """Of `linear_lr`."""
     neighbours: tuple[float, ...] = (0.5, 1, 2)
-    """Of a best rate, as factors."""
+    """Of a best rate or K, as factors."""
+    followers: tuple[float, ...] = (0.5, 1)
+    """Of the `linear_lr` that a contender like another takes over."""
     ranks: tuple[str, ...] = tuple(RANKS)
     periods: tuple[int, ...] = (10, 25, 50, 100, 200, 400)
-    warmups: tuple[int, ...] = (0, 5, 20, 50)
+    warmups: tuple[int, ...] = (0, 10, 20, 40)
     factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
     """Of the best `linear_lr`, in the ablation of `scale`."""
-    finetune_steps: int = 180
-    galore_every: int = 200
-    """Steps between two projections of GaLore; for APOLLO the same."""
+    finetune_steps: int = 240
 
 
 def contenders(scale: Scale) -> list[Contender]:
     """One thing at a time is varied around grass's defaults, not everything by everything."""
-    base, found, gap = scale.base, [], {"refresh_every": scale.galore_every}
+    base, found = scale.base, []
 
     def add(name: str, rates: Sequence[float], like: str = "", **changes) -> None:
         if matches(name, scale.only):
@@ -75,23 +79,26 @@ def contenders(scale: Scale) -> list[Contender]:
             found.append(Contender(name, run, rates[: scale.candidates], like))
 
     add("adamw", FULL_RATES, method="adamw")
-    add("adamw8bit", FULL_RATES, method="adamw8bit")
     for name in scale.ranks:
-        rank = RANKS[name]
-        add(f"galore {name}", LOW_RATES, method="galore", rank=rank, **gap)
-        add(f"apollo {name}", LOW_RATES, method="apollo", rank=rank, **gap)
-        add(f"grass {name}", LOW_RATES, method="grass", rank=rank)
+        for method in PERIODIC:
+            add(f"{method} {name}", LOW_RATES, method=method, rank=RANKS[name])
     add("lora 1/4", LOW_RATES, method="lora", rank=0.25)
-    add("grass8bit 1/4", LOW_RATES, method="grass8bit", rank=0.25)
-    add("grass 1/4 with head", LOW_RATES, method="grass", rank=0.25, include_head=True)
+    add("adamw8bit", (), "adamw", method="adamw8bit")
+    add("grass8bit 1/4", (), "grass 1/4", method="grass8bit", rank=0.25)
+    add("grass 1/4 with head", (), "grass 1/4", method="grass", rank=0.25, include_head=True)
     for name in scale.ranks:
         like, grass = f"grass {name}", {"method": "grass", "rank": RANKS[name]}
-        for rule in scale.rules:
+        most = scale.details and name == scale.ranks[-1]
+        for side in ("auto", "out"):
+            add(f"grass {name} side {side}", (), like, side=side, **grass)
+        for rule in RULES if most else scale.rules:
             add(f"grass {name} {rule}", (), like, selection=rule, **grass)
-        for rule in ("cyclic", "multinomial_norm") if scale.details else ():
-            chosen = {**grass, "selection": rule}
-            add(f"grass {name} {rule} block 8", (), like, block=8, **chosen)
-            add(f"grass {name} {rule} reset", (), like, on_refresh="reset", **chosen)
+        if scale.details:
+            add(f"grass {name} block 8", (), like, block=8, **grass)
+        if most:
+            scored = {**grass, "selection": "multinomial_norm"}
+            add(f"grass {name} multinomial_norm block 8", (), like, block=8, **scored)
+            add(f"grass {name} multinomial_norm reset", (), like, on_refresh="reset", **scored)
     return found
 
 
@@ -119,19 +126,24 @@ def beyond(rate: str, runs: Iterable[Run], results: Results) -> list[Run]:
     if len(values) == 1:
         return []
     if value == max(values):
-        return [replace(best, **{rate: 2 * value})]
+        return [times(2, best, rate)]
     if value == min(values):
-        return [replace(best, **{rate: value / 2})]
+        return [times(0.5, best, rate)]
     return []
 
 
-def sweep(
-    entries: Sequence[Contender], dense_lr: float, neighbours: Sequence[float], results: Results
-) -> Plan:
+def times(factor: float, run: Run, name: str) -> Run:
+    """The run with one of its numbers multiplied; K stays whole."""
+    value = getattr(run, name)
+    return replace(run, **{name: type(value)(factor * value)})
+
+
+def sweep(scale: Scale, entries: Sequence[Contender], dense_lr: float, results: Results) -> Plan:
     """The best run of each contender, and all that it tried, by name.
 
-    First the candidates of `linear_lr`, then, with the best of them, the neighbours of `lr`. Who is
-    `like` another takes over its `lr`, and tries the neighbours of its `linear_lr`.
+    First the candidates of `linear_lr`, then, with the best of them, the neighbours of `lr`, then
+    those of K where there is one. Who is `like` another takes over what that has found, and tries
+    `followers` of its `linear_lr`.
     """
     best: dict[str, Run | None] = {}
     tried: dict[str, list[Run]] = {}
@@ -145,12 +157,12 @@ def sweep(
             known += [run for run in line + more[name] if run not in known]
             best[name] = best_of(known, results)
 
-    def around(name: str, run: Run, rate: str) -> list[Run]:
+    def around(name: str, run: Run, rate: str, factors: Sequence[float]) -> list[Run]:
         found = best.get(name)
         if found is None:
             return []
-        run = replace(run, lr=found.lr, linear_lr=found.linear_lr)
-        return [replace(run, **{rate: factor * getattr(run, rate)}) for factor in neighbours]
+        swept = {each: getattr(found, each) for each in SWEPT}
+        return [times(factor, replace(run, **swept), rate) for factor in factors]
 
     heads = [each for each in entries if not each.like]
     lines = {
@@ -158,9 +170,17 @@ def sweep(
         for each in heads
     }
     yield from settle(lines, "linear_lr")
-    yield from settle({each.name: around(each.name, each.run, "lr") for each in heads}, "lr")
-    followers = [each for each in entries if each.like]
-    lines = {each.name: around(each.like, each.run, "linear_lr") for each in followers}
+    for rate, those in (
+        ("lr", heads),
+        ("refresh_every", [each for each in heads if each.run.method in PERIODIC]),
+    ):
+        lines = {each.name: around(each.name, each.run, rate, scale.neighbours) for each in those}
+        yield from settle(lines, rate)
+    lines = {
+        each.name: around(each.like, each.run, "linear_lr", scale.followers)
+        for each in entries
+        if each.like
+    }
     yield from settle(lines, "linear_lr")
     return {"best": {name: run for name, run in best.items() if run}, "tried": tried}
 
@@ -171,7 +191,7 @@ def with_seeds(run: Run, seeds: int) -> list[Run]:
 
 def pretraining(scale: Scale, results: Results, available: Sequence[Contender]) -> Plan:
     """The sweeps and the finalists' further seeds."""
-    swept = yield from sweep(available, DENSE_RATE, scale.neighbours, results)
+    swept = yield from sweep(scale, available, DENSE_RATE, results)
     yield [run for best in swept["best"].values() for run in with_seeds(best, scale.seeds)]
     return swept
 
@@ -213,16 +233,15 @@ def panels(scale: Scale, best: dict[str, Run]) -> Panels:
         }
     # The rest has its own swept rates, and is in the table as well.
     rest = {
+        "side": {"in": "", "auto": " side auto", "out": " side out"},
         "selection": {"cyclic": "", **{rule: f" {rule}" for rule in RULES}},
         "on_refresh": {
-            "cyclic": "",
-            "cyclic, reset": " cyclic reset",
             "multinomial": " multinomial_norm",
             "multinomial, reset": " multinomial_norm reset",
         },
         "block": {
             "cyclic": "",
-            "cyclic, 8": " cyclic block 8",
+            "cyclic, 8": " block 8",
             "multinomial": " multinomial_norm",
             "multinomial, 8": " multinomial_norm block 8",
         },
@@ -256,15 +275,13 @@ def finetuning(scale: Scale, results: Results, best: dict[str, Run], usable: set
         old_data=scale.base.data,
         start=source.key,
     )
-    entries = [
-        Contender("adamw", replace(base, method="adamw"), (2.5e-4, 5e-4, 1e-3)[: scale.candidates])
-    ]
+    rates = FULL_RATES[: scale.candidates]
+    entries = [Contender("adamw", replace(base, method="adamw"), rates)]
     for method in ("lora", "grass"):
         for name in scale.ranks:
             run = replace(base, method=method, rank=RANKS[name])
-            rates = (5e-4, 1e-3, 2e-3)[: scale.candidates]
-            entries.append(Contender(f"{method} {name}", run, rates))
+            entries.append(Contender(f"{method} {name}", run, LOW_RATES[: scale.candidates]))
     entries = [each for each in entries if each.run.method in usable]
-    swept = yield from sweep(entries, 1e-3, scale.neighbours, results)
+    swept = yield from sweep(scale, entries, 2e-3, results)
     yield [run for run_ in swept["best"].values() for run in with_seeds(run_, scale.seeds)]
     return swept

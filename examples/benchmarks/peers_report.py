@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 from contenders import Run
-from peers_plan import Panels, Results, Scale, loss_of, with_seeds
+from peers_plan import PERIODIC, SWEPT, Panels, Results, Scale, loss_of, with_seeds
 from peers_timing import summary as timing_summary
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -45,13 +45,19 @@ def over_seeds(run: Run, results: Results) -> dict | None:
 
 
 def at_edge(best: Run, tried: Iterable[Run]) -> list[str]:
-    """Rates whose best value is still the least or the greatest of all, after the extension."""
+    """Rates, or K, whose best value is the least or the greatest of all, after the extension."""
     tried, found = list(tried), []
-    for rate in ("lr", "linear_lr"):
+    for rate in SWEPT:
         values = {getattr(run, rate) for run in tried}
         if len(values) > 1 and getattr(best, rate) in (min(values), max(values)):
             found.append(rate)
     return found
+
+
+def settings(run: Run) -> str:
+    """What was swept: the two rates, and K where there is one."""
+    rates = f"{run.lr:g} / {run.linear_lr:g}"
+    return f"{rates} / {run.refresh_every}" if run.method.startswith(PERIODIC) else rates
 
 
 def summaries(swept: dict, results: Results, timed: dict | None) -> dict[str, dict]:
@@ -61,10 +67,9 @@ def summaries(swept: dict, results: Results, timed: dict | None) -> dict[str, di
         row = over_seeds(best, results)
         tried = swept["tried"][name]
         row["run"] = {**asdict(best), "key": best.key}
+        row["settings"] = settings(best)
         row["candidates"] = {
-            f"{run.lr:g} / {run.linear_lr:g}": loss_of(run, results)
-            for run in tried
-            if run.key in results
+            settings(run): loss_of(run, results) for run in tried if run.key in results
         }
         row["at_edge"] = at_edge(best, tried)
         row["train"] = results[best.key]["train"]
@@ -120,7 +125,7 @@ def goals(rows: dict[str, dict]) -> list[dict]:
 def table(rows: dict[str, dict]) -> str:
     """One line for each contender, in Markdown."""
     columns = [
-        "", "lr / linear lr", "runs tried", "held-out", "spread (seeds)", "/ AdamW",
+        "", "lr / linear lr / K", "runs tried", "held-out", "spread (seeds)", "/ AdamW",
         "weights MB", "gradients", "state", "activations", "sum", "peak", "ms regular", "special",
         "mean", "sent kB/step",
     ]  # fmt: skip
@@ -134,7 +139,7 @@ def table(rows: dict[str, dict]) -> str:
         edge = "*" if row["at_edge"] else ""
         cells = [
             name,
-            f"{row['run']['lr']:g} / {row['run']['linear_lr']:g}{edge}",
+            row["settings"] + edge,
             str(len(row["candidates"])),
             f"{row['mean']:.4f}",
             f"{row['spread']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "- (1)",
@@ -170,9 +175,9 @@ def about(scale: Scale) -> str:
     return (
         f"LLaMA “{base.size}”{f' with {shape}' if shape else ''}, {base.dtype}; {base.steps} steps "
         f"of {base.batch} x {base.seq} bytes ({base.steps * base.batch * base.seq:,} in all); "
-        f"grass: K = {base.refresh_every}, warm-up {base.warmup_steps}, carry, the head dense "
-        f"unless said otherwise; GaLore and APOLLO: K = {scale.galore_every}. Rates are the best "
-        "of the candidates tried, * where that stands at the edge of its line even after one more "
+        f"grass: cyclic, input features, warm-up {base.warmup_steps}, carry, the head dense unless "
+        f"said otherwise. Rates and K are the best of the candidates tried (first K: "
+        f"{base.refresh_every}), * where one stands at the edge of its line even after one more "
         "candidate. Held-out losses are nats per byte, means over seeds."
     )
 
@@ -187,9 +192,8 @@ NOTES = """\
 - Sent: gradients, as a data-parallel step would send them; for grass with the scores.
 - LoRA: adapters on frozen random matrices; embedding, norms and head train. It is no method of
   pretraining, and stands here for its bytes.
-- Variants of grass (rules, blocks, resets) share the dense rate of grass at their rank.
-- K was chosen beforehand, by single runs with the sweep's seed: grass's of 25, 50 and 100, that of
-  GaLore and APOLLO of 50 and 200."""
+- Variants of grass and 8-bit states have the dense rate and the K of what they vary, and the better
+  of its linear rate and half of it, or one more beyond the better."""
 
 
 def report(
@@ -209,7 +213,8 @@ def report(
         parts += ["### Goals", "\n".join(lines)]
     if timed:
         parts.append(f"Times: {timed['threads']} thread(s), {timed['rounds']} periods of 5 steps.")
-    parts += ["## Ablations", "One seed and no new rates, but for selection, on_refresh and block."]
+    swept = "side, selection, on_refresh and block"
+    parts += ["## Ablations", f"One seed and no new rates, but for {swept}."]
     parts.append(table_of_panels(found["panels"], results))
     if tuned:
         text = f"From the best AdamW run's weights, {scale.finetune_steps} steps on other text."
@@ -299,8 +304,8 @@ def draw_panels(panels: Panels, results: Results, scale: Scale, path: Path) -> N
         axis.legend(frameon=False, title="r / m")
     base = scale.base
     figure.suptitle(
-        f"Around grass with cyclic, K = {base.refresh_every}, warm-up {base.warmup_steps}, carry, "
-        f"block 1, its best rates; {base.steps} steps; bars: least and most over seeds"
+        f"Around grass with cyclic, input features, warm-up {base.warmup_steps}, carry, block 1, "
+        f"its best rates and K; {base.steps} steps; bars: least and most over seeds"
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
