@@ -56,9 +56,9 @@ class Settings:
     seq: int = option(128, "bytes per sequence")
     # Embedding and head want a rate of their own: with one rate for everything AdamW is badly
     # tuned, and grass seems to beat it. The three were swept at the default size and length.
-    lr: float = option(8e-3, "learning rate of embedding, head and norms")
-    linear_lr: float = option(1e-3, "full: learning rate of the linear weights")
-    scale: float = option(1.0, "grass: scale * lr is the learning rate of the linear weights")
+    lr: float = option(1.6e-2, "learning rate of embedding, head and norms")
+    linear_lr: float = option(2e-3, "full: learning rate of the linear weights")
+    scale: float = option(0.5, "grass: scale * lr is the learning rate of the linear weights")
     weight_decay: float = option(0.0, "decoupled weight decay, both methods")
     rank: int | float = option(0.25, "grass: selected rows, a number or a fraction", kind=rank)
     selection: str = option(
