@@ -96,11 +96,11 @@ def test_scoring_steps_are_spread_over_a_period(scoring):
     layer, x = nn.Linear(48, 32, bias=False), torch.randn(20, 48, requires_grad=True)
     options = {**OPTIONS, "selection": "top", "scoring": scoring, "refresh_every": 4}
     report = grass_fx.explain(layer, x, options=options)
-    of = LinearCost(m=32, n=48, r=8, b=20, K=4, itemsize=4, scoring=scoring)
+    of = LinearCost(m=32, n=48, r=8, b=20, K=4, itemsize=4, side="in", scoring=scoring)
     assert report.flops == of.step_flops
     assert report.scoring_step == of.score_bytes + of.scoring_transient_bytes
     forever = grass_fx.explain(layer, x, options={**options, "refresh_every": float("inf")})
-    assert forever.flops == LinearCost(m=32, n=48, r=8, b=20).step_flops
+    assert forever.flops == LinearCost(m=32, n=48, r=8, b=20, side="in").step_flops
 
 
 def test_flops_are_those_counted_in_a_backward():

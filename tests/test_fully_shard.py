@@ -78,7 +78,7 @@ def train_other(name):
     torch.manual_seed(0)
     build, more = OTHERS[name]
     model = fully_shard(build().double())
-    compiled = torch.compile(model, backend="grass", options=options(**more))
+    compiled = torch.compile(model, backend="grass", options=options(side="auto", **more))
     optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2)
     for step in range(6):
         gen = torch.Generator().manual_seed(step)
@@ -104,7 +104,7 @@ def run(rank, folder):
         for value, want in zip(got[0], torch.load(f"{folder}/{k}.pt")[0], strict=True):
             torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
         torch.testing.assert_close(got[1], torch.load(f"{folder}/{k}.pt")[1], **EXACT)
-    for name in OTHERS:
+    for name in OTHERS if ranks < 4 else ("stack", "blocks"):
         got = train_other(name)
         if ranks == 1:
             torch.save(got, f"{folder}/{name}.pt")

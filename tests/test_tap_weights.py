@@ -67,7 +67,7 @@ class Tied(nn.Module):
 
 def test_rewrites_one_linear_and_keeps_its_value():
     model, x = nn.Linear(8, 6, bias=False), torch.randn(4, 8)
-    tapping = Tapping(rank=2)
+    tapping = Tapping(rank=2, side="out")
     y = torch.compile(model, backend=tapping)(x)
     assert_expected_inline(
         code(tapping.original),
@@ -100,7 +100,7 @@ def forward(self, weight_, L_args_0_, weight_d, weight_indices):
 
 def test_scoring_variant_has_the_same_inputs_and_yields_row_norms():
     model, x = nn.Linear(8, 6, bias=False), torch.randn(4, 8)
-    tapping = Tapping(rank=2, selection="top", scoring="auto")
+    tapping = Tapping(rank=2, side="out", selection="top", scoring="auto")
     torch.compile(model, backend=tapping)(x)
     assert_expected_inline(
         code(tapping.tapped),
@@ -118,7 +118,7 @@ def forward(self, weight_, L_args_0_, weight_d, weight_e, weight_indices):
     full = torch.autograd.grad(model(x).square().sum(), model.weight)[0]
     e = next(a for a in inputs if a.shape == (6,))
     torch.testing.assert_close(e.grad, full.square().sum(1))
-    regular = Tapping(rank=2, selection="top")
+    regular = Tapping(rank=2, side="out", selection="top")
     torch._dynamo.reset()
     torch.compile(model, backend=regular)(x)
     graphs = tapping.tapped.graph, regular.tapped.graph

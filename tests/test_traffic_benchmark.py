@@ -15,14 +15,14 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples/benchmarks/traffic.p
 
 
 def expected(scores):
-    """Bytes of gradients: of the matrices that multiply r x the other size; and the scores."""
+    """Bytes of gradients: of the matrices that multiply r columns; and the scores."""
     numbers = 0
     for name, p in build("smoke").named_parameters():
         if p.dim() < 2 or name.startswith("embed"):
             numbers += p.numel()
             continue
-        rows = GrassConfig(rank=0.125).rank_and_block(min(p.shape))[0]
-        numbers += rows * max(p.shape) + scores * min(p.shape)
+        m, n = p.shape
+        numbers += m * GrassConfig(rank=0.125).rank_and_block(n)[0] + scores * n
     return 4 * numbers
 
 

@@ -195,7 +195,7 @@ def test_full_rank_is_torchs_adamw(name, compiler):
         torch._dynamo.reset()
         names = [n for n, shape in sizes.items() if min(shape) == rank]
         backend = Captured(
-            compiler=compiler, rank=rank, refresh_every=math.inf, include=names, seed=1
+            compiler=compiler, rank=rank, refresh_every=math.inf, include=names, side="auto", seed=1
         )
         compiled = torch.compile(model, backend=backend)
         optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=0)
