@@ -23,6 +23,7 @@ FULL_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 DENSE_RATE = 8e-3
 SWEPT = ("lr", "linear_lr", "refresh_every")
+"""The settings that a sweep finds."""
 PERIODIC = ("galore", "apollo", "grass")
 """Methods with an interval K of projections or selections, which is swept like their rates."""
 
