@@ -18,6 +18,7 @@ import peers_report
 import peers_timing
 from contenders import Run
 from peers_plan import Contender
+from pretrain import is_linear
 
 # LoRA takes part in the finetuning.
 SMOKE = ["--smoke", "--timing-rounds", "1", "--only", "adamw", "galore 1/4", "apollo 1/4"]
@@ -180,6 +181,25 @@ def test_matrices_that_grass_leaves_have_their_rate(tmp_path):
         assert rates[p] == (1e-3 if ".mlp." in name else 8e-3)
     assert optimizer.param_groups[0]["scale"] == 0.5
     assert optimizer.param_groups[0]["on_refresh"] == "reset"
+
+
+@pytest.mark.parametrize(("side", "dim"), [("in", 1), ("out", 0)])
+def test_grass_selects_the_side_of_the_run(tmp_path, side, dim):
+    run = Run(size="smoke", lr=8e-3, linear_lr=4e-3, side=side, compiler="aot_eager")
+    model, compiled, _ = contenders.set_up(run, tmp_path)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    compiled(tokens, tokens).backward()
+    gradients = [p.grad for name, p in model.named_parameters() if is_linear(name, p)]
+    assert {gradient.subspace.dim for gradient in gradients} == {dim}
+
+
+def test_every_rule_side_block_and_reset_is_compared_at_both_ranks():
+    names = [each.name for each in peers_plan.contenders(peers.SCALES["cpu"])]
+    assert len(names) == len(set(names))
+    variants = {*peers_plan.RULES, "side auto", "side out", "block 8"}
+    variants |= {"multinomial_norm block 8", "multinomial_norm reset"}
+    for rank in ("1/4", "1/8"):
+        assert {f"grass {rank} {each}" for each in variants} <= set(names)
 
 
 def test_galore_projects_with_the_rate_of_the_linear_weights(tmp_path):

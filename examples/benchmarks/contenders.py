@@ -71,6 +71,8 @@ LARGE_LIMIT = 256_000_000  # bytes
 class Run(Settings):
     """Everything that defines a training run, and with it the place of its result in the file."""
 
+    scale: float = 1.0
+    """Not read: it is `linear_lr` over `lr`."""
     shape: dict[str, int] = field(default_factory=dict)
     """Over those of `size`."""
     dtype: str = "float32"

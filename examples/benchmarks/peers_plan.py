@@ -47,11 +47,10 @@ class Scale:
     base: Run
     only: tuple[str, ...] = ("*",)
     """Patterns of contenders' names."""
-    rules: tuple[str, ...] = ("uniform", "top", "multinomial_norm")
+    rules: tuple[str, ...] = RULES
     """Beside the default."""
     details: bool = True
-    """Whether there are contenders with blocks, too, with all rules and resets at the last rank,
-    where most depends on them, and the weights taken as an ablation."""
+    """Whether blocks and resets are contenders, too, and the weights taken an ablation."""
     seeds: int = 3
     workers: int = 2
     seconds_per_step: float = 0.03
@@ -89,14 +88,12 @@ def contenders(scale: Scale) -> list[Contender]:
     add("grass 1/4 with head", (), "grass 1/4", method="grass", rank=0.25, include_head=True)
     for name in scale.ranks:
         like, grass = f"grass {name}", {"method": "grass", "rank": RANKS[name]}
-        most = scale.details and name == scale.ranks[-1]
         for side in ("auto", "out"):
             add(f"grass {name} side {side}", (), like, side=side, **grass)
-        for rule in RULES if most else scale.rules:
+        for rule in scale.rules:
             add(f"grass {name} {rule}", (), like, selection=rule, **grass)
         if scale.details:
             add(f"grass {name} block 8", (), like, block=8, **grass)
-        if most:
             scored = {**grass, "selection": "multinomial_norm"}
             add(f"grass {name} multinomial_norm block 8", (), like, block=8, **scored)
             add(f"grass {name} multinomial_norm reset", (), like, on_refresh="reset", **scored)
