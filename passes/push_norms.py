@@ -38,6 +38,8 @@ def push_norms_pass(graph: fx.Graph) -> int:
     count = 0
     for norms in graph.find_nodes(op="call_function", target=SQUARED_NORMS):
         g, dim, *scoring = norms.args
+        if g.op == "call_function":
+            g.append(norms)  # early: the factors of G are not to live until the end
         if not wants_tiles(g.meta["val"], *scoring):
             continue
         product = _product_below(g, dim, norms)

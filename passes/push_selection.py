@@ -51,6 +51,8 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
     result = PushResult()
     for select in graph.find_nodes(op="call_function", target=SELECT):
         g, indices, scale, dim, *block = cast("tuple[Any, ...]", select.args)
+        if g.op == "call_function":
+            g.append(select)  # early: the factors of G are not to live until the end
         rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
         push = Push(rules, graph, select, indices, scale, block)
         new = push.below(g, dim, select)

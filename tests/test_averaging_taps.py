@@ -70,9 +70,9 @@ aten.mm(permute_1, primals_2)
 aten.permute(mm_1, [1, 0])
 aten.permute(permute_2, [1, 0])
 grass.select(permute_3, primals_5, None, 1)
+grass.squared_norms(permute_3, 1)
 _c10d_functional.all_reduce(select, 'avg', '0')
 _c10d_functional.wait_tensor(all_reduce)
-grass.squared_norms(permute_3, 1)
 """,
     )
 
