@@ -64,7 +64,7 @@ class Selection:
 
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""
-        compact = select(matrix(dense), self.indices, self.scale, self.dim)
+        compact = select(matrix(dense.contiguous()), self.indices, self.scale, self.dim)
         return compact if dense.dim() == 2 else compact.view(dense.shape[0], -1, dense.shape[-1])
 
     def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
@@ -97,7 +97,8 @@ class CompactGrad(Tensor):
     :class:`Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the rows' squared
     gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that ``zero_`` emptied:
     it adopts the next one's selection. ``local``: whether some of it is this process's alone, no
-    average over the processes that train together (grass_fx.distributed).
+    average over the processes that train together (grass_fx.distributed). ``projected``: whether
+    some of it came dense, and was projected when it was added.
     """
 
     compact: Tensor
@@ -105,6 +106,7 @@ class CompactGrad(Tensor):
     scores: Tensor | None
     zeroed: bool
     local: bool
+    projected: bool
 
     @staticmethod
     def __new__(
@@ -132,11 +134,13 @@ class CompactGrad(Tensor):
         local: bool,
     ) -> CompactGrad:
         self.compact, self.subspace, self.scores, self.zeroed = compact, subspace, scores, zeroed
-        self.local = local
+        self.local, self.projected = local, False
         return self
 
     def _with(self, compact: Tensor, scores: Tensor | None) -> CompactGrad:
-        return CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed, self.local)
+        new = CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed, self.local)
+        new.projected = self.projected
+        return new
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
@@ -318,7 +322,7 @@ def _clamp_(func: Any, args: Any, kwargs: Any) -> Any:
 def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     grad.compact.zero_()
-    grad.scores, grad.zeroed = None, True
+    grad.scores, grad.zeroed, grad.projected = None, True, False
     return grad
 
 
@@ -373,7 +377,8 @@ def _isnan(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     flags = torch.zeros(grad.shape, dtype=torch.uint8, device=grad.device)
     bad = func(grad.compact).to(torch.uint8)
-    return flags.index_add_(grad.subspace.dim, grad.subspace.indices, bad).bool()
+    matrix(flags).index_add_(grad.subspace.dim, grad.subspace.indices, matrix(bad))
+    return flags.bool()
 
 
 @_handles(aten.is_same_size)
@@ -406,7 +411,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
         return grad.add_(other.subspace.lift(other.compact, other.shape))
     if not isinstance(other, CompactGrad):
         grad.compact.add_(grad.subspace.project(other), alpha=alpha)
-        grad.zeroed, grad.local = False, True
+        grad.zeroed, grad.local, grad.projected = False, True, True
         return grad
     if not grad.subspace.same_as(other.subspace):
         newer = other.subspace.generation > grad.subspace.generation
@@ -421,7 +426,9 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
             )
         compact = (other.compact * alpha).to(grad.dtype)
         scores = _times(other.scores, alpha, 1)
-        return grad._hold(compact, other.subspace, scores, other.zeroed, other.local)
+        grad._hold(compact, other.subspace, scores, other.zeroed, other.local)
+        grad.projected = other.projected
+        return grad
     grad.compact.add_(other.compact, alpha=alpha)
     more = _times(other.scores, alpha, 1)
     if more is not None:
@@ -429,6 +436,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
     # What holds nothing is neither one nor the other.
     grad.local = (grad.local and not grad.zeroed) or (other.local and not other.zeroed)
     grad.zeroed = grad.zeroed and other.zeroed
+    grad.projected = grad.projected or other.projected
     return grad
 
 
@@ -445,7 +453,7 @@ def _foreach_zero_(func: Any, args: Any, kwargs: Any) -> Any:
     func(_bare(args[0]))
     for grad in args[0]:
         if isinstance(grad, CompactGrad):
-            grad.scores, grad.zeroed = None, True
+            grad.scores, grad.zeroed, grad.projected = None, True, False
 
 
 @_handles(aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar)

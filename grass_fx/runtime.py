@@ -70,8 +70,11 @@ class DeliverGradients(torch.autograd.Function):
             if compact is None:
                 results.append(None)
                 continue
+            # Its memory in order, as autograd keeps that of a gradient: steps walk through it so.
             if delivery.copies:
-                compact = compact.clone()
+                compact = compact.clone(memory_format=torch.contiguous_format)
+            else:
+                compact = compact.contiguous()
             if subspace.selection.generation != selection.generation:
                 raise SelectionChangedError(
                     f"{subspace.name}: its selection changed between a forward and its backward "

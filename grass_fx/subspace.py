@@ -34,6 +34,11 @@ Draw = tuple[Tensor, Tensor | None]
 """Units of one matrix, (r / B,), and ρ per unit with replacement."""
 
 
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """ρ is as exact as the weight, but never less than float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class SubspaceSpec:
     """What a compiled graph demands of a weight's subspace: shapes, rule and schedule."""
@@ -123,8 +128,7 @@ class Subspace:
     ) -> None:
         self.spec, self.key, self.name = spec, key, name
         self.rule = RULES[spec.selection]
-        # ρ is as exact as the weight, but never less than float32.
-        self._scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._scale_dtype = scale_dtype(dtype)
         self.step = 0
         self.period = 0
         self.delivered = False
@@ -176,6 +180,14 @@ class Subspace:
                 log.info("%s: no usable scores, the selection stays for another step", self.name)
             else:
                 self._set(drawn, self.selection.indices.device)
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """The weight is of this dtype now."""
+        if self._scale_dtype == (exact := scale_dtype(dtype)):
+            return
+        self._scale_dtype, self._given = exact, None
+        if (scale := self.selection.scale) is not None:
+            self.selection = replace(self.selection, scale=scale.to(exact))
 
     def rename(self, name: str) -> None:
         """Report the weight under another name from now on."""
@@ -343,7 +355,7 @@ class Subspace:
         counters = state["subspace_counters"].tolist()
         indices, scale = state["subspace_indices"], state.get("subspace_scale")
         self.step, self.period, generation, self._position, self.key = counters[:5]
-        self.frozen, self._retry = bool(counters[5]), bool(counters[6])
+        self.frozen, self._retry = self.rule.freezes and bool(counters[5]), bool(counters[6])
         orders = state["subspace_order"].cpu().chunk(len(self._orders))
         self._orders = [each.clone() for each in orders]
         self.history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), self.step, state)
@@ -411,6 +423,7 @@ class Registry:
         """
         subspace: Subspace | None = self._subspaces.get(weight)
         if subspace is not None and subspace.spec == spec:
+            subspace.convert(weight.dtype)
             return subspace
         name = self._names.get(weight, name)
         if subspace is not None:
@@ -440,7 +453,9 @@ class Registry:
             )
         log.warning("%s: compiled with other options (%s), its subspace starts anew", name, change)
         warnings.warn(  # one text for all weights: shown once
-            f"the model was compiled with other options before ({change}): subspaces start anew.",
+            f"the model was compiled with other options before ({change}): subspaces start anew. "
+            "If one function uses a weight and another its transpose, compile them as one "
+            "function, or exclude the weight.",
             GrassWarning,
             stacklevel=2,
         )
@@ -458,6 +473,10 @@ class Registry:
             self._saved[weight] = dict(state)
         else:
             subspace.load(state)
+
+    def forget_saved(self, weight: Tensor) -> None:
+        """What waits for the weight's first use is of a checkpoint that another one follows."""
+        self._saved.pop(weight, None)
 
     def saved_state(self, weight: Tensor) -> Mapping[str, Tensor]:
         """What a checkpoint must hold of the weight's subspace; empty if it has none."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
 from grass_fx.ops import SELECT, SQUARED_NORMS
 from grass_fx.passes.find_linear_weights import LinearWeight, gathered
-from grass_fx.subspace import SubspaceSpec
+from grass_fx.subspace import SubspaceSpec, scale_dtype
 
 c10d = torch.ops._c10d_functional
 
@@ -180,7 +180,7 @@ def tap_weights_pass(
             shape = weight.spec.indices_shape
             values["indices"] = torch.empty(shape, dtype=torch.int64, device=value.device)
             if weight.spec.replacement:
-                exact = value.dtype if value.dtype == torch.float64 else torch.float32
+                exact = scale_dtype(value.dtype)
                 values["scale"] = torch.empty(shape, dtype=exact, device=value.device)
             for role, example in values.items():
                 with graph.inserting_after(last):

@@ -227,6 +227,69 @@ def test_a_dense_gradient_of_a_taken_weight_is_projected_and_reported():
         torch.testing.assert_close(got, want)
 
 
+def test_a_dense_gradient_added_to_a_compact_one_is_reported():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2))
+    optimizer = grass_fx.AdamW(model.parameters())
+    x = torch.randn(7, 8)
+    for penalty, loss in (
+        (model[0].weight.square().sum(), compiled(x).sum()),
+        (0, compiled(x).sum()),
+    ):
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        assert model[0].weight.grad.projected == (penalty != 0)
+    optimizer.step()  # that of the first was gone
+    loss = compiled(x).sum() + model[0].weight.square().sum()
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    with pytest.warns(GrassWarning, match="is stepped in a subspace, but its gradient came dense"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)])
+def test_a_checkpoint_of_torchs_adamw_goes_on_in_the_subspace(make):
+    model = mlp(8, 6)
+    before = torch.optim.AdamW(model.parameters(), lr=0.03)
+    train(model, model, before, 1)
+    optimizer = make(model.parameters(), scale=0.5)
+    optimizer.load_state_dict(before.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["scale"], group["on_refresh"]) == (0.03, 0.5, "carry")
+    with pytest.warns(GrassWarning, match="dense until now"):
+        train(model, torch.compile(model, backend=Captured(rank=2)), optimizer, 1)
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (6, 2)
+
+
+@pytest.mark.filterwarnings("ignore:no compact gradient")
+def test_complex_dense_parameters_step_as_torchs():
+    steps = []
+    for make in (grass_fx.AdamW, torch.optim.AdamW):
+        parameter = nn.Parameter(torch.arange(4) * (1 - 2j))
+        optimizer = make([parameter], lr=0.1, foreach=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (parameter * (1 + 2j)).abs().square().sum().backward()
+            optimizer.step()
+        steps.append(parameter.detach())
+    assert torch.equal(*steps)
+
+
+def test_weight_decay_is_not_lost_in_bfloat16_if_rounding_is_stochastic():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    nn.init.ones_(model[0].weight)
+    compiled = torch.compile(model, backend=Captured(rank=8))
+    optimizer = grass_fx.AdamW(
+        model.parameters(), lr=1e-2, weight_decay=0.1, stochastic_rounding=True
+    )
+    for _ in range(50):
+        optimizer.zero_grad()
+        (compiled(torch.randn(4, 64).bfloat16()) * 0).sum().backward()
+        optimizer.step()
+    # 4096 weights, each rounded 50 times by up to 2^-9: the mean's deviation is below 1e-3.
+    assert model[0].weight.double().mean().item() == pytest.approx((1 - 1e-3) ** 50, abs=2e-3)
+
+
 def test_a_weight_that_was_dense_until_now_moves_into_its_subspace():
     model = mlp(8, 6)
     optimizer = grass_fx.AdamW(model.parameters())

@@ -184,6 +184,42 @@ def test_schedule_and_rule_may_change_at_a_resume():
     assert (subspace.step, subspace.period) == (6, 3)  # refreshed at 3 by K = 3, at 5 by K = 5
 
 
+def test_another_checkpoint_replaces_one_that_was_not_used_yet():
+    _, optimizer = trained(rank=4)
+    saved = optimizer.state_dict()
+    model, compiled, optimizer = begin(rank=2)
+    optimizer.load_state_dict(saved)  # of another rank, as the first forward would tell
+    taken = [key for key, state in saved["state"].items() if "indices" in state]
+    optimizer.load_state_dict(
+        {**saved, "state": {k: v for k, v in saved["state"].items() if k not in taken}}
+    )
+    train(model, compiled, optimizer, 1)
+    assert isinstance(model[0].weight.grad, CompactGrad)
+
+
+def test_a_frozen_selection_thaws_under_another_rule():
+    _, optimizer = trained(selection="frozen_top", refresh_every=1)
+    model, compiled, other = begin(selection="top", refresh_every=1)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, compiled, other, 1)
+    first = registry.get(model[0].weight).selection.generation
+    train(model, compiled, other, 2)
+    assert registry.get(model[0].weight).selection.generation == first + 2
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_scales_are_as_exact_as_the_weight_is_now(back):
+    model = mlp(8, 6).to(torch.float64 if back else torch.float32)
+    compiled = torch.compile(model, backend=Captured(rank=2, selection="uniform", replacement=True))
+    for dtype in (model[0].weight.dtype, torch.float32 if back else torch.float64):
+        model.to(dtype)
+        compiled(torch.randn(3, 8, dtype=dtype)).sum().backward()
+        scales = [registry.get(model[0].weight).graph_inputs(torch.device("cpu"))[1]]
+        scales.append(model[0].weight.grad.subspace.scale)
+        assert {scale.dtype for scale in scales} == {dtype}
+        model.zero_grad()
+
+
 def test_state_in_a_subspace_without_a_compiled_graph_is_an_error():
     model, optimizer = trained()
     again = mlp(8, 12, 6)

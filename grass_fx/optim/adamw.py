@@ -93,11 +93,6 @@ class AdamW(SubspaceOptimizer):
         self._check_group(defaults)
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("compile", None)  # checkpoints of before have no such entry
-
     def _forget(self) -> None:
         super()._forget()
         self._common_ages: dict[Tensor, tuple[Tensor, int | None]] = {}
@@ -291,6 +286,7 @@ def _torchs_adamw(
         steps,
         amsgrad=False,
         maximize=False,
+        has_complex=any(map(torch.is_complex, params)),
         beta1=beta1,
         beta2=beta2,
         **{k: group[k] for k in ("lr", "eps", "weight_decay", "foreach", "fused")},

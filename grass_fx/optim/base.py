@@ -41,6 +41,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     _kind = "grass_fx"
     _met_compact = _warned_dense = _warned_projected = _layout_unknown = False
+    _own: Mapping[str, Any] = {}
+    """Options of groups that are not among ``defaults``."""
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have stepped already, inside backward (in_backward.py)."""
 
@@ -51,6 +53,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
+        for group in self.param_groups:  # of another class, or of before there was such an entry
+            for name, value in {**self.defaults, **self._own}.items():
+                group.setdefault(name, value)
 
     def _carry_out(self, plan: Plan) -> None:
         """Update the parameters of ``plan``, their state included."""
@@ -166,6 +171,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if subspace is not None and subspace.sharding is not None:
                 self._check_shards(subspace)
                 grad = self._own_part(grad, subspace)
+            if grad.projected:
+                self._warn_projected(p)
             if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
                 selection = subspace.own(subspace.selection_on(p.device))
                 return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
@@ -181,18 +188,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "the saved run before the step; to train the weight dense from here on, delete "
                 "optimizer.state[weight]."
             )
-        if not self._warned_projected:
-            self._warned_projected = True
-            warnings.warn(
-                f"{subspace.name} is stepped in a subspace, but its gradient came dense, at least "
-                "in part from code outside the compiled graph: it was projected. Run all of the "
-                "training step through the compiled model; to train the weight dense from here "
-                "on, make a new optimizer.",
-                GrassWarning,
-                stacklevel=5,
-            )
+        self._warn_projected(p)
         selection = subspace.own(subspace.selection_on(p.device))
         return CompactGrad(selection.project(local(grad)), selection, p.shape)
+
+    def _warn_projected(self, p: Tensor) -> None:
+        if self._warned_projected:
+            return
+        self._warned_projected = True
+        warnings.warn(
+            f"{registry.name_of(p)} is stepped in a subspace, but its gradient came dense, at "
+            "least in part from code outside the compiled graph: it was projected. Run all of the "
+            "training step through the compiled model; to train the weight dense from here on, "
+            "make a new optimizer.",
+            GrassWarning,
+            stacklevel=6,
+        )
 
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
         """This process's part of a sharded weight's gradient: what it steps with."""
@@ -313,7 +324,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _is_layout_step(self) -> bool:
         """A step that can move nothing: no state yet, lr = 0, and dense gradients of zeros."""
-        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+        rates = [group.get("lr", 1) for group in self.param_groups]
+        if self.state or any(rate is None or float(rate) != 0 for rate in rates):
             return False
         grads = [p.grad for p in self._parameters() if p.grad is not None]
         return bool(grads) and not any(
@@ -404,6 +416,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     subspaces[p] |= {k: v.cpu() for k, v in past.get(key, {}).items()}
         super().load_state_dict({**state_dict, "state": own})
         for p, key, _ in self._entries(state_dict):
+            registry.forget_saved(p)
             for k, v in own.get(key, {}).items():
                 # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
                 # leaves alone, and puts it on the device where it belongs.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from grass_fx.gradient import Selection
-from grass_fx.ops import along
+from grass_fx.ops import PART, along
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, round_stochastically
 
@@ -78,7 +78,7 @@ def adam_update_(
     for (dtype, _, age, in_code, _), batch in batches.items():
         torch._foreach_add_([step.age for step in batch], 1)
         if lr != 0 and weight_decay != 0:
-            torch._foreach_mul_([step.w for step in batch], 1 - lr * weight_decay)
+            decay_(batch, 1 - lr * weight_decay)
         if age is not None:
             warm = min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0
             _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
@@ -92,6 +92,18 @@ def adam_update_(
         for k in range(0, len(batch), size):
             part = slice(k, k + size)
             _update(batch[part], gains[part], floors[part], beta1, beta2, moves=lr != 0)
+
+
+def decay_(batch: Sequence[CompactStep], factor: float) -> None:
+    """W · ``factor`` for each of the batch; stochastically rounded, part by part, where W is."""
+    if plain := [step.w for step in batch if step.rounding is None]:
+        torch._foreach_mul_(plain, factor)
+    for step in batch:
+        if step.rounding is None:
+            continue
+        size = min(PART, step.w.numel() // 8)
+        for part in step.w.split(max(1, size // step.w.shape[1])):
+            part.copy_(round_stochastically(part.float() * factor, step.rounding))
 
 
 def _update_fused(
