@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass_fx.config import RULES, SCORINGS, SIDES
+from grass_fx.config import RULES, SCORINGS, SIDES, GrassConfig
 from grass_fx.cost import LLAMA, MOMENTS
 from grass_fx.errors import GrassError, OptionError
 from grass_fx.explain import explain
 from grass_fx.planning import plan
+
+DEFAULTS = GrassConfig()
 
 
 def _tokens(text: str) -> int:
@@ -35,6 +37,21 @@ def _dtype(text: str) -> torch.dtype:
     return dtype
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """The backend's, with its defaults."""
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        default = getattr(DEFAULTS, name)
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **settings)
+
+    add("selection", "the rule", choices=[*RULES])
+    add("scoring", "of rules that look at norms", choices=SCORINGS)
+    add("block", "how many are selected together", type=int)
+    add("side", "which features are selected", choices=SIDES)
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN",
+        help="weights that stay dense")  # fmt: skip
+
+
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan", help="the largest rank that fits into a memory", description=plan.__doc__
@@ -43,17 +60,13 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--memory", required=True, help='such as "40GB" (decimal) or "24GiB" (binary)')
     add("--shape", required=True, choices=[*LLAMA], help="the model")
-    add("--rank", type=_rank, help="this rank, rows or a fraction, instead of the largest")
+    add("--rank", type=_rank, help="this rank, a number or a fraction, instead of the largest")
     add("--tokens", type=_tokens, metavar="BxT", help="of one step, for the FLOPs: 8x2048")
     add("--dtype", type=_dtype, default=torch.bfloat16, help="of all parameters (bfloat16)")
     add("--optimizer", choices=[*MOMENTS], default="adamw", help="(adamw)")
     add("--activations", metavar="MEMORY", help="what they take, such as 6GB (not counted)")
     add("--in-backward", action="store_true", help="with grass_fx.step_in_backward")
-    add("--selection", choices=[*RULES], default="cyclic", help="the rule (cyclic)")
-    add("--scoring", choices=SCORINGS, default="auto", help="of rules that look at norms (auto)")
-    add("--block", type=int, default=1, help="rows selected together (1)")
-    add("--side", choices=SIDES, default="in", help="which features are selected (in)")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="weights that stay dense")
+    _add_options(parser)
     add("--json", action="store_true", help="print all of it as JSON")
     parser.set_defaults(run=_plan)
 
@@ -92,13 +105,11 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     add("--device", default="cpu", help="to build and trace on; meta takes no memory (cpu)")
     add("--dtype", type=_dtype, help="of the model's parameters (as they are made)")
     add("--dynamic", action="store_true", help="with symbolic sizes")
-    add("--rank", type=_rank, default=0.25, help="rows, or a fraction of the dimension (0.25)")
-    add("--refresh-every", type=int, default=100, metavar="K", help="optimizer steps (100)")
-    add("--selection", choices=[*RULES], default="cyclic", help="the rule (cyclic)")
-    add("--scoring", choices=SCORINGS, default="auto", help="of rules that look at norms (auto)")
-    add("--block", type=int, default=1, help="rows selected together (1)")
-    add("--side", choices=SIDES, default="in", help="which features are selected (in)")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="weights that stay dense")
+    add("--rank", type=_rank, default=DEFAULTS.rank,
+        help="a number, or a fraction of the selected dimension (%(default)s)")  # fmt: skip
+    add("--refresh-every", type=int, default=DEFAULTS.refresh_every, metavar="K",
+        help="optimizer steps (%(default)s)")  # fmt: skip
+    _add_options(parser)
     add("--html", metavar="FILE", help="write a page with tables, bars and graphs")
     add("--plot", metavar="FILE", help="draw memory and FLOPs (needs matplotlib)")
     add("--json", action="store_true", help="print all of it as JSON")

@@ -76,22 +76,24 @@ class GrassConfig:
     """
 
     rank: int | float = 0.25
-    """Rows kept of each weight: a number, or a fraction of the selected dimension in (0, 1)."""
+    """Columns (side "out": rows) of each weight that have a gradient, r: a number, or a fraction of
+    the selected dimension in (0, 1)."""
     refresh_every: int | float = 100
     """K, in optimizer steps; ``math.inf`` keeps the first selection."""
     selection: str = "cyclic"
     """The selection rule: a key of :data:`RULES`."""
     block: int = 1
-    """B: consecutive rows that are selected together."""
+    """B: consecutive columns (rows) that are selected together."""
     replacement: bool = False
-    """Draw rows with replacement (random rules only), scaled so that E[PPᵀG] = G (equation 6)."""
+    """Draw with replacement (random rules only), scaled so that E[PPᵀG] = G (equation 6)."""
     scoring: str = "auto"
     """How a scoring step gets gradient norms: "gradient" forms each layer's full gradient once, for
     its scores and its compact gradient; "tiles" holds only tiles of it and computes the compact
     gradient beside them, at the price of one more compact product; "auto" uses tiles for large
     gradients on a GPU."""
     side: str = "in"
-    """"in" selects input features, "out" output features, "auto" the smaller dimension."""
+    """"in" selects input features, "out" output features, "auto" the smaller dimension. Of stacks
+    of matrices (experts) the rows of each are selected, whatever it says."""
     include: tuple[str, ...] | None = None
     """Patterns (fnmatch) of parameter names to take; None means all."""
     exclude: tuple[str, ...] = ()

@@ -35,7 +35,8 @@ class LinearCost:
 
     A size may be a number or a sympy expression, and is its symbol if not given:
     ``LinearCost(m=4096, n=4096).compact_gradient_flops.subs({"b": 2048, "r": 512})``. Names in
-    quotation marks are parts of docs/method.md.
+    quotation marks are parts of docs/method.md. Formulas here are those of side "in", the
+    default; for "out" exchange m and n in what has r.
 
     Traffic is what the operations have to read and write once, in bytes; caches are not modelled.
     A *scoring* of None is a rule without scores, else "gradient" or "tiles".
@@ -48,7 +49,7 @@ class LinearCost:
     K: Any = K
     itemsize: Any = e
     """Bytes per number of weight, activations, gradient and moments."""
-    side: str = "out"
+    side: str = "in"
     scoring: str | None = None
     replacement: bool = False
     moments: int = 2
@@ -70,7 +71,7 @@ class LinearCost:
 
     @property
     def compact_size(self) -> Any:
-        """Numbers in C (equations 2 and 3): rn for side "out", mr for "in"."""
+        """Numbers in C (equations 2 and 3): rm for side "in", rn for "out"."""
         other = self.n if self.side == "out" else self.m
         return self.matrices * self.r * other
 
@@ -93,14 +94,14 @@ class LinearCost:
 
     @property
     def compact_gradient_flops(self) -> Any:
-        """C, 2brn (equation 2) or 2bmr (equation 3)."""
+        """C, 2brm (equation 3) or, for "out", 2brn (equation 2)."""
         return 2 * self.b * self.compact_size
 
     @property
     def scoring_gradient_flops(self) -> Any:
         """The weight gradient's product in a scoring step ("Steps, periods, refreshes").
 
-        "gradient" forms G once, 2bmn; "tiles" makes tiles of it and C beside them, 2bmn + 2brn.
+        "gradient" forms G once, 2bmn; "tiles" makes tiles of it and C beside them, 2bmn + 2brm.
         Without scores it is a regular step's.
         """
         if self.scoring is None:
@@ -120,7 +121,7 @@ class LinearCost:
 
     @property
     def step_flops(self) -> Any:
-        """The three products, scoring amortised over K steps: (2 + r/m) · 2bmn without scores."""
+        """The three products, scoring amortised over K steps: (2 + r/n) · 2bmn without scores."""
         products = self.forward_flops + self.input_gradient_flops + self.compact_gradient_flops
         return products + self.refresh_flops if self.scoring else products
 
@@ -138,7 +139,7 @@ class LinearCost:
 
     @property
     def compact_gradient_traffic(self) -> Any:
-        """C from gathered factors: b × r and b × n (b × m for "in") read, C written (2 and 3)."""
+        """C from gathered factors: b × r and b × m (b × n for "out") read, C written (2 and 3)."""
         other = self.n if self.side == "out" else self.m
         factors = self.matrices * self.b * (self.r + other)
         return (factors + self.compact_size) * self.itemsize
@@ -158,9 +159,9 @@ class LinearCost:
 
     @property
     def optimizer_traffic(self) -> Any:
-        """The same of rows (equation 4), decay of all of W, ages read and written, σ and ρ read.
+        """The same of C (equation 4), decay of all of W, ages read and written, σ and ρ read.
 
-        AdamW: 7rn + 2mn numbers, and 24r bytes of ages and σ.
+        AdamW: 7rm + 2mn numbers, and 24r bytes of ages and σ.
         """
         numbers = (3 + 2 * self.moments) * self.compact_size
         if self.weight_decay:
@@ -174,7 +175,7 @@ class LinearCost:
 
     @property
     def all_reduce_bytes(self) -> Any:
-        """Sent by each process for C, by a ring: 2 (p − 1)/p · rn numbers (equations 2 and 3)."""
+        """Sent by each process for C, by a ring: 2 (p − 1)/p · rm numbers (equations 2 and 3)."""
         return self._ring(self.gradient_bytes)
 
     def _ring(self, size: Any) -> Any:
@@ -199,14 +200,14 @@ class LinearCost:
 
     @property
     def gradient_bytes(self) -> Any:
-        """C on weight.grad: rn numbers ("What follows from the equations")."""
+        """C on weight.grad: rm numbers ("What follows from the equations")."""
         return self.compact_size * self.itemsize
 
     @property
     def state_bytes(self) -> Any:
-        """Moments, 2rn; ages and σ, int64, 16r bytes; ρ, 4r; the selection's number, 8 bytes.
+        """Moments, 2rm; ages and σ, int64, 16r bytes; ρ, 4r; the selection's number, 8 bytes.
 
-        "What follows from the equations": 2rn + 3r numbers. ρ only with replacement.
+        "What follows from the equations": 2rm + 3r numbers. ρ only with replacement.
         """
         rows = self.matrices * self.r * (16 + self._scale_itemsize)
         return self.moments * self.compact_size * self.itemsize + rows + 8
@@ -223,7 +224,7 @@ class LinearCost:
 
     @property
     def score_bytes(self) -> Any:
-        """s of a scoring step: m (n for "in") numbers of float32, held until the step."""
+        """s of a scoring step: n (m for "out") numbers of float32, held until the step."""
         return 4 * self.matrices * self.selected if self.scoring else 0
 
     @property

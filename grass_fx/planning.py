@@ -26,9 +26,9 @@ class Plan:
     memory: int
     """Bytes there are."""
     rank: int | float
-    """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or rows."""
+    """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or r."""
     rows: int
-    """r of the weights with the largest selected dimension, ``size``; of a LLaMA, hidden."""
+    """r of the weights with the largest selected dimension, ``size``."""
     size: int
     parts: dict[str, int]
     """What takes how many bytes."""
@@ -55,7 +55,7 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
     def __str__(self) -> str:
-        where = f"{self.rows} rows of {self.size}"
+        where = f"{self.rows} of {self.size}"
         rank = where if isinstance(self.rank, int) else f"{self.rank:.6g} ({where})"
         rows = [*self.parts.items(), ("sum", self.total), ("memory", self.memory)]
         rows.append(("at full rank", self.full_total))

@@ -222,7 +222,7 @@ def test_a_stack_of_matrices_has_the_costs_of_all_of_them():
     report = grass_fx.explain(Experts(), torch.randn(4, 10, 16), options=OPTIONS)
     weight = report["experts"]
     assert (weight.status, weight.rank, weight.side) == ("pushed", 8, "in")
-    of = LinearCost(16, 8, r=8, b=10, itemsize=4, matrices=4)
+    of = LinearCost(16, 8, r=8, b=10, itemsize=4, side="out", matrices=4)
     assert weight.before.weight_gradient_flops == of.full_gradient_flops
     assert weight.after.weight_gradient_flops == of.compact_gradient_flops
     assert weight.after.state == of.state_bytes

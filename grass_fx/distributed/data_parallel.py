@@ -40,7 +40,7 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
     Call it before the first step and before ``DistributedDataParallel``, if that is used; compile
     the model before or after. Parameters and buffers become those of the group's first process.
     From then on every backward ends with averaged gradients: compact ones are averaged inside the
-    compiled backward graph, r·n numbers for each weight; what is dense, and what ``no_sync``
+    compiled backward graph, m·r numbers for each weight; what is dense, and what ``no_sync``
     accumulated, follows in buckets when the backward ends.
 
     With ``DistributedDataParallel(model)`` around it, before or after ``torch.compile``, DDP

@@ -25,7 +25,7 @@ def fully_shard(
     DTensor sharded along dimension 0 (on a two-dimensional mesh: replicated over its first
     dimension, sharded over its second); one that the processes do not divide evenly is replicated.
     Reading ``module.weight`` gathers it, so that in a compiled model the collectives are operators
-    of the graph: a taken weight's gradient is selected first and reduce-scattered then, r·n
+    of the graph: a taken weight's gradient is selected first and reduce-scattered then, m·r
     numbers. Names, hooks and ``state_dict()`` keys stay; values are those of the mesh's first
     process.
 

@@ -184,7 +184,7 @@ def _storage(tensor: Tensor) -> int:
 def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
     """A parameter's costs: of the products in graphs, and of what is held and sent."""
     count, itemsize, ranks = parameter.numel(), parameter.itemsize, _ranks()
-    full = LinearCost(m=1, n=count, r=1, itemsize=itemsize, moments=MOMENTS["adamw"], ranks=ranks)
+    full = LinearCost(m=count, n=1, r=1, itemsize=itemsize, moments=MOMENTS["adamw"], ranks=ranks)
     before = after = Cost(
         gradient=full.full_gradient_bytes,
         state=full.full_state_bytes,
@@ -200,7 +200,7 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
         return weight
     spec, stack = found.taken.spec, found.taken.spec.stack or 1
     compact = replace(
-        full, m=spec.size, n=count // (stack * spec.size), r=spec.rank, matrices=stack,
+        full, m=count // (stack * spec.size), n=spec.size, r=spec.rank, matrices=stack,
         replacement=spec.replacement,
     )  # fmt: skip
     taken = next(each for each in found.traced if each.taken is not None)
