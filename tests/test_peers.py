@@ -102,11 +102,13 @@ def test_a_sweep_goes_on_beyond_an_edge_once():
     }  # fmt: skip
     assert len(found["tried"]["inside"]) == 3 + 3
     assert len(found["tried"]["outside"]) == 4 + 3 + 3
-    assert len(found["tried"]["like it"]) == 2 + 1
+    assert len(found["tried"]["like it"]) == 3  # no more beyond the edge
     assert len(asked) == 6 + 10 + 3
     everything = ["lr", "linear_lr", "refresh_every"]
-    for name, edge in (("inside", ["lr"]), ("outside", everything)):
+    for name, edge in (("inside", ["lr"]), ("outside", everything), ("like it", ["linear_lr"])):
         assert peers_report.at_edge(found["best"][name], found["tried"][name]) == edge
+    assert peers_report.settings(found["best"]["inside"], ["lr"]) == "4* / 2"
+    assert peers_report.settings(found["best"]["outside"]) == "4 / 8 / 200"
 
 
 def test_a_run_that_diverges_or_is_missing_is_never_the_best():
@@ -125,7 +127,12 @@ def test_seeds_are_aggregated():
     results = {each.key: result(each, x) for each, x in zip(runs, losses, strict=True)}
     found = peers_report.over_seeds(run, results)
     assert (found["mean"], found["spread"], found["seeds"]) == (1.25, 0.5, 3)
-    assert peers_report.over_seeds(replace(run, block=8), results) is None
+    line = {"1": run, "8": replace(run, block=8), "none": replace(run, block=16)}
+    results[line["8"].key] = result(line["8"], 2.0)
+    found = peers_report.beside(line, results)  # one of them has one seed
+    assert {x: (each["mean"], each["seeds"]) for x, each in found.items()} == {
+        "1": (1.0, 1), "8": (2.0, 1)
+    }  # fmt: skip
     curves = ([(5, 2.0), (10, 1.0)], [(5, 4.0), (10, 2.0)], [(5, 6.0), (10, 3.0)])
     for each, curve in zip(runs, curves, strict=True):
         results[each.key]["curve"] = curve

@@ -59,8 +59,8 @@ class Scale:
     """Of `linear_lr`."""
     neighbours: tuple[float, ...] = (0.5, 1, 2)
     """Of a best rate or K, as factors."""
-    followers: tuple[float, ...] = (0.5, 1)
-    """Of the `linear_lr` that a contender like another takes over."""
+    followers: tuple[float, ...] = (0.5, 1, 2)
+    """Of the `linear_lr` that a contender like another takes over; no more beyond an edge."""
     ranks: tuple[str, ...] = tuple(RANKS)
     periods: tuple[int, ...] = (10, 25, 50, 100, 200, 400)
     warmups: tuple[int, ...] = (0, 10, 20, 40)
@@ -146,13 +146,15 @@ def sweep(scale: Scale, entries: Sequence[Contender], dense_lr: float, results: 
     best: dict[str, Run | None] = {}
     tried: dict[str, list[Run]] = {}
 
-    def settle(lines: dict[str, list[Run]], rate: str) -> Generator[list[Run], None, None]:
+    def settle(lines: dict[str, list[Run]], rate: str = "") -> Generator[list[Run], None, None]:
+        """Where each is best along its line, which goes on beyond an edge if there is a `rate`."""
         yield [run for line in lines.values() for run in line]
-        more = {name: beyond(rate, line, results) for name, line in lines.items()}
-        yield [run for line in more.values() for run in line]
+        if rate:
+            lines = {name: line + beyond(rate, line, results) for name, line in lines.items()}
+            yield [run for line in lines.values() for run in line]
         for name, line in lines.items():
             known = tried.setdefault(name, [])
-            known += [run for run in line + more[name] if run not in known]
+            known += [run for run in line if run not in known]
             best[name] = best_of(known, results)
 
     def around(name: str, run: Run, rate: str, factors: Sequence[float]) -> list[Run]:
@@ -179,7 +181,7 @@ def sweep(scale: Scale, entries: Sequence[Contender], dense_lr: float, results: 
         for each in entries
         if each.like
     }
-    yield from settle(lines, "linear_lr")
+    yield from settle(lines)
     return {"best": {name: run for name, run in best.items() if run}, "tried": tried}
 
 

@@ -31,9 +31,9 @@ SHOWN = (
 SEEDS = 32  # more than anyone will have
 
 
-def over_seeds(run: Run, results: Results) -> dict | None:
+def over_seeds(run: Run, results: Results, most: int = SEEDS) -> dict | None:
     """Mean and spread (most less least) of the held-out loss over the seeds that there are."""
-    losses = [loss_of(each, results) for each in with_seeds(run, SEEDS) if each.key in results]
+    losses = [loss_of(each, results) for each in with_seeds(run, most) if each.key in results]
     if not losses:
         return None
     return {
@@ -44,20 +44,28 @@ def over_seeds(run: Run, results: Results) -> dict | None:
     }
 
 
+def beside(line: dict[str, Run], results: Results) -> dict[str, dict]:
+    """The same of several runs, over as many seeds as all of them have: others do not compare."""
+    found = {x: over_seeds(run, results) for x, run in line.items()}
+    most = min((each["seeds"] for each in found.values() if each), default=0)
+    again = {x: over_seeds(run, results, most) for x, run in line.items()}
+    return {x: each for x, each in again.items() if each}
+
+
 def at_edge(best: Run, tried: Iterable[Run]) -> list[str]:
-    """Rates, or K, whose best value is the least or the greatest of all, after the extension."""
+    """Rates, or K, whose best value is the least or the greatest of three or more."""
     tried, found = list(tried), []
     for rate in SWEPT:
         values = {getattr(run, rate) for run in tried}
-        if len(values) > 1 and getattr(best, rate) in (min(values), max(values)):
+        if len(values) > 2 and getattr(best, rate) in (min(values), max(values)):
             found.append(rate)
     return found
 
 
-def settings(run: Run) -> str:
-    """What was swept: the two rates, and K where there is one."""
-    rates = f"{run.lr:g} / {run.linear_lr:g}"
-    return f"{rates} / {run.refresh_every}" if run.method.startswith(PERIODIC) else rates
+def settings(run: Run, edges: Iterable[str] = ()) -> str:
+    """What was swept: the two rates, and K where there is one; * where it stands at an edge."""
+    names = SWEPT if run.method.startswith(PERIODIC) else SWEPT[:2]
+    return " / ".join(f"{getattr(run, name):g}{'*' * (name in edges)}" for name in names)
 
 
 def summaries(swept: dict, results: Results, timed: dict | None) -> dict[str, dict]:
@@ -67,11 +75,11 @@ def summaries(swept: dict, results: Results, timed: dict | None) -> dict[str, di
         row = over_seeds(best, results)
         tried = swept["tried"][name]
         row["run"] = {**asdict(best), "key": best.key}
-        row["settings"] = settings(best)
+        row["at_edge"] = at_edge(best, tried)
+        row["settings"] = settings(best, row["at_edge"])
         row["candidates"] = {
             settings(run): loss_of(run, results) for run in tried if run.key in results
         }
-        row["at_edge"] = at_edge(best, tried)
         row["train"] = results[best.key]["train"]
         row["curve"] = mean_curve(best, results)
         if best.start:
@@ -136,10 +144,9 @@ def table(rows: dict[str, dict]) -> str:
         columns += ["held-out before", "old text after"]
     lines = [f"| {' | '.join(columns)} |", f"|:--|{'--:|' * (len(columns) - 1)}"]
     for name, row in rows.items():
-        edge = "*" if row["at_edge"] else ""
         cells = [
             name,
-            row["settings"] + edge,
+            row["settings"],
             str(len(row["candidates"])),
             f"{row['mean']:.4f}",
             f"{row['spread']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "- (1)",
@@ -162,8 +169,7 @@ def table_of_panels(panels: Panels, results: Results) -> str:
     lines = ["| varied | rank | held-out, by value |", "|:--|:--|:--|"]
     for title, series in panels.items():
         for label, line in series.items():
-            points = [(x, over_seeds(run, results)) for x, run in line.items()]
-            cells = [f"{x}: {each['mean']:.3f}" for x, each in points if each]
+            cells = [f"{x}: {each['mean']:.3f}" for x, each in beside(line, results).items()]
             lines.append(f"| {title} | {label} | {', '.join(cells)} |")
     return "\n".join(lines)
 
@@ -192,8 +198,8 @@ NOTES = """\
 - Sent: gradients, as a data-parallel step would send them; for grass with the scores.
 - LoRA: adapters on frozen random matrices; embedding, norms and head train. It is no method of
   pretraining, and stands here for its bytes.
-- Variants of grass and 8-bit states have the dense rate and the K of what they vary, and the better
-  of its linear rate and half of it, or one more beyond the better."""
+- Variants of grass and 8-bit states have the dense rate and the K of what they vary, and the best
+  of a few multiples of its linear rate, with none beyond them."""
 
 
 def report(
@@ -213,8 +219,8 @@ def report(
         parts += ["### Goals", "\n".join(lines)]
     if timed:
         parts.append(f"Times: {timed['threads']} thread(s), {timed['rounds']} periods of 5 steps.")
-    swept = "side, selection, on_refresh and block"
-    parts += ["## Ablations", f"One seed and no new rates, but for {swept}."]
+    swept = "side, selection, on_refresh and block, which have the rates of the table"
+    parts += ["## Ablations", f"No new rates, but for {swept}; seeds that all of a line have."]
     parts.append(table_of_panels(found["panels"], results))
     if tuned:
         text = f"From the best AdamW run's weights, {scale.finetune_steps} steps on other text."
@@ -227,10 +233,7 @@ def report(
         "pretraining": rows,
         "goals": reached,
         "ablations": {
-            title: {
-                label: {x: over_seeds(run, results) for x, run in line.items()}
-                for label, line in series.items()
-            }
+            title: {label: beside(line, results) for label, line in series.items()}
             for title, series in found["panels"].items()
         },
         "finetuning": tuned,
@@ -290,8 +293,8 @@ def draw_panels(panels: Panels, results: Results, scale: Scale, path: Path) -> N
     for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
         places = list(dict.fromkeys(x for line in series.values() for x in line))
         for label, line in series.items():
-            points = [(places.index(x), over_seeds(run, results)) for x, run in line.items()]
-            points = [(at, each) for at, each in points if each and math.isfinite(each["mean"])]
+            points = [(places.index(x), each) for x, each in beside(line, results).items()]
+            points = [(at, each) for at, each in points if math.isfinite(each["mean"])]
             xs, means = [at for at, _ in points], [each["mean"] for _, each in points]
             below = [each["mean"] - min(each["losses"]) for _, each in points]
             above = [max(each["losses"]) - each["mean"] for _, each in points]
