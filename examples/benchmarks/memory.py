@@ -19,7 +19,7 @@ three that count, as "scoring" if gradients carry scores. --checkpointing compil
 itself and calls it through torch.utils.checkpoint. Peaks are torch.cuda.max_memory_allocated, or on
 a CPU the most that torch's allocator holds by torch.profiler's record, without scratch memory
 inside oneDNN and MKL. --limit-gb leaves torch what a card of that size would: 0.75 GiB less.
-"predicted" is docs/method.md's sum: full rank has 4mn numbers per weight, grass mn + 3rn + 3r (here
+"predicted" is docs/method.md's sum: full rank has 4mn numbers per weight, grass mn + 3rm + 3r (here
 without ρ). Peaks have activations and temporaries besides; a scoring step adds m numbers per weight
 and, but with tiles, one layer's G. Goals: 13B within 40 GB at ranks 64 and 1/8, 7B within 24 GB.
 
@@ -46,8 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import as_line, environment
 
 import grass_fx
+from grass_fx.config import GrassConfig
 from llama import SIZES, build
-from peer_optimizers import adamw8bit, galore, galore_groups, nbytes, rows
+from peer_optimizers import adamw8bit, galore, galore_groups, nbytes
 from pretrain import is_linear, rank
 from roofline import LARGE, Roofline, Timer
 
@@ -112,10 +113,14 @@ def predicted(method: str, model: nn.Module, args: argparse.Namespace) -> int:
     """Bytes of weights, gradients and state; method.md says nothing of the peers."""
     total, parts = 0, 2 if method == "grass_in_backward" else 3
     for name, p in model.named_parameters() if method in ("full", *GRASS) else ():
-        r = rows(p, args.rank) if method in GRASS and is_linear(name, p) else 0
-        compact = r * max(p.shape) * p.itemsize or p.nbytes
+        r = columns(p, args.rank) if method in GRASS and is_linear(name, p) else 0
+        compact = r * p.shape[0] * p.itemsize or p.nbytes
         total += p.nbytes + parts * compact + 16 * r  # σ and ages
     return total
+
+
+def columns(weight: nn.Parameter, rank: int | float) -> int:
+    return GrassConfig(rank=rank).rank_and_block(weight.shape[1])[0]
 
 
 def history_of_gpu() -> list[tuple[float, int]]:
@@ -213,7 +218,7 @@ def bounds(results: dict[str, dict], args: argparse.Namespace) -> dict[str, dict
         spared = 0
         for name, p in model.named_parameters() if method in GRASS else ():
             if is_linear(name, p):
-                spared += p.numel() - rows(p, args.rank) * max(p.shape)
+                spared += p.numel() - columns(p, args.rank) * p.shape[0]
         flops = counter.get_total_flops() + forward - 2 * args.batch * args.seq * spared
         weights, gradients, state = results[method]["held"]
         moved = 4 * weights - spared * dtype.itemsize + 2 * (gradients + state)

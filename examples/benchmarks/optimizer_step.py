@@ -4,9 +4,9 @@
     python examples/benchmarks/optimizer_step.py --dtype bfloat16 --compile
     python examples/benchmarks/optimizer_step.py --smoke
 
-Ours holds the linear weights of a LLaMA and steps r rows of each. Torch's, with foreach, holds
+Ours holds the linear weights of a LLaMA and steps r columns of each. Torch's, with foreach, holds
 parameters of the compact sizes and steps all of them: the same numbers of elements move. Ours must
-also find the rows in the weights. No weight decay. They take turns in one process; a ratio is
+also find the columns in the weights. No weight decay. They take turns in one process; a ratio is
 taken in every round, the table has medians.
 
 Goal in float32: at most 1.3 times torch's. Nothing asserts it.
@@ -40,8 +40,7 @@ def weights_of(args: argparse.Namespace) -> list[Tensor]:
 
 def give_compact_gradient(weight: Tensor, config: GrassConfig) -> None:
     """What a compiled backward leaves: C of the weight's current selection."""
-    dim = 0 if weight.shape[0] <= weight.shape[1] else 1
-    spec = SubspaceSpec.of(config, weight.shape[dim], dim, "out" if dim == 0 else "in")
+    spec = SubspaceSpec.of(config, weight.shape[1], 1, "in")
     selection = registry.demand(weight, spec, "weight").selection_on(weight.device)
     compact = torch.randn(spec.compact_shape(weight.shape), dtype=weight.dtype).to(weight.device)
     weight.grad = grass_fx.CompactGrad(compact, selection, weight.shape)
