@@ -64,7 +64,8 @@ class Selection:
 
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""
-        compact = select(matrix(dense.contiguous()), self.indices, self.scale, self.dim)
+        rows = dense.reshape(-1, dense.shape[-1])  # as `matrix`, however it lies in memory
+        compact = select(rows, self.indices, self.scale, self.dim)
         return compact if dense.dim() == 2 else compact.view(dense.shape[0], -1, dense.shape[-1])
 
     def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
@@ -117,11 +118,12 @@ class CompactGrad(Tensor):
         scores: Tensor | None = None,
         zeroed: bool = False,
         local: bool = True,
+        projected: bool = False,
     ) -> CompactGrad:
         self: CompactGrad = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=compact.dtype, device=compact.device
         )
-        return self._hold(compact, subspace, scores, zeroed, local)
+        return self._hold(compact, subspace, scores, zeroed, local, projected)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -132,15 +134,18 @@ class CompactGrad(Tensor):
         scores: Tensor | None,
         zeroed: bool,
         local: bool,
+        projected: bool,
     ) -> CompactGrad:
         self.compact, self.subspace, self.scores, self.zeroed = compact, subspace, scores, zeroed
-        self.local, self.projected = local, False
+        self.local, self.projected = local, projected
         return self
 
     def _with(self, compact: Tensor, scores: Tensor | None) -> CompactGrad:
-        new = CompactGrad(compact, self.subspace, self.shape, scores, self.zeroed, self.local)
-        new.projected = self.projected
-        return new
+        return CompactGrad(compact, self.subspace, self.shape, scores, *self._marks)
+
+    @property
+    def _marks(self) -> tuple[bool, bool, bool]:
+        return self.zeroed, self.local, self.projected
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
@@ -174,12 +179,12 @@ class CompactGrad(Tensor):
             )
         theirs: Any = torch.Tensor.data
         theirs.__set__(self, value)
-        self._hold(value.compact, value.subspace, value.scores, value.zeroed, value.local)
+        self._hold(value.compact, value.subspace, value.scores, *value._marks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         s = self.subspace
         state = (self.compact, s.indices, s.scale, s.dim, s.generation, s.name)
-        return _rebuild, (*state, tuple(self.shape), self.scores, self.zeroed, self.local)
+        return _rebuild, (*state, tuple(self.shape), self.scores, *self._marks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
         return self._with(copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo))
@@ -211,9 +216,10 @@ def _rebuild(
     scores: Tensor | None,
     zeroed: bool,
     local: bool = True,
+    projected: bool = False,
 ) -> CompactGrad:
     selection = Selection(indices, scale, dim, generation, name)
-    return CompactGrad(compact, selection, shape, scores, zeroed, local)
+    return CompactGrad(compact, selection, shape, scores, zeroed, local, projected)
 
 
 torch.serialization.add_safe_globals([CompactGrad, _rebuild])
@@ -275,7 +281,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     compact = func(grad.compact, **kwargs)
     scores = None if grad.scores is None else grad.scores.to(compact.device)
     subspace = grad.subspace.to(compact.device)
-    return CompactGrad(compact, subspace, grad.shape, scores, grad.zeroed, grad.local)
+    return CompactGrad(compact, subspace, grad.shape, scores, *grad._marks)
 
 
 @_handles(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg)
@@ -362,7 +368,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     compact = source.compact.to(into.device, into.dtype, copy=True)
     scores = None if source.scores is None else source.scores.to(into.device, copy=True)
     selection = source.subspace.to(into.device)
-    return into._hold(compact, selection, scores, source.zeroed, source.local)
+    return into._hold(compact, selection, scores, *source._marks)
 
 
 @_handles(aten.linalg_vector_norm)
@@ -426,9 +432,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
             )
         compact = (other.compact * alpha).to(grad.dtype)
         scores = _times(other.scores, alpha, 1)
-        grad._hold(compact, other.subspace, scores, other.zeroed, other.local)
-        grad.projected = other.projected
-        return grad
+        return grad._hold(compact, other.subspace, scores, *other._marks)
     grad.compact.add_(other.compact, alpha=alpha)
     more = _times(other.scores, alpha, 1)
     if more is not None:

@@ -24,6 +24,17 @@ class Stop(Exception):
     """Why a selection cannot go below a node."""
 
 
+def make_early(node: fx.Node) -> None:
+    """Move a selection or its norms up to the gradient they are of.
+
+    Taps are differentiated last: at the end of the graph, where autograd has put it, ``node`` would
+    keep the gradient's factors alive until then, those of all layers.
+    """
+    g = node.args[0]
+    if isinstance(g, fx.Node) and g.op == "call_function":
+        g.append(node)
+
+
 class Push:
     """One selection on its way down."""
 

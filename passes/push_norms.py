@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SQUARED_NORMS
+from grass_fx.passes.push import make_early
 from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, dim_below_reshape
 
 aten = torch.ops.aten
@@ -33,13 +34,13 @@ def push_norms_pass(graph: fx.Graph) -> int:
         mm_squared_norms = torch.ops.grass.mm_squared_norms.default(permute, x, 0)
 
     Where it is wanted (:func:`wants_tiles`), where nothing but transposes, views and conversions
-    lies between, and nothing but a selection needs the gradient besides. Returns how many.
+    lies between, and nothing but a selection needs the gradient besides; elsewhere the norms only
+    move up to their gradient. Returns how many.
     """
     count = 0
     for norms in graph.find_nodes(op="call_function", target=SQUARED_NORMS):
         g, dim, *scoring = norms.args
-        if g.op == "call_function":
-            g.append(norms)  # early: the factors of G are not to live until the end
+        make_early(norms)
         if not wants_tiles(g.meta["val"], *scoring):
             continue
         product = _product_below(g, dim, norms)

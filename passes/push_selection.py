@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import fx
 
 from grass_fx.ops import SELECT
-from grass_fx.passes.push import Push
+from grass_fx.passes.push import Push, make_early
 from grass_fx.passes.push_rules import RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
@@ -43,16 +43,16 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
         permute = torch.ops.aten.permute.default(d, [1, 0])
         selected_mm = torch.ops.grass.selected_mm.default(permute, x, indices, scale, 0)
 
-    ``select`` is linear and moves through the operations of ``push_rules.RULES`` (equations 2 and 3
-    of docs/method.md). It stops, and is left there with its reason, at a node of another kind and
-    at one whose full value is needed anyway (the scores of a scoring step). Graphs without a
-    selection, inference graphs among them, stay as they are.
+    The product stands where its factors are made. ``select`` is linear and moves through the
+    operations of ``push_rules.RULES`` (equations 2 and 3 of docs/method.md). It stops, and is left
+    there with its reason, at a node of another kind and at one whose full value is needed anyway
+    (the scores of a scoring step). Graphs without a selection, inference graphs among them, stay as
+    they are.
     """
     result = PushResult()
     for select in graph.find_nodes(op="call_function", target=SELECT):
         g, indices, scale, dim, *block = cast("tuple[Any, ...]", select.args)
-        if g.op == "call_function":
-            g.append(select)  # early: the factors of G are not to live until the end
+        make_early(select)
         rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
         push = Push(rules, graph, select, indices, scale, block)
         new = push.below(g, dim, select)

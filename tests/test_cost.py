@@ -48,7 +48,7 @@ INSIDE = {
 
 def test_the_flops_of_a_linear_layer_are_those_counted():
     layer, x = nn.Linear(48, 32, bias=False), torch.randn(20, 48, requires_grad=True)
-    of = LinearCost(m=32, n=48, r=8, b=20, side="out")
+    of = LinearCost(m=32, n=48, r=8, b=20)
     assert counted(lambda: layer(x)) == of.forward_flops
     assert counted(lambda: layer(x).sum().backward()) == of.full_step_flops
 

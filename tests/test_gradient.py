@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -296,3 +297,13 @@ def test_an_optimizer_that_knows_no_subspace_is_an_error(optimizer, foreach):
     with pytest.raises((CompactGradError, RuntimeError)):
         optimizer([w], lr=0.1, foreach=foreach).step()
     assert not w.any()  # and nothing moved
+
+
+def test_that_a_part_of_it_came_dense_is_remembered():
+    mixed = grad()
+    assert not mixed.projected
+    mixed += torch.ones(SHAPE, **F64)
+    again = pickle.loads(pickle.dumps(mixed))
+    for each in (mixed, mixed.clone(), mixed * 2, mixed.to(torch.float32), grad() + mixed, again):
+        assert each.projected
+    assert not mixed.zero_().projected

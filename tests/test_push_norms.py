@@ -62,6 +62,20 @@ def forward(self, d_1, x_1, indices_1):
     assert moved == 1
 
 
+@pytest.mark.parametrize("scoring", ["tiles", "gradient"])
+def test_norms_stand_where_their_gradient_is_made(scoring):
+    def backward(d, x, w):
+        g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+        below = aten.relu.default(aten.mm.default(d, w))  # what other layers go on with
+        return below, SQUARED_NORMS(g, 1, scoring)
+
+    d, x, *_ = products()
+    graph, moved = pushed(backward, d, x, torch.randn(M, N, dtype=torch.float64))
+    names = [node.name for node in graph.nodes]
+    name = "mm_squared_norms" if scoring == "tiles" else "squared_norms"
+    assert names.index(name) < names.index("relu") and moved == (scoring == "tiles")
+
+
 CHAINS = {
     "nothing": lambda g: g,
     "t": lambda g: aten.t.default(aten.t.default(g)),

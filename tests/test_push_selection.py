@@ -72,6 +72,18 @@ def forward(self, d_1, x_1, indices_1):
     assert [n.name for n in result.pushed] == ["indices_1"] and not result.stopped
 
 
+def test_a_product_stands_where_its_factors_are_made():
+    def backward(d, x, w, indices):
+        g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+        below = aten.relu.default(aten.mm.default(d, w))  # what other layers go on with
+        return below, SELECT(g, indices, None, 0)
+
+    d, x, *_ = products()
+    _, graph, _ = pushed(backward, d, x, torch.randn(M, N, dtype=torch.float64), torch.arange(R))
+    names = [node.name for node in graph.nodes]
+    assert names.index("selected_mm") < names.index("relu")
+
+
 def test_two_uses_of_one_weight_both_become_compact():
     def gradient(d, x, d2, x2, indices, scale):
         g = aten.mm.default(aten.permute.default(d, [1, 0]), x)

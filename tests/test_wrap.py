@@ -36,6 +36,18 @@ class Lion(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - beta2)
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Steps of a size of its own, as Adafactor's by default."""
+
+    def __init__(self, params, lr=None, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.sub_(p.grad.sign() * 0.25)
+
+
 def train(model, compiled, optimizer, steps, seed=0, sizes=(8, 6)):
     gen = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
@@ -319,3 +331,16 @@ def test_it_warns_if_no_compact_gradient_has_ever_arrived():
     model = mlp(8, 6)
     with pytest.warns(GrassWarning, match="no compact gradient has arrived"):
         train(model, model, grass_fx.subspace(torch.optim.SGD)(model.parameters(), lr=0.1), 1)
+
+
+def test_an_optimizer_without_a_rate_steps_the_selected_columns():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2))
+    optimizer = grass_fx.subspace(WithoutRate)(model.parameters(), weight_decay=0.1, warmup_steps=0)
+    before = model[0].weight.detach().clone()
+    train(model, compiled, optimizer, 1)
+    change = (model[0].weight.detach() - before).abs()
+    columns = model[0].weight.grad.subspace.indices
+    assert columns.numel() == 2
+    torch.testing.assert_close(change[:, columns], torch.full((6, 2), 0.25))
+    assert change.sum() == change[:, columns].sum()

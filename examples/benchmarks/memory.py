@@ -20,7 +20,7 @@ itself and calls it through torch.utils.checkpoint. Peaks are torch.cuda.max_mem
 a CPU the most that torch's allocator holds by torch.profiler's record, without scratch memory
 inside oneDNN and MKL. --limit-gb leaves torch what a card of that size would: 0.75 GiB less.
 "predicted" is docs/method.md's sum: full rank has 4mn numbers per weight, grass mn + 3rm + 3r (here
-without ρ). Peaks have activations and temporaries besides; a scoring step adds m numbers per weight
+without ρ). Peaks have activations and temporaries besides; a scoring step adds n numbers per weight
 and, but with tiles, one layer's G. Goals: 13B within 40 GB at ranks 64 and 1/8, 7B within 24 GB.
 
 Below stand the two numbers of a roofline for a regular step, FLOPs over peak and bytes over

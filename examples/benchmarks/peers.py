@@ -16,7 +16,7 @@ same schedule. Stages:
                 states have fewer: the settings of what they vary, with its linear rate and twice
                 it (--scale gpu: and half of it)
     seeds       the best of each with further seeds
-    ablations   one thing varied at a time, around grass's best run; one seed, rates not tuned again
+    ablations   one thing varied at a time, around grass's best run; rates not tuned again
     timing      seconds, bytes and traffic, all contenders in turns (peers_timing.py)
     finetune    AdamW, LoRA and grass from the weights of the best AdamW run to other text
     report      the tables and figures of what there is

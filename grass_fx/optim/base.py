@@ -168,11 +168,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
+            if grad.projected:
+                self._warn_projected(p)
             if subspace is not None and subspace.sharding is not None:
                 self._check_shards(subspace)
                 grad = self._own_part(grad, subspace)
-            if grad.projected:
-                self._warn_projected(p)
             if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
                 selection = subspace.own(subspace.selection_on(p.device))
                 return CompactGrad(grad.compact, selection, p.shape, zeroed=True)

@@ -78,7 +78,7 @@ def adam_update_(
     for (dtype, _, age, in_code, _), batch in batches.items():
         torch._foreach_add_([step.age for step in batch], 1)
         if lr != 0 and weight_decay != 0:
-            decay_(batch, 1 - lr * weight_decay)
+            _decay(batch, 1 - lr * weight_decay)
         if age is not None:
             warm = min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0
             _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
@@ -94,14 +94,14 @@ def adam_update_(
             _update(batch[part], gains[part], floors[part], beta1, beta2, moves=lr != 0)
 
 
-def decay_(batch: Sequence[CompactStep], factor: float) -> None:
-    """W · ``factor`` for each of the batch; stochastically rounded, part by part, where W is."""
+def _decay(batch: Sequence[CompactStep], factor: float) -> None:
+    """W · ``factor`` for each of the batch, stochastically rounded where the step is."""
     if plain := [step.w for step in batch if step.rounding is None]:
         torch._foreach_mul_(plain, factor)
     for step in batch:
         if step.rounding is None:
             continue
-        size = min(PART, step.w.numel() // 8)
+        size = min(PART, step.w.numel() // 8)  # in float32 at a time
         for part in step.w.split(max(1, size // step.w.shape[1])):
             part.copy_(round_stochastically(part.float() * factor, step.rounding))
 

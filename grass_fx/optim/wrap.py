@@ -49,7 +49,8 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     Its constructor takes what ``optimizer_class`` takes and, as ``grass_fx.AdamW`` does, ``scale``,
     ``warmup_steps`` and ``on_refresh``. Dense parameters are stepped as ``optimizer_class`` does;
     of a taken weight all state has compact shapes. Decoupled weight decay reaches the whole weight,
-    lr·λ each step; L2 decay is part of the gradient, so it reaches the selected rows.
+    lr·λ each step, if X has a rate lr; L2 decay is part of the gradient, so it reaches the selected
+    rows.
 
     At a refresh with ``on_refresh="carry"``, floating-point state of C's shape is kept for the rows
     that stay, and rows of different ages are then stepped as parameters of their own where the
@@ -285,7 +286,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _shrink(self, group: Mapping[str, Any]) -> float:
         """1 − lr·λ if X's weight decay is decoupled, else 1: L2 decay is part of the gradient."""
-        if not group.get("weight_decay") or "lr" not in group:
+        if not group.get("weight_decay") or group.get("lr") is None:
             return 1.0
         if self._decoupled is None:
             self._decoupled = self._find_decoupled(group)
