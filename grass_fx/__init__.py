@@ -5,10 +5,12 @@
     optim/          optimizers that step in the subspace: AdamW, and subspace(X) for any class X
     passes/         the graph passes, one per file
     lowering/       how Inductor lowers grass::select and grass::selected_mm
-    subspace.py     each weight's selection and schedule; the registry from Parameter to Subspace
+    registry.py     from a Parameter to its subspace
+    subspace.py     each weight's selection and schedule
     selection.py    the selection rules: numbers in, numbers out
     history.py      which rows a weight has had selected
     gradient.py     CompactGrad, the gradient on weight.grad
+    selected.py     Selection, which rows of a weight it holds
     distributed/    several processes: data_parallel
     pictures.py     coverage_plot
     config.py       options and defaults
@@ -26,11 +28,12 @@ from typing import Any
 
 from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.explain import explain as explain  # the function; the room keeps its own path
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad
 from grass_fx.optim import AdamW, step_in_backward
 from grass_fx.optim import subspace as subspace  # the function; the module keeps its own path
 from grass_fx.pictures import coverage_plot
 from grass_fx.planning import plan
+from grass_fx.selected import Selection
 
 __all__ = [
     "AdamW",

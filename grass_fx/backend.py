@@ -37,9 +37,9 @@ from grass_fx.passes.pipeline import (
     source_hash,
 )
 from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
+from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
 from grass_fx.sharding import sharding_of
-from grass_fx.subspace import registry
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,88 +17,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from grass_fx.errors import CompactGradError, SelectionChangedError
-from grass_fx.ops import along, select
+from grass_fx.selected import Selection, matrix
 
 aten = torch.ops.aten
-
-
-def matrix(tensor: Tensor) -> Tensor:
-    """A matrix as it is; a stack of matrices (e, m, n) as one of e·m rows, in the same memory."""
-    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """One selection of a weight: immutable, so that a gradient kept for later stays true.
-
-    ``indices`` σ: (r,) int64 in ascending blocks, of which one that is drawn twice follows itself;
-    ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor dimension they select; ``generation``
-    counts the weight's selections. Of a stack of e matrices they select rows of :func:`matrix`:
-    (e·r,), r of each, ``dim`` 0.
-    """
-
-    indices: Tensor
-    scale: Tensor | None
-    dim: int
-    generation: int
-    name: str = "a weight"
-
-    def to(self, device: torch.device) -> Selection:
-        """The same selection on another device."""
-        if self.indices.device == device:
-            return self
-        scale = None if self.scale is None else self.scale.to(device)
-        return replace(self, indices=self.indices.to(device), scale=scale)
-
-    def same_as(self, other: Selection) -> bool:
-        """Whether both select the same rows; compares values only where identity does not tell."""
-        if self is other or self.indices is other.indices:
-            return True
-        return self.generation == other.generation and torch.equal(self.indices, other.indices)
-
-    def part(self, rows: Tensor) -> Selection:
-        """Some of the selected rows alone: ``rows`` (k,), ascending places in σ."""
-        scale = None if self.scale is None else self.scale[rows]
-        return replace(self, indices=self.indices[rows], scale=scale)
-
-    def project(self, dense: Tensor) -> Tensor:
-        """C = PᵀG (equation 2 or 3)."""
-        rows = dense.reshape(-1, dense.shape[-1])  # as `matrix`, however it lies in memory
-        compact = select(rows, self.indices, self.scale, self.dim)
-        return compact if dense.dim() == 2 else compact.view(dense.shape[0], -1, dense.shape[-1])
-
-    def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
-        """P C: each selected row times ρ at its place, repeated rows adding, 0 elsewhere."""
-        compact = matrix(compact)
-        if self.scale is not None:
-            compact = (compact * along(self.scale, self.dim, 2)).to(compact.dtype)
-        return self._placed(compact, shape)
-
-    def _placed(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        dense = rows.new_zeros(shape)
-        matrix(dense).index_add_(self.dim, self.indices, rows)
-        return dense
-
-    def lift(self, compact: Tensor, shape: torch.Size) -> Tensor:
-        """A dense tensor whose projection is C: C_j / ρ_j at row σ_j, once per distinct row."""
-        first = torch.ones_like(self.indices, dtype=compact.dtype)
-        if self.scale is not None:  # only with replacement do rows repeat
-            rows, order = self.indices.sort(stable=True)
-            first[order[1:]] = (rows[1:] != rows[:-1]).to(compact.dtype)
-            first = first / self.scale
-        rows = (matrix(compact) * along(first, self.dim, 2)).to(compact.dtype)
-        return self._placed(rows, shape)
 
 
 class CompactGrad(Tensor):
     """The compact gradient C of a weight (m, n), equations 2 and 3 of docs/method.md.
 
     Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``subspace``, the
-    :class:`Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the rows' squared
-    gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that ``zero_`` emptied:
-    it adopts the next one's selection. ``local``: whether some of it is this process's alone, no
-    average over the processes that train together (grass_fx.distributed). ``projected``: whether
-    some of it came dense, and was projected when it was added.
+    :class:`~grass_fx.Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the
+    rows' squared gradient norms in a scoring step, else None. ``zeroed`` tells a gradient that
+    ``zero_`` emptied: it adopts the next one's selection. ``local``: whether some of it is this
+    process's alone, no average over the processes that train together (grass_fx.distributed).
+    ``projected``: whether some of it came dense, and was projected when it was added.
     """
 
     compact: Tensor
@@ -120,6 +51,8 @@ class CompactGrad(Tensor):
         local: bool = True,
         projected: bool = False,
     ) -> CompactGrad:
+        if isinstance(compact, DTensor):
+            cls = _BesideDTensors
         self: CompactGrad = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=compact.dtype, device=compact.device
         )
@@ -194,15 +127,24 @@ class CompactGrad(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         handler = _HANDLERS.get(func) or _HANDLERS.get(func.overloadpacket)
-        result = handler(func, args, kwargs or {}) if handler else NotImplemented
-        if result is NotImplemented:
-            raise CompactGradError(
-                f"{func} cannot be done on a compact gradient, which holds only the selected rows "
-                "of its weight. To step with it, use grass_fx.AdamW, or grass_fx.subspace(X) for a "
-                "torch optimizer class X. weight.grad.compact is those rows, "
-                "weight.grad.to_dense() the whole matrix."
-            )
-        return result
+        return _handled(handler, func, args, kwargs or {})
+
+
+class _BesideDTensors(CompactGrad):
+    """A gradient whose C is a DTensor, as those of dense parameters are then.
+
+    Of a list of both torch asks the class of the first, and DTensor knows no compact gradients. So
+    functions of lists are handled before that choice.
+    """
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if (handler := _LISTS.get(func)) is not None:
+                return _handled(handler, func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
 
 
 def _rebuild(
@@ -225,6 +167,20 @@ def _rebuild(
 torch.serialization.add_safe_globals([CompactGrad, _rebuild])
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _handled(handler: Handler | None, func: Any, args: Any, kwargs: Any) -> Any:
+    result = handler(func, args, kwargs) if handler else NotImplemented
+    if result is NotImplemented:
+        raise CompactGradError(
+            f"{func} cannot be done on a compact gradient, which holds only the selected rows of "
+            "its weight. To step with it, use grass_fx.AdamW, or grass_fx.subspace(X) for a torch "
+            "optimizer class X. weight.grad.compact is those rows, weight.grad.to_dense() the "
+            "whole matrix."
+        )
+    return result
+
+
 _HANDLERS: dict[Any, Handler] = {}
 
 
@@ -476,7 +432,7 @@ def _foreach_scale_(func: Any, args: Any, kwargs: Any) -> Any:
     if not _is_factor(factor):
         return NotImplemented
     func(*_bare(args))
-    power = -1 if func.overloadpacket is aten._foreach_div_ else 1
+    power = -1 if func.__name__.startswith("_foreach_div_") else 1
     for grad in grads:
         if isinstance(grad, CompactGrad):
             grad.scores = _times(grad.scores, factor, power)
@@ -491,7 +447,25 @@ def _foreach_add_(func: Any, args: Any, kwargs: Any) -> Any:
 @_handles(aten._amp_foreach_non_finite_check_and_unscale_)
 def _amp_unscale_(func: Any, args: Any, kwargs: Any) -> Any:
     grads, found_inf, inv_scale = args
-    func(_bare(grads), found_inf, inv_scale)
+    # DTensor asks other processes whether they have found one if its first gradient has parts.
+    func(sorted(_bare(grads), key=_is_whole), found_inf, inv_scale)
     for grad in grads:
         if isinstance(grad, CompactGrad):
             grad.scores = _times(grad.scores, inv_scale, 1)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) or all(each.is_replicate() for each in tensor.placements)
+
+
+_LISTS: dict[Any, Handler] = {
+    torch._foreach_norm: _foreach_norm,
+    torch._foreach_zero_: _foreach_zero_,
+    torch._foreach_clamp_min_: _foreach_clamp_,
+    torch._foreach_clamp_max_: _foreach_clamp_,
+    torch._foreach_mul_: _foreach_scale_,
+    torch._foreach_div_: _foreach_scale_,
+    torch._foreach_add_: _foreach_add_,
+    torch._amp_foreach_non_finite_check_and_unscale_: _amp_unscale_,
+}
+"""The functions of lists above, as Python calls them."""

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from grass_fx._torch_compat import averaged_by, running_ddp
 from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
 from grass_fx.passes.tap_weights import proxies
-from grass_fx.subspace import Subspace, registry
+from grass_fx.registry import registry
+from grass_fx.selected import Selection
+from grass_fx.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,6 @@ class GrassCallable:
     ) -> None:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring, self.local = regular, scoring, local
-        self._agreed = False
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()
         self._stored: dict[Any, list[Tensor]] = {}
@@ -130,12 +131,14 @@ class GrassCallable:
         ]
         replicas = subspaces[0].replicas
         self._check_ddp(params, subspaces)
-        if replicas is not None and not self._agreed:
+        # Asked of subspaces, not of graphs: one process alone may compile again, for another size.
+        if replicas is not None and not all(s.agreed for s in subspaces):
             # Groups may be called differently: of a mesh each process has groups of its own.
             specs = [replace(s.spec, group=None, shards=None) for s in subspaces]
             mine = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
             replicas.agree("options", mine, "Compile every process's model with the same options.")
-            self._agreed = True
+            for subspace in subspaces:
+                subspace.agreed = True
         inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
         selections = [s.selection for s in subspaces]
         with_scores = self.scoring is not None

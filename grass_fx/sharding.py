@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from grass_fx.gradient import Selection
+from grass_fx.selected import Selection
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,26 @@
 """Each taken weight's subspace: which rows it moves now, and when that changes.
 
 Selections change in one place, :meth:`Subspace.finish_step`, which grass_fx optimizers call after
-their step (docs/method.md, "Steps, periods, refreshes"). The registry finds a weight's subspace by
-the Parameter object that arrives at call time, weakly: no graph and no checkpoint owns it.
+their step (docs/method.md, "Steps, periods, refreshes").
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from grass_fx import selection as rules
 from grass_fx.config import RULES, GrassConfig
-from grass_fx.errors import GrassWarning, OptionError, StateError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.errors import StateError
 from grass_fx.history import SelectionHistory
-from grass_fx.replicas import Replicas, replicas_of
-from grass_fx.sharding import Sharding, Shards, sharding_of
+from grass_fx.replicas import Replicas
+from grass_fx.selected import Selection
+from grass_fx.sharding import Sharding, Shards
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +106,11 @@ class SubspaceSpec:
         return (first // (self.shards.ranks if self.shards else 1), *rest)
 
 
+def selects_rows(state: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a saved :meth:`Subspace.state` is of rows; of a stack it always is."""
+    return weight.dim() == 3 or int(state["subspace_counters"][7]) == 0
+
+
 class Subspace:
     """A weight's selection and its schedule. One optimizer step uses one selection.
 
@@ -120,32 +119,35 @@ class Subspace:
     gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it;
     ``history`` records selections for reports, and decides nothing; ``compilations`` are those
     that the weight has met since (frame, number), for a warning. ``replicas``: with which other
-    processes it is trained, ``sharding``: how it is spread over them.
+    processes it is trained, ``agreed``: whether they have compared options, ``sharding``: how it is
+    spread over them.
     """
 
     def __init__(
         self, spec: SubspaceSpec, key: int, name: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.spec, self.key, self.name = spec, key, name
+        self.spec, self.name = spec, name
         self.rule = RULES[spec.selection]
         self._scale_dtype = scale_dtype(dtype)
-        self.step = 0
-        self.period = 0
-        self.delivered = False
         self.compilations: set[tuple[int, int]] = set()
         self.replicas: Replicas | None = None
+        self.agreed = False
         self.sharding: Sharding | None = None
         self._own: tuple[Selection, Selection] | None = None
-        self.frozen = False
-        self._retry = False
-        units = spec.piece_size // spec.block
-        # Exhausted walks, one of each matrix: the first draw starts the first permutations.
-        self._orders, self._position = [torch.arange(units)] * spec.pieces, units
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # what the inputs of graphs hold
-        self.history = SelectionHistory(spec.rows)
         dim = spec.dim if spec.stack is None else 0
-        self.selection = Selection(torch.empty(0), None, dim, -1, name)
+        self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name)
+        self.restart(key, device)
+
+    def restart(self, key: int, device: torch.device) -> None:
+        """Be as before the first step; selections go on being counted."""
+        self.key, self.step, self.period = key, 0, 0
+        self.delivered = self.frozen = self._retry = False
+        units = self.spec.piece_size // self.spec.block
+        # Exhausted walks, one of each matrix: the first draw starts the first permutations.
+        self._orders, self._position = [torch.arange(units, device="cpu")] * self.spec.pieces, units
+        self.history = SelectionHistory(self.spec.rows)
         self._set(self._draw(), device)
 
     @property
@@ -245,7 +247,7 @@ class Subspace:
         """Without scores: rule 8, or rule 10 (also every rule's first)."""
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
-            even = torch.ones(self.spec.piece_size // self.spec.block)
+            even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
             for stream in self._streams():
                 drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
             return drawn
@@ -300,7 +302,7 @@ class Subspace:
                 scales.append(scale[order].repeat_interleave(self.spec.block))
             elif self.spec.replacement:
                 # Rule 10's first selection, in a graph that takes ρ.
-                scales.append(torch.ones(self.spec.piece_rank))
+                scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
         indices = torch.cat(rows)
         self.history.change(indices, self.step)
         self.selection = replace(
@@ -318,7 +320,7 @@ class Subspace:
             int(self.frozen), int(self._retry), self.spec.dim, self.spec.size, self.spec.parts,
         )  # fmt: skip
         state = {
-            "subspace_counters": torch.tensor(counters),
+            "subspace_counters": torch.tensor(counters, device="cpu"),
             "subspace_order": torch.cat(self._orders),
             "subspace_indices": self.selection.indices,
         }
@@ -366,123 +368,3 @@ class Subspace:
             scale=None if scale is None else scale.to(device, self._scale_dtype),
             generation=generation,
         )
-
-
-class Registry:
-    """From Parameter to Subspace, weakly, and what is known of a Parameter before it has one."""
-
-    def __init__(self) -> None:
-        self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._announced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._first_uses = itertools.count()
-
-    def get(self, weight: Tensor) -> Subspace | None:
-        """The weight's subspace, or None while no compiled graph has used it."""
-        return self._subspaces.get(weight)
-
-    def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
-        """An optimizer registers its parameters: their index keys their random streams."""
-        for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
-            if is_traceable_wrapper_subclass(weight) and weight not in sharding_of:
-                continue  # never taken; and torch converts one only if no weak reference knows it
-            self._keys[weight], self._announced[weight] = index, True
-            if name is not None:
-                self._names[weight] = name
-                if (subspace := self.get(weight)) is not None:
-                    subspace.rename(name)
-
-    def name_of(self, weight: Tensor, default: str = "a parameter") -> str:
-        """What reports call the parameter: as its optimizer does, else as the graph does."""
-        subspace = self.get(weight)
-        name: str = self._names.get(weight, default if subspace is None else subspace.name)
-        return name
-
-    def key_of(self, weight: Tensor) -> int:
-        """What keys the parameter's random streams: its index in its optimizer."""
-        if weight not in self._keys:
-            self._keys[weight] = next(self._first_uses)
-        key: int = self._keys[weight]
-        return key
-
-    def strays(self) -> list[str]:
-        """Names of weights with a compact gradient that are in no optimizer of ours."""
-        return [
-            subspace.name
-            for weight, subspace in self._subspaces.items()
-            if weight not in self._announced and isinstance(weight.grad, CompactGrad)
-        ]
-
-    def demand(self, weight: Tensor, spec: SubspaceSpec, name: str) -> Subspace:
-        """The weight's subspace as a compiled graph needs it, made at its first use.
-
-        A graph compiled with other options replaces it; selections go on being counted, so that
-        no gradient of the old one is taken for one of the new.
-        """
-        subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is not None and subspace.spec == spec:
-            subspace.convert(weight.dtype)
-            return subspace
-        name = self._names.get(weight, name)
-        if subspace is not None:
-            self._replace(weight, subspace.spec, spec, name)
-        made = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
-        saved = self._saved.get(weight)
-        if saved is not None:
-            made.load(saved)
-            del self._saved[weight]
-        elif subspace is not None:
-            generation = subspace.selection.generation + 1
-            made.selection = replace(made.selection, generation=generation)
-        made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
-        self._subspaces[weight] = made
-        return made
-
-    def _replace(self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str) -> None:
-        """Another graph wants another subspace: an error inside a step, a warning between two."""
-        fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
-        differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
-        change = ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
-        if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
-            raise OptionError(
-                f"{name}: two compiled functions with different options share this weight "
-                f"({change}), and it holds a gradient of the first. Compile both with the same "
-                "options, or call optimizer.zero_grad() before the other one takes over."
-            )
-        log.warning("%s: compiled with other options (%s), its subspace starts anew", name, change)
-        warnings.warn(  # one text for all weights: shown once
-            f"the model was compiled with other options before ({change}): subspaces start anew. "
-            "If one function uses a weight and another its transpose, compile them as one "
-            "function, or exclude the weight.",
-            GrassWarning,
-            stacklevel=2,
-        )
-
-    def check(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Raise StateError if a saved state cannot be restored."""
-        subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is not None:
-            subspace.check(state)
-
-    def restore(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Load a saved :meth:`Subspace.state`, now or when a graph first uses the weight."""
-        subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is None:
-            self._saved[weight] = dict(state)
-        else:
-            subspace.load(state)
-
-    def forget_saved(self, weight: Tensor) -> None:
-        """What waits for the weight's first use is of a checkpoint that another one follows."""
-        self._saved.pop(weight, None)
-
-    def saved_state(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """What a checkpoint must hold of the weight's subspace; empty if it has none."""
-        subspace = self._subspaces.get(weight)
-        return subspace.state() if subspace is not None else self._saved.get(weight, {})
-
-
-registry = Registry()
-"""The one registry of this process."""

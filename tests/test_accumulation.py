@@ -8,7 +8,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.gradient import CompactGrad
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
 from helpers import Captured, mlp
 
 

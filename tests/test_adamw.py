@@ -3,6 +3,7 @@ trip."""
 
 import copy
 import io
+import math
 from functools import partial
 
 import pytest
@@ -13,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError, StateError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad
 from grass_fx.optim.update import carried
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
+from grass_fx.selected import Selection
 from helpers import Captured, mlp
 
 
@@ -245,6 +247,26 @@ def test_a_dense_gradient_added_to_a_compact_one_is_reported():
     loss.backward()
     with pytest.warns(GrassWarning, match="is stepped in a subspace, but its gradient came dense"):
         optimizer.step()
+
+
+def test_a_step_that_failed_leaves_no_count_behind():
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2, refresh_every=math.inf))
+    optimizer = grass_fx.AdamW(model.parameters(), lr=0.1, warmup_steps=0)
+    x = torch.randn(3, 8)
+    compiled(x).sum().backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    whole, state["exp_avg_sq"] = state["exp_avg_sq"], torch.zeros(6, 2, device="meta")
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    state["exp_avg_sq"] = whole
+    twin, theirs = copy.deepcopy((model, optimizer))  # which reads the ages where they are
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = copy.deepcopy(p.grad)
+    optimizer.step()
+    theirs.step()
+    assert torch.equal(model[0].weight, twin[0].weight)
 
 
 @pytest.mark.parametrize("make", [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)])

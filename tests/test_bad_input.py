@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import grass_fx
 from grass_fx.errors import CompactGradError, GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
 from helpers import Captured, mlp
 
 X = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))

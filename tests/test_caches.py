@@ -14,8 +14,8 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
 from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
-from grass_fx.subspace import registry
 from helpers import Captured, mlp
 
 

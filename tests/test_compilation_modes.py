@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 import grass_fx
 from grass_fx.gradient import CompactGrad
+from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
-from grass_fx.subspace import registry
 from helpers import Captured, mlp
 
 

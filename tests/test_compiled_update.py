@@ -11,11 +11,11 @@ import torch
 import grass_fx
 from grass_fx import _torch_compat as compat
 from grass_fx.errors import OptionError
-from grass_fx.gradient import Selection
 from grass_fx.ops import ADD_ROWS
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, noise, rounding_stream
-from grass_fx.optim.update import CompactStep, adam_update_, add_rows_
+from grass_fx.optim.update import CompactStep, _add_in_order, adam_update_, add_rows_
+from grass_fx.selected import Selection
 from helpers import Captured, mlp
 
 SETTINGS = {
@@ -293,3 +293,12 @@ def test_the_kernels_numbers_are_those_of_float64(interpreted, each):
             got[5 * k : 5 * k + 3], (step.w, step.exp_avg, step.exp_avg_sq), strict=True
         ):
             assert (a.double() - b).norm() < limit * b.norm()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_repeated_rows_add_in_a_fixed_order_where_they_would_not(dim):
+    """The way of a GPU, whose index_add_ adds in any order, in numbers that do not round."""
+    w, places = torch.randint(9, (6, 8)).double(), torch.tensor([1, 1, 1, 4, 0, 4])
+    change = torch.randint(9, (6, 8) if dim == 0 else (6, 6)).double()
+    want = w.clone().index_add_(dim, places, change)
+    assert _add_in_order(w, dim, places, change) is w and torch.equal(w, want)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from grass_fx.errors import CompactGradError, SelectionChangedError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad
+from grass_fx.selected import Selection
 
 SHAPE = torch.Size((6, 4))
 F64 = {"dtype": torch.float64}

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import grass_fx
-from grass_fx.gradient import matrix
+from grass_fx.selected import matrix
 
 OPTIONS = {"rank": 4, "compiler": "aot_eager"}
 

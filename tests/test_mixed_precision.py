@@ -8,10 +8,10 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import StateError
-from grass_fx.gradient import Selection
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.update import add_rows_
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
+from grass_fx.selected import Selection
 from helpers import Captured, mlp
 
 

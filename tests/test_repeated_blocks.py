@@ -7,8 +7,8 @@ import torch
 
 import grass_fx
 from grass_fx.config import GrassConfig
-from grass_fx.gradient import Selection
 from grass_fx.optim.update import add_rows_, places
+from grass_fx.selected import Selection
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
 

@@ -2,6 +2,7 @@
 error that names the weight."""
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -10,12 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import grass_fx
-from grass_fx.errors import GrassWarning, StateError
+from grass_fx.errors import GrassWarning, SelectionChangedError, StateError
 from grass_fx.gradient import CompactGrad
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
 from helpers import Captured, mlp
 from resuming import CASES, SAVED
 
@@ -197,6 +204,54 @@ def test_another_checkpoint_replaces_one_that_was_not_used_yet():
     assert isinstance(model[0].weight.grad, CompactGrad)
 
 
+MAKERS = [grass_fx.AdamW, grass_fx.subspace(torch.optim.Adam)]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("rule", ["cyclic", "top", "uniform"])
+def test_a_state_of_before_the_first_step_takes_the_run_back_there(make, rule):
+    model, compiled, optimizer = begin(make=make, selection=rule)
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, compiled, optimizer, 4)  # as a finder of learning rates does
+    want, coverage = copy.deepcopy(model), optimizer.stats()["0.weight"]["coverage"]
+    train(model, compiled, optimizer, 2, seed=1)
+    model.load_state_dict(start[0])
+    optimizer.load_state_dict(start[1])
+    train(model, compiled, optimizer, 4)
+    assert_same(model, want)
+    assert optimizer.stats()["0.weight"]["coverage"] == coverage
+
+
+def test_a_gradient_of_before_such_a_state_is_not_taken_for_one_of_after():
+    model, compiled, optimizer = begin()
+    empty = optimizer.state_dict()
+    train(model, compiled, optimizer, 1)
+    loss = compiled(torch.randn(2, 8)).sum()
+    optimizer.load_state_dict(empty)
+    with pytest.raises(SelectionChangedError, match=r"^0\.weight: its selection changed"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("rule", ["cyclic", "top"])
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(make, rule, way, steps):
+    model, compiled, optimizer = begin(make=make, selection=rule)
+    train(model, compiled, optimizer, steps)
+    if way == "deepcopy":
+        other, second = copy.deepcopy((model, optimizer))
+    else:
+        torch.save((model, optimizer), buffer := io.BytesIO())
+        buffer.seek(0)
+        other, second = torch.load(buffer, weights_only=False)
+    again = torch.compile(other, backend=Captured(rank=2, refresh_every=3, selection=rule))
+    train(model, compiled, optimizer, 4, seed=1)
+    train(other, again, second, 4, seed=1)
+    assert_same(other, model)
+    assert second.stats() == optimizer.stats()
+
+
 def test_a_frozen_selection_thaws_under_another_rule():
     _, optimizer = trained(selection="frozen_top", refresh_every=1)
     model, compiled, other = begin(selection="top", refresh_every=1)
@@ -230,6 +285,31 @@ def test_state_in_a_subspace_without_a_compiled_graph_is_an_error():
 
 
 # --- torch.distributed.checkpoint -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_flattened_state_that_lost_the_selection_is_an_error(make):
+    """torch asks a state of before for the names of its entries, and drops all others."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, optimizer = trained(make=make)
+    saved = get_optimizer_state_dict(model, optimizer, options=flat)
+    again, compiled, second = begin(make=make)
+    compiled(torch.randn(2, 8))
+    with pytest.raises(StateError, match=r"^0\.weight: .* flatten_optimizer_state_dict"):
+        set_optimizer_state_dict(again, second, saved, options=flat)
+
+
+def test_rolling_back_twice_asks_for_nothing_new(tmp_path):
+    model, compiled, optimizer = begin()
+    train(model, compiled, optimizer, 2)
+    states = get_state_dict(model, optimizer)
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=tmp_path)
+    for _ in range(2):
+        states = get_state_dict(model, optimizer)
+        dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=tmp_path)
+        set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    train(model, compiled, optimizer, 1)
+    assert registry.get(model[0].weight).step == 3
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from torch import nn
 
 import grass_fx
 from grass_fx import selection as rules
-from grass_fx.gradient import CompactGrad, matrix
+from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECT
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.push_stack_rules import STACK_RULES
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
+from grass_fx.selected import matrix
 from helpers import Captured, text
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import grass_fx
 from grass_fx.config import GrassConfig
 from grass_fx.errors import SelectionChangedError
 from grass_fx.gradient import CompactGrad
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
 

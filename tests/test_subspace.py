@@ -12,7 +12,8 @@ from torch import nn
 
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, StateError
-from grass_fx.subspace import Registry, Subspace, SubspaceSpec
+from grass_fx.registry import Registry
+from grass_fx.subspace import Subspace, SubspaceSpec
 
 SIZE = 12
 CPU = torch.device("cpu")

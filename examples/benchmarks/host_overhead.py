@@ -35,8 +35,9 @@ import grass_fx
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
+from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
-from grass_fx.subspace import SubspaceSpec, registry
+from grass_fx.subspace import SubspaceSpec
 from roofline import LARGE, Roofline, Timer
 
 SIZE, RANK, BATCH = 16, 4, 4

@@ -2,7 +2,8 @@
 
 update.py       the mathematics, free functions in the notation of docs/method.md
 rounding.py     stochastic rounding to bfloat16
-base.py         what all of them share: gradients, refreshes, checkpoints, errors
+checkpoint.py   state dicts, pickles and copies, with the weights' subspaces
+base.py         what all of them share: gradients, refreshes, errors
 adamw.py        grass_fx.AdamW
 rowwise.py      the state of an arbitrary optimizer, seen as rows
 wrap.py         grass_fx.subspace(X): any torch optimizer class X

@@ -11,13 +11,15 @@ from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import StateError, UnsupportedGradError
-from grass_fx.gradient import CompactGrad, Selection, matrix
+from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.telemetry import adam_update_norm
 from grass_fx.optim.update import CompactStep, adam_update_, carried
+from grass_fx.registry import registry
+from grass_fx.selected import Selection, matrix
 from grass_fx.sharding import local
-from grass_fx.subspace import Subspace, registry
+from grass_fx.subspace import Subspace
 
 
 class AdamW(SubspaceOptimizer):
@@ -114,6 +116,7 @@ class AdamW(SubspaceOptimizer):
 
     def _carry_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
+            taken = [p for p, g in entries if g is not None]
             compact = [self._compact_step(p, g, group) for p, g in entries if g is not None]
             beta1, beta2 = group["betas"]
             settings: dict[str, Any] = {
@@ -124,9 +127,10 @@ class AdamW(SubspaceOptimizer):
             }
             whole = {k: group[k] for k in ("weight_decay", "compile")}
             adam_update_(compact, **whole, **settings)
-            for p, grad in entries:
-                if grad is not None:
-                    self._applied[p] = grad.subspace, settings
+            for p, step in zip(taken, compact, strict=True):
+                common = None if step.common_age is None else step.common_age + 1
+                self._common_ages[p] = step.age, common
+                self._applied[p] = step.selection, settings
             dense = [p for p, g in entries if g is None]
             rounded = [p for p in dense if self._rounds(p, group)]
             self._step_dense([p for p in dense if not self._rounds(p, group)], group)
@@ -188,11 +192,10 @@ class AdamW(SubspaceOptimizer):
 
     def _common_age(self, p: Tensor, ages: Tensor) -> int | None:
         """The age of all rows of p if it is the same; read from the device once per selection."""
-        known, age = self._common_ages.get(p, (None, None))
+        known, age = self._common_ages.pop(p, (None, None))  # not known while a step is under way
         if known is not ages:
             different = ages.unique().tolist()
             age = different[0] if len(different) == 1 else None
-        self._common_ages[p] = ages, None if age is None else age + 1
         return age
 
     def _compact_state(self, p: Tensor, grad: CompactGrad, on_refresh: str) -> dict[str, Tensor]:
@@ -236,18 +239,19 @@ class AdamW(SubspaceOptimizer):
         """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
         state = self._dense_state(p, fused=False)
         assert p.grad is not None
-        w, g, m, v = (t.float() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+        held = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        w, g, m, v = (t.float() for t in held)
         rounding = self._rounding(p, group, int(state["step"]))
         settings = {**group, "fused": None}
         _torchs_adamw([w], [g], [m], [v], [state["step"]], settings)
-        p.copy_(round_stochastically(w, rounding))
-        state["exp_avg"].copy_(m)
-        state["exp_avg_sq"].copy_(v)
+        held[0].copy_(round_stochastically(w, rounding))
+        held[2].copy_(m)
+        held[3].copy_(v)
 
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
-            exact = torch.get_default_dtype() == torch.float64
+            exact = torch.get_default_dtype() == torch.float64 and not fused
             dtype = torch.float64 if exact else torch.float32
             state.clear()
             state["step"] = torch.zeros((), dtype=dtype, device=p.device if fused else "cpu")

@@ -1,29 +1,24 @@
-"""What every optimizer that steps in the subspace shares: gradients, steps, checkpoints, errors."""
+"""What every optimizer that steps in the subspace shares: gradients, steps, errors."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import GrassWarning, OptionError, StateError
-from grass_fx.gradient import CompactGrad, Selection
+from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
+from grass_fx.optim.checkpoint import CheckpointedOptimizer
 from grass_fx.optim.telemetry import stats_of
-from grass_fx.sharding import local, sharding_of
-from grass_fx.subspace import Subspace, registry
-
-_SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
-_SHAPE = "weight_shape"
-_OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
-_HISTORY = "history_"  # keys of SelectionHistory.state()
-_PAST = "selection_history"  # where a checkpoint has those: beside "state", and it can lack them
+from grass_fx.registry import registry
+from grass_fx.selected import Selection
+from grass_fx.sharding import local
+from grass_fx.subspace import Subspace
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -31,7 +26,7 @@ Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
 
 
-class SubspaceOptimizer(torch.optim.Optimizer):
+class SubspaceOptimizer(CheckpointedOptimizer):
     """Base of ``grass_fx.AdamW`` and of ``grass_fx.subspace(...)``.
 
     A subclass says how a :data:`Plan` is carried out. State of a taken weight: ``indices`` (r,),
@@ -40,22 +35,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """
 
     _kind = "grass_fx"
-    _met_compact = _warned_dense = _warned_projected = _layout_unknown = False
-    _own: Mapping[str, Any] = {}
-    """Options of groups that are not among ``defaults``."""
+    _met_compact = _warned_dense = _warned_projected = False
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have stepped already, inside backward (in_backward.py)."""
-
-    def _forget(self) -> None:
-        """Begin without what is known beside the state: it is found out again."""
-        self._layouts: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
-        super().__setstate__(state)
-        for group in self.param_groups:  # of another class, or of before there was such an entry
-            for name, value in {**self.defaults, **self._own}.items():
-                group.setdefault(name, value)
 
     def _carry_out(self, plan: Plan) -> None:
         """Update the parameters of ``plan``, their state included."""
@@ -80,15 +62,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """As torch's; the parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        names = [
-            name
-            for group in self.param_groups
-            for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        registry.announce(self._parameters(), names)
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        self._announce()
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -278,7 +252,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Note the selection that p's state belongs to."""
         state = self.state[p]
         state["indices"] = selection.indices
-        state["generation"] = torch.tensor(selection.generation)
+        state["generation"] = torch.tensor(selection.generation, device="cpu")
         state.pop("scale", None)
         if selection.scale is not None:
             state["scale"] = selection.scale
@@ -355,136 +329,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             plan.append(entries)
         return plan
 
-    # --- checkpoints ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with each taken weight's selection and schedule among its state.
-
-        Plain tensors and numbers: ``torch.load(weights_only=True)`` reads it.
-        """
-        if self._layout_unknown and not self.state:
-            warnings.warn(
-                "the optimizer's state cannot be laid out before the compiled model has run: run "
-                "one forward with gradients enabled first, or torch.distributed.checkpoint loads "
-                "no state into it.",
-                GrassWarning,
-                stacklevel=2,
-            )
-        result: dict[str, Any] = super().state_dict()
-        past = {}
-        for p, key, _ in self._entries(result):
-            state = result["state"].get(key, {})
-            if "indices" in state:
-                own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
-                shape = {_SHAPE: torch.tensor(p.shape)}
-                state = _spread(p, self._saved({**state, **own}))
-                saved, past[key] = _apart(registry.saved_state(p))
-                result["state"][key] = {**state, **saved, **shape}
-        if past:
-            result[_PAST] = past
-        return result
-
-    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A taken weight's state as a checkpoint holds it."""
-        return state
-
-    def _entries(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any, str]]:
-        """Each parameter with its key in a state dict and its name there."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            names = saved.get("param_names", [""] * len(saved["params"]))
-            yield from zip(group["params"], saved["params"], names, strict=False)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, each tensor in its own dtype; selections go to the weights' subspaces.
-
-        Raises StateError, naming the weight, if names, shapes or a selection do not fit. Then
-        nothing has changed.
-        """
-        own, subspaces = dict(state_dict["state"]), {}
-        past = state_dict.get(_PAST, {})
-        for p, key, name in self._entries(state_dict):
-            self._check_name(p, name)
-            if key in own:
-                self._check_loaded(p, own[key])
-                ours = {k: v for k, v in own[key].items() if k.startswith(_SUBSPACE)}
-                own[key] = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
-                own[key] = _own_part(p, own[key])
-                if ours:
-                    registry.check(p, ours)
-                    subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
-                    subspaces[p] |= {k: v.cpu() for k, v in past.get(key, {}).items()}
-        super().load_state_dict({**state_dict, "state": own})
-        for p, key, _ in self._entries(state_dict):
-            registry.forget_saved(p)
-            for k, v in own.get(key, {}).items():
-                # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
-                # leaves alone, and puts it on the device where it belongs.
-                if isinstance(v, Tensor) and k in self.state[p]:
-                    device = self.state[p][k].device if k == "step" else p.device
-                    self.state[p][k] = v.to(device, copy=True)
-        for p, ours in subspaces.items():
-            registry.restore(p, ours)
-
-    def _check_name(self, p: Tensor, saved: str) -> None:
-        name = registry.name_of(p, default="")
-        if saved and name and _plain(saved) != _plain(name):
-            raise StateError(
-                f"{name}: the state in its place was saved for {saved}. Build the optimizer from "
-                "the same parameters in the same order as in the saved run."
-            )
-
-    def _check_loaded(self, p: Tensor, state: Mapping[str, Any]) -> None:
-        """Raise StateError if a saved state is of a weight of another shape."""
-        shape = state.get(_SHAPE)
-        if shape is not None and shape.tolist() != list(p.shape):
-            raise StateError(
-                f"{registry.name_of(p)} has shape {tuple(p.shape)}, but its state was saved for "
-                f"shape {tuple(shape.tolist())}. Load it into the model that it was saved from."
-            )
-
 
 def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
     """Raise OptionError for the first (name, value, whether it is in range) that is not."""
     for name, value, good in values:
         if not good:
             raise OptionError(f"{kind}: {name}={value!r} is out of range.")
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what torch.compile and data-parallel wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
-
-
-def _spread(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A taken weight's state as a checkpoint holds it: DTensors of what processes have parts of."""
-    sharding, subspace = sharding_of.get(p), registry.get(p)
-    if sharding is None or subspace is None:
-        return dict(state)
-    by_rows = subspace.selection.dim == 0  # else all processes have the same columns
-    spread: dict[str, Any] = {}
-    for k, v in state.items():
-        if isinstance(v, Tensor) and v.dim() > 0 and (by_rows or k not in _OF_SELECTION):
-            v = sharding.whole(v + sharding.first(math.prod(p.shape[:-1])) if k == "indices" else v)
-        spread[k] = v
-    return spread
-
-
-def _own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`_spread` made, back to what this process steps with."""
-    sharding = sharding_of.get(p)
-    if sharding is None or "indices" not in state:
-        return dict(state)  # a dense parameter is stepped as a DTensor
-    own = {k: local(v) for k, v in state.items()}
-    if isinstance(state["indices"], DTensor):
-        own["indices"] = own["indices"] - sharding.first(math.prod(p.shape[:-1]))
-    return own
-
-
-def _apart(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A subspace's state: what training needs, and what only reports need."""
-    past = {k: v for k, v in saved.items() if k.startswith(_HISTORY)}
-    return {k: v for k, v in saved.items() if k not in past}, past
 
 
 def _equal(old: Selection, new: Selection) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx.gradient import Selection
 from grass_fx.optim.update import carried_rows, places
+from grass_fx.selected import Selection
 
 State = dict[str, Any]
 

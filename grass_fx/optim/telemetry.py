@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from grass_fx.gradient import Selection
 from grass_fx.ops import along
 from grass_fx.optim.update import warmup
-from grass_fx.subspace import Subspace, registry
+from grass_fx.registry import registry
+from grass_fx.selected import Selection
+from grass_fx.subspace import Subspace
 
 
 def taken(parameters: Iterable[Tensor]) -> dict[str, tuple[Tensor, Subspace]]:

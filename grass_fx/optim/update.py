@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from grass_fx.gradient import Selection
 from grass_fx.ops import PART, along
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, round_stochastically
+from grass_fx.selected import Selection
 
 FUSED_ON = ("cpu", "cuda")
 """Devices on which torch's fused AdamW is used."""
@@ -111,7 +111,9 @@ def _update_fused(
 ) -> None:
     """Rows of one age: torch's AdamW on zeros of C's shape leaves Δ there."""
     changes = [torch.zeros_like(step.compact) for step in batch]
-    steps = torch.full((len(batch),), float(age), device=batch[0].w.device).unbind()
+    steps = torch.full(
+        (len(batch),), float(age), dtype=torch.float32, device=batch[0].w.device
+    ).unbind()  # the GPU's kernel reads them as float32, whatever they are
     adamw(
         changes,
         [step.compact for step in batch],
@@ -222,17 +224,33 @@ def add_rows_(
     dim, indices = selection.dim, selection.indices
     if change.dtype == w.dtype:
         # No alpha: with one, a CPU takes thirty times as long along columns.
-        w.index_add_(dim, indices, change)
+        _add_at(w, selection, indices, change)
         return
     if selection.scale is not None:  # only with replacement do rows repeat
         indices, place = indices.unique(return_inverse=True)
         shape = list(change.shape)
         shape[dim] = indices.numel()
-        change = change.new_zeros(shape).index_add_(dim, place, change)
+        change = _add_at(change.new_zeros(shape), selection, place, change)
     rows = w.index_select(dim, indices).to(change.dtype).add_(change)
     if rounding is not None and w.dtype == torch.bfloat16:
         rows = round_stochastically(rows, rounding)
     w.index_copy_(dim, indices, rows.to(w.dtype))
+
+
+def _add_at(into: Tensor, selection: Selection, places: Tensor, change: Tensor) -> Tensor:
+    """``into[places] += change``, the same to the last bit on every process that does it.
+
+    Places repeat with replacement only. A GPU's index_add_ adds those in any order.
+    """
+    if into.is_cuda and selection.scale is not None:
+        return _add_in_order(into, selection.dim, places, change)
+    return into.index_add_(selection.dim, places, change)
+
+
+def _add_in_order(into: Tensor, dim: int, places: Tensor, change: Tensor) -> Tensor:
+    rows, added = (into, change) if dim == 0 else (into.t(), change.t())
+    rows.index_put_((places,), added, accumulate=True)
+    return into
 
 
 def carried(

@@ -22,7 +22,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
-from grass_fx.gradient import CompactGrad, Selection, matrix
+from grass_fx.gradient import CompactGrad
 from grass_fx.ops import along, select
 from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
 from grass_fx.optim.rowwise import (
@@ -37,6 +37,7 @@ from grass_fx.optim.rowwise import (
     without_equal_rows,
 )
 from grass_fx.optim.update import add_rows_, places, warmup
+from grass_fx.selected import Selection, matrix
 
 OWN = ("indices", "generation", "age", "scale")
 """Entries of a taken weight's state that are ours; all others are X's."""
@@ -297,7 +298,7 @@ class _Wrapped(SubspaceOptimizer):
         """Ask X, on a weight of one number: classes do not tell how they decay."""
 
         def stepped(gradient: float, decay: float) -> float:
-            w = Parameter(torch.ones(1, 1))
+            w = Parameter(torch.ones(1, 1, device="cpu"))
             w.grad = torch.full_like(w, gradient)
             self._inner_for(w, group, lr=0.1, weight_decay=decay).step()
             return w.item()
