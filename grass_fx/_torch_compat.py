@@ -250,11 +250,11 @@ def averaged_by(ddp: Any) -> Sequence[Tensor]:
     return cast("Sequence[Tensor]", ddp._module_parameters)
 
 
-def ignore_in_ddp(model: torch.nn.Module, names: Sequence[str]) -> None:
+def ignore_in_ddp(model: torch.nn.Module, names: list[str]) -> None:
     """Let a DistributedDataParallel of ``model`` leave these parameters alone."""
     from torch.nn.parallel import DistributedDataParallel
 
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def current_backward() -> int:

@@ -96,7 +96,7 @@ def train_other(name):
 
 def run(rank, folder):
     ranks = dist.get_world_size()
-    for k, (rule, score_sync, side) in enumerate(CASES):
+    for k, (rule, score_sync, side) in enumerate(CASES if ranks < 4 else CASES[:1]):
         got = train(rule, score_sync, side)
         if ranks == 1:
             torch.save(got, f"{folder}/{k}.pt")
@@ -104,7 +104,7 @@ def run(rank, folder):
         for value, want in zip(got[0], torch.load(f"{folder}/{k}.pt")[0], strict=True):
             torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
         torch.testing.assert_close(got[1], torch.load(f"{folder}/{k}.pt")[1], **EXACT)
-    for name in OTHERS if ranks < 4 else ("stack", "blocks"):
+    for name in OTHERS if ranks < 4 else ("stack",):
         got = train_other(name)
         if ranks == 1:
             torch.save(got, f"{folder}/{name}.pt")
@@ -135,7 +135,7 @@ def built(side="auto", rule="cyclic"):
 
 def resume(rank, folder):
     """Two processes save, and any number goes on to the same numbers."""
-    for side in ("auto", "in"):
+    for side in ("auto", "in") if dist.get_world_size() < 4 else ("auto",):
         model, compiled, optimizer = parts = built(side)
         if dist.get_world_size() == 2:
             advance(*parts, range(6))

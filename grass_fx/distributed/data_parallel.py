@@ -19,10 +19,11 @@ from grass_fx._torch_compat import (
     ignore_in_ddp,
     running_ddp,
 )
-from grass_fx.errors import DistributedError, UnsupportedGradError
+from grass_fx.errors import DistributedError, OptionError, UnsupportedGradError
 from grass_fx.gradient import CompactGrad
+from grass_fx.optim.in_backward import NOT_AVERAGED, SpentGrad
+from grass_fx.registry import registry
 from grass_fx.replicas import replicas_of
-from grass_fx.subspace import registry
 
 BUCKET_BYTES = 25 << 20
 """What is averaged after a backward goes in buckets of this size, as in torch's DDP."""
@@ -75,16 +76,31 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
     with torch.no_grad():
         for tensor in (*named.values(), *model.buffers()):
             dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group)
-    matrices = [name for name, p in named.items() if p.requires_grad and p.dim() in (2, 3)]
+    trainable = {name: p for name, p in named.items() if p.is_floating_point() or p.is_complex()}
+    matrices = [name for name, p in trainable.items() if p.dim() in (2, 3)]
     plain = [name.removeprefix("_orig_mod.") for name in matrices]
-    ignore_in_ddp(model, [*plain, *(f"_orig_mod.{name}" for name in plain)])
-    for p in named.values():
-        if p.requires_grad:
-            replicas_of[p] = replicas
-            p.register_post_accumulate_grad_hook(replicas.on_gradient)
-            if (subspace := registry.get(p)) is not None:
-                subspace.replicas = replicas
+    ignore_in_ddp(model, _Ignored([*plain, *(f"_orig_mod.{name}" for name in plain)]))
+    for p in trainable.values():
+        replicas_of[p] = replicas
+        frozen = not p.requires_grad  # for now: a hook can only be given to what trains
+        p.requires_grad_().register_post_accumulate_grad_hook(replicas.on_gradient)
+        p.requires_grad_(not frozen)
+        if (subspace := registry.get(p)) is not None:
+            subspace.replicas = replicas
     return model
+
+
+class _Ignored(list[str]):
+    """Names that a DistributedDataParallel of this model ignores; of a copy of it, none.
+
+    A copy's parameters have no hooks: nothing else would average their gradients.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[str]:
+        return []
+
+    def __reduce__(self) -> Any:
+        return list, ()
 
 
 @contextmanager
@@ -117,6 +133,7 @@ class ModelReplicas:
         self.group, self.enabled = group, True
         self.ranks = dist.get_world_size(group)
         self._names = {id(p): name for name, p in model.named_parameters()}
+        self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._backward = -1
         self._micro_batches = 0
@@ -142,6 +159,8 @@ class ModelReplicas:
             self._backward = task
             at_end_of_backward(self._finish_backward)
         grad = p.grad
+        if isinstance(grad, SpentGrad):
+            raise OptionError(NOT_AVERAGED)
         if grad is None or (isinstance(grad, CompactGrad) and not grad.local):
             return
         if self._outer() is None or hasattr(p, "_ddp_ignored"):
@@ -158,7 +177,7 @@ class ModelReplicas:
         self._averaged += 1
         self._log.update("\n".join(mine).encode())
         # On another device to compare is to wait for it: there the log is, at the next refresh.
-        if self._averaged <= 2 or all(p.device.type == "cpu" for p in pending.values()):
+        if self._averaged <= 2 or self._on_cpu:
             self.agree("micro-batches and gradients", mine, _SAME_BATCHES)
         self._average([pending[name] for name in names])
 
@@ -222,6 +241,8 @@ class ModelReplicas:
         """A collective that fails says what that can mean."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             rank = dist.get_rank(self.group)
             raise DistributedError(

@@ -71,9 +71,8 @@ def fully_shard(
         for name, p in own.items():
             if id(p) not in made:
                 made[id(p)] = _shard(p, sharding)
-                if p.requires_grad:
-                    sharding_of[made[id(p)]] = sharding
-                    replicas_of[made[id(p)]] = replicas
+                sharding_of[made[id(p)]] = sharding
+                replicas_of[made[id(p)]] = replicas
             module._parameters[name] = made[id(p)]
         if own:
             cls: Any = type(module)

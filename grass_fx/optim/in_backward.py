@@ -10,6 +10,13 @@ from torch.optim import Optimizer
 
 from grass_fx.errors import CompactGradError, OptionError
 from grass_fx.optim.base import SubspaceOptimizer
+from grass_fx.replicas import replicas_of
+from grass_fx.sharding import sharding_of
+
+NOT_AVERAGED = (
+    "step_in_backward and data_parallel: each process would step with its own gradients, which are "
+    "averaged when the backward ends. Use one of the two, or grass_fx.distributed.fully_shard."
+)
 
 
 class SpentGrad(Tensor):
@@ -61,13 +68,17 @@ def step_in_backward(optimizer: Optimizer) -> None:
     late and raise a CompactGradError.
 
     Raises:
-        OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace.
+        OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace, or
+            its parameters are those of a ``data_parallel``, which averages after the backward.
     """
     if not isinstance(optimizer, SubspaceOptimizer):
         raise OptionError(
             f"step_in_backward({type(optimizer).__name__}): it takes an optimizer that steps in "
             "the subspace, grass_fx.AdamW or a class made by grass_fx.subspace."
         )
+
+    if any(p in replicas_of and p not in sharding_of for p in optimizer._parameters()):
+        raise OptionError(NOT_AVERAGED)
 
     def on_gradient(p: Tensor) -> None:
         optimizer.step_early(p)
