@@ -66,9 +66,9 @@ def random_tensor(
 def random_rows(shape: tuple[int, ...], size: int, block: int = 1, device: str = "cpu") -> Tensor:
     """A selection σ of ``shape`` (r,), or (e, r) for a stack: rows below ``size``, in blocks."""
     units, count = size // block, shape[-1] // block
-    firsts = [torch.randperm(units)[:count] for _ in range(math.prod(shape[:-1]))]
+    firsts = [torch.randperm(units, device="cpu")[:count] for _ in range(math.prod(shape[:-1]))]
     starts = torch.stack(firsts).sort().values * block
-    return (starts[:, :, None] + torch.arange(block)).reshape(shape).to(device)
+    return (starts[:, :, None] + torch.arange(block, device="cpu")).reshape(shape).to(device)
 
 
 class Dump:

@@ -26,16 +26,17 @@ class SelectionHistory:
     """
 
     def __init__(self, rows: int, begin: int = 0) -> None:
-        self.ever = torch.zeros(rows, dtype=torch.bool)
+        self.ever = torch.zeros(rows, dtype=torch.bool, device="cpu")
         self.begin = self.drawn = begin
         self.overlap: float | None = None
         self.captured: float | None = None
         self._now: Tensor | None = None
         bins = min(rows, BINS)
-        self._density = torch.zeros(bins)  # of the current selection
+        self._density = torch.zeros(bins, device="cpu")  # of the current selection
         self._width, self._until = 1, begin
-        self._closed = torch.zeros(0, bins, dtype=torch.uint8)  # complete bins, in 255ths
-        self._open = torch.zeros(bins)  # of the bin that is filled now: density × steps
+        # Complete bins, in 255ths; and of the bin that is filled now: density × steps.
+        self._closed = torch.zeros(0, bins, dtype=torch.uint8, device="cpu")
+        self._open = torch.zeros(bins, device="cpu")
 
     def change(self, indices: Tensor, step: int) -> None:
         """From ``step`` on the rows ``indices`` are selected, (r,) int64; they may repeat."""
@@ -50,7 +51,7 @@ class SelectionHistory:
 
     def _hold(self, now: Tensor) -> None:
         self._now, rows, bins = now, now.numel(), self._density.numel()
-        edges = -(-torch.arange(bins + 1) * rows // bins)
+        edges = -(-torch.arange(bins + 1, device="cpu") * rows // bins)
         taken = torch.bincount(now.nonzero().flatten() * bins // rows, minlength=bins)
         self._density = taken / edges.diff()
 
@@ -104,7 +105,7 @@ class SelectionHistory:
         shares = (-1.0 if x is None else x for x in (self.overlap, self.captured))
         numbers = (self.begin, self.drawn, self._width, self._until, *shares)
         return {
-            "history_numbers": torch.tensor(numbers, dtype=torch.float64),
+            "history_numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
             "history_ever": self.ever.clone(),
             "history_closed": self._closed.clone(),
             "history_open": self._open.clone(),

@@ -1,7 +1,8 @@
 """The selection rules of docs/method.md (equations 5 to 10): numbers in, numbers out.
 
-A *unit* is a block of B consecutive rows (B = 1: a row). Everything here runs on the CPU, in
-float64 where it matters, between two optimizer steps: the same units on every device and rank.
+A *unit* is a block of B consecutive rows (B = 1: a row). Everything here runs on the CPU, whatever
+torch's default device is, in float64 where it matters, between two optimizer steps: the same units
+on every device and rank.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def unit_norms(scores: Tensor, block: int) -> Tensor:
 
 def rows_of(units: Tensor, block: int) -> Tensor:
     """The rows of the units, unit by unit: (k,) -> (k B,)."""
-    return (units.unsqueeze(1) * block + torch.arange(block)).flatten()
+    return (units.unsqueeze(1) * block + torch.arange(block, device=units.device)).flatten()
 
 
 def cyclic(
@@ -48,7 +49,7 @@ def cyclic(
     piece, position = order[position : position + count], position + count
     missing = count - piece.numel()
     if missing > 0:
-        order = torch.randperm(order.numel(), generator=generator)
+        order = torch.randperm(order.numel(), generator=generator, device="cpu")
         fresh = ~torch.isin(order, piece)
         filling = order[fresh][:missing]
         piece = torch.cat([piece, filling])
@@ -78,7 +79,7 @@ def multinomial(
     if replacement:
         units = torch.multinomial(q, count, replacement=True, generator=generator)
         return units, (count * q[units].clamp(min=Q_FLOOR)).rsqrt()
-    uniform = torch.rand(q.numel(), dtype=torch.float64, generator=generator)
+    uniform = torch.rand(q.numel(), dtype=torch.float64, generator=generator, device="cpu")
     keys = q.log() - (-uniform.log()).log()
     drawn = keys.sort(descending=True, stable=True).indices[:count]
     drawn = drawn[q[drawn] > 0]
@@ -90,7 +91,7 @@ def _filled(units: Tensor, total: int, count: int, generator: torch.Generator) -
     missing = count - units.numel()
     if missing == 0:
         return units
-    shuffled = torch.randperm(total, generator=generator)
+    shuffled = torch.randperm(total, generator=generator, device="cpu")
     return torch.cat([units, shuffled[~torch.isin(shuffled, units)][:missing]])
 
 

@@ -26,7 +26,9 @@ def rounding_stream(seed: int, key: int, step: int) -> torch.Generator:
 
 def draw_seed(generator: torch.Generator) -> Tensor:
     """The seed of one tensor's noise: (2,) int32, on the CPU."""
-    return torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, generator=generator)
+    return torch.randint(
+        -(1 << 31), 1 << 31, (2,), dtype=torch.int32, generator=generator, device="cpu"
+    )
 
 
 def noise(seed: Tensor, shape: Sequence[int]) -> Tensor:
