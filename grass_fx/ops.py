@@ -32,7 +32,7 @@ def along(values: Tensor, dim: int, ndim: int) -> Tensor:
     One vector for each matrix of a stack, (e, r), keeps its first dimension.
     """
     shape = [*values.shape[:-1], *[1] * (ndim - values.dim() + 1)]
-    shape[dim] = -1
+    shape[dim] = values.shape[-1]
     return values.view(shape)
 
 

@@ -65,9 +65,9 @@ def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
     if _subgraph(user) is not None:
         return _uses_in_body(node, user, flipped)
     if user.op in ("call_function", "call_method"):
-        if target in TRANSPOSE and args[0] is node:
+        if target in TRANSPOSE and _first(user) is node:
             return output_dims(user, flipped ^ _swaps(user))
-        if target in SAME and args[0] is node:
+        if target in SAME and _first(user) is node:
             return output_dims(user, flipped)
         if _is_part(user, node) or target in WHOLES:
             return output_dims(user, flipped)
@@ -80,7 +80,7 @@ def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
 
 def _is_part(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` is a matrix made of rows or columns of ``node``, or a tuple of such."""
-    if user.args[0] is not node:
+    if not user.args or user.args[0] is not node:
         return False
     target = _called(user)
     if target is not operator.getitem:
@@ -89,6 +89,11 @@ def _is_part(user: fx.Node, node: fx.Node) -> bool:
         return True  # one of a tuple
     index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
     return all(i is Ellipsis or isinstance(i, slice) for i in index)
+
+
+def _first(user: fx.Node) -> Any:
+    """The first argument of a call, which may be given by its name."""
+    return user.args[0] if user.args else user.kwargs.get("input")
 
 
 def _called(user: fx.Node) -> Any:
@@ -103,7 +108,8 @@ def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
     places = [i for i, a in enumerate(user.args) if a is node]
     if node in user.kwargs.values():
         keyword = next(k for k, v in user.kwargs.items() if v is node)
-        keywords = {"weight": 1, "other": 1, "mat2": 2 if target in ADDMM else 1}
+        added = target in ADDMM
+        keywords = {"weight": 1, "other": 1, "input": 0, "mat1": 1, "mat2": 2 if added else 1}
         places += [keywords[keyword]] if keyword in keywords else [-1]
     if len(places) != 1:
         return None
@@ -127,7 +133,7 @@ def _einsum_dim(user: fx.Node, place: int, stacked: bool = False) -> int | None:
 
     ``stacked``: the weight's first dimension counts matrices, and stands in all three terms.
     """
-    equation = user.args[0]
+    equation = _first(user)
     if not isinstance(equation, str) or place == 0:
         return None
     left, arrow, result = equation.replace(" ", "").partition("->")
@@ -146,7 +152,7 @@ def _einsum_dim(user: fx.Node, place: int, stacked: bool = False) -> int | None:
 
 def _swaps(user: fx.Node) -> int:
     """1 if this call transposes its matrix, 0 if it leaves the dimensions where they are."""
-    dims = user.args[1:] or tuple(user.kwargs.values())
+    dims = user.args[1:] or tuple(v for k, v in user.kwargs.items() if k != "input")
     if dims and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
     if not dims:

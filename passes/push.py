@@ -169,6 +169,7 @@ class Push:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the selection, with its value and the old one's origin."""
+        args = fx.node.map_aggregate(args, self._known)
         with self.graph.inserting_before(self.select):
             name = target.overloadpacket.__name__
             new = self.graph.create_node("call_function", target, args, kwargs, name)
@@ -180,6 +181,22 @@ class Push:
             if key in self.select.meta:
                 new.meta[key] = self.select.meta[key]
         return new
+
+    def _known(self, value: Any) -> Any:
+        """A symbolic size as the node that is it: in the code of a graph a symbol has no value."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        for node in self.graph.nodes:
+            if node is self.select:
+                break
+            known = node.meta.get("val")
+            if isinstance(known, torch.SymInt) and known.node.expr == value.node.expr:
+                return node
+            if node.op == "placeholder" and isinstance(known, torch.Tensor):
+                for d, size in enumerate(known.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
+                        return self.call(aten.sym_size.int, node, d)
+        return value  # Inductor, which reads graphs node by node, knows what it is
 
 
 Rule = Callable[[Push, fx.Node, int], fx.Node]

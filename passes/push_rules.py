@@ -96,8 +96,24 @@ def _sum(push: Push, node: fx.Node, dim: int) -> fx.Node:
     """Several uses of one weight: select(G ± G′) = select(G) ± select(G′)."""
     if not all(isinstance(x, fx.Node) for x in node.args):
         raise Stop(f"{node.name} adds a number")
-    x, y = (push.broadcast(cast(fx.Node, x), node, dim) for x in node.args)
-    return push.call(node.target, x, y, **node.kwargs)
+    sums = [node]  # ((G ± G′) ± G″) ± ...: an unrolled loop has more of them than calls can nest
+    while (inner := _inner_sum(sums[-1])) is not None:
+        sums.append(inner)
+    below = push.broadcast(cast(fx.Node, sums[-1].args[0]), sums[-1], dim)
+    for each in reversed(sums):
+        y = push.broadcast(cast(fx.Node, each.args[1]), each, dim)
+        below = push.call(each.target, below, y, **each.kwargs)
+    return below
+
+
+def _inner_sum(node: fx.Node) -> fx.Node | None:
+    """The sum of two gradients that ``node`` goes on adding to, if nothing else needs that."""
+    inner = cast(fx.Node, node.args[0])
+    if inner.target not in (aten.add.Tensor, aten.sub.Tensor) or len(inner.users) > 1:
+        return None
+    shape = node.meta["val"].shape
+    terms = [x for x in inner.args if isinstance(x, fx.Node) and x.meta["val"].shape == shape]
+    return inner if len(terms) == 2 else None
 
 
 @rule(*FACTORS)
@@ -217,7 +233,7 @@ def _same(push: Push, node: fx.Node, dim: int) -> fx.Node:
 @rule(aten.slice.Tensor)
 def _slice(push: Push, node: fx.Node, dim: int) -> fx.Node:
     """A part of a larger gradient: the weight was concatenated with others."""
-    x, over, start, end, step = _slice_of(node, 1)
+    x, over, start, end, step = _slice_of(node, 1, dim)
     if over != dim:
         return push.call(node.target, push.of(x, dim, node), over, start, end, step)
     if step != 1:
@@ -264,7 +280,7 @@ def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
 def _slice_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
     """The gradient of a weight of which a part is used."""
     base, x = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    _, over, start, end, step = _slice_of(node, 2)
+    _, over, start, end, step = _slice_of(node, 2, dim)
     below = push.of(base, dim, node)
     if over != dim:
         return push.call(node.target, below, push.of(x, dim, node), over, start, end, step)
@@ -303,8 +319,11 @@ def _constant(push: Push, node: fx.Node, dim: int) -> fx.Node:
     return push.call(node.target, shape, value, **node.kwargs)
 
 
-def _slice_of(node: fx.Node, before: int) -> tuple[fx.Node, int, int, int, int]:
-    """(input, dimension, start, end, step) of a slice, with what it leaves out filled in."""
+def _slice_of(node: fx.Node, before: int, dim: int) -> tuple[fx.Node, int, Any, Any, Any]:
+    """(input, dimension, start, end, step) of a slice, with what it leaves out filled in.
+
+    Numbers along the selected dimension; along others they may be symbolic, as in the graph.
+    """
     x = cast(fx.Node, node.args[0])
     defaults = (0, None, None, 1)
     given = node.args[before:]
@@ -314,7 +333,10 @@ def _slice_of(node: fx.Node, before: int) -> tuple[fx.Node, int, int, int, int]:
     )
     over = cast(int, over) % x.meta["val"].dim()
     size = x.meta["val"].shape[over]
-    start, end, step = slice(start, end, step).indices(size)
+    if all(isinstance(each, int | None) for each in (start, end, step, size)):
+        start, end, step = slice(start, end, step).indices(size)
+    elif over == dim:
+        raise Stop(f"{node.name} ends where only a call tells, along the selected dimension")
     return x, over, start, end, step
 
 

@@ -55,7 +55,11 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
         make_early(select)
         rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
         push = Push(rules, graph, select, indices, scale, block)
-        new = push.below(g, dim, select)
+        try:
+            new = push.below(g, dim, select)
+        except RecursionError:
+            new = None
+            push.stops.append("its gradient is made by more operations than can be followed")
         if push.stops:
             result.stopped[indices] = "; ".join(push.stops)
         else:

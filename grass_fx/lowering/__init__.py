@@ -35,6 +35,7 @@ def register() -> None:
     compat.register_inductor_lowering(ADD_ROWS, lower_add_rows)
     compat.register_inductor_lowering(SQUARED_NORMS, lower_squared_norms)
     compat.register_inductor_lowering(MM_SQUARED_NORMS, lower_mm_squared_norms)
+    compat.extern_kernel(gather_then_mm)  # code that comes from the cache calls it by name
 
 
 def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:

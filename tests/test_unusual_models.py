@@ -1,0 +1,140 @@
+"""Models that are written, called or sized in a way that others are not: as exact as any."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import grass_fx
+from grass_fx.gradient import CompactGrad
+from helpers import Captured, mlp
+
+
+def assert_exact(model, compiled, *inputs):
+    """Each gradient is autograd's, of a taken weight its selected rows."""
+    twin = copy.deepcopy(model)
+    twin(*inputs).square().sum().backward()
+    model.zero_grad()
+    compiled(*inputs).square().sum().backward()
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        if isinstance(got.grad, CompactGrad):
+            torch.testing.assert_close(got.grad.compact, got.grad.subspace.project(want.grad))
+        else:
+            torch.testing.assert_close(got.grad, want.grad)
+
+
+class Weight(nn.Module):
+    """What ``function`` makes of an input and a weight."""
+
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.w, self.function = nn.Parameter(torch.randn(*shape, dtype=torch.float64)), function
+
+    def forward(self, *inputs):
+        return self.function(self.w, *inputs)
+
+
+def numbers(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+BY_KEYWORD = {
+    "linear": lambda w, x: F.linear(input=x, weight=w),
+    "transposed": lambda w, x: torch.matmul(input=x, other=torch.t(input=w)),
+    "first factor": lambda w, x: torch.mm(input=w, mat2=x.T).T,
+    "concatenated": lambda w, x: F.linear(x, torch.cat(tensors=[w, x])),
+}
+
+
+@pytest.mark.parametrize("how", BY_KEYWORD)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_arguments_may_have_names(how, side):
+    model = Weight(BY_KEYWORD[how], 16, 24)
+    backend = Captured(rank=4, side=side)
+    assert_exact(model, torch.compile(model, backend=backend), numbers(5, 24))
+    assert [weight.name for weight in backend.only.found.taken] == ["w"]
+
+
+def test_a_table_by_keyword_is_dense_for_its_reason():
+    model = Weight(lambda w, i: F.embedding(input=i, weight=w), 16, 24)
+    (weight,) = grass_fx.explain(model, torch.arange(5)).weights
+    assert weight.reason == "also used by embedding, which is no matrix product with it"
+
+
+SLICED = {
+    "columns": (lambda w, x: F.linear(x, w[:, : x.shape[-1]]), lambda n: (4, n)),
+    "rows": (lambda w, x: x @ w[: x.shape[0]].T, lambda n: (n, 24)),
+}
+
+
+@pytest.mark.parametrize("how", SLICED)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_part_may_be_as_large_as_an_input(how, side):
+    function, shape = SLICED[how]
+    model = Weight(function, 16, 24)
+    compiled = torch.compile(model, backend=Captured(rank=4, side=side))
+    for n in (12, 8, 10):
+        assert_exact(model, compiled, numbers(*shape(n)))
+    assert isinstance(model.w.grad, CompactGrad)
+
+
+@pytest.mark.parametrize("times", [3, 220])
+def test_a_weight_may_be_used_in_every_step_of_a_long_loop(times):
+    def loop(w, x):
+        for _ in range(times):
+            x = torch.tanh(x @ w.T)
+        return x
+
+    model, backend = Weight(loop, 8, 8), Captured(rank=4)
+    assert_exact(model, torch.compile(model, backend=backend), numbers(3, 8))
+    assert backend.only.report.pushed == ["w"] and not backend.only.report.stopped
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tokens_sent_to_matrices_may_be_any_number_or_none(dynamic):
+    model = Weight(lambda w, x, to: x @ w[to], 3, 8, 16)
+    compiled = torch.compile(model, backend=Captured(rank=4), dynamic=dynamic)
+    for count in (5, 3, 0):
+        to = torch.randint(3, (count,))
+        assert_exact(model, compiled, numbers(count, 2, 8), to)
+        assert isinstance(model.w.grad, CompactGrad)
+
+
+RULES = [("cyclic", False), ("uniform", True), ("top", False), ("multinomial_norm", True)]
+
+
+@pytest.mark.parametrize(("rule", "replacement"), RULES)
+@pytest.mark.parametrize("make", [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)])
+def test_another_default_device_changes_nothing(rule, replacement, make):
+    weights = []
+    for default in ("cpu", "meta"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = mlp(8, 12, 6).bfloat16(), torch.randn(5, 8).bfloat16()
+        more = {"stochastic_rounding": True} if make is grass_fx.AdamW else {}
+        optimizer = make(model.parameters(), lr=0.1, weight_decay=0.1, **more)
+        backend = Captured(rank=4, selection=rule, replacement=replacement, refresh_every=2)
+        compiled = torch.compile(model, backend=backend)
+        with torch.device(default):
+            for _ in range(4):
+                compiled(x).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+            assert len(optimizer.stats()) == 2
+        weights.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+def test_kernels_that_cached_code_calls_by_name_are_there_before_any_lowering():
+    code = (
+        "from grass_fx import lowering; lowering.register();"
+        "from torch._inductor.select_algorithm import extern_kernels;"
+        "print(extern_kernels.grass_gather_then_mm.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "gather_then_mm", run.stderr
