@@ -227,7 +227,7 @@ def training(settings: Settings, corpus: Corpus, parts: Parts | None = None) -> 
 def summarise(records: list[dict], settings: Settings) -> dict:
     """What a run comes down to: the numbers that are worth a line in a table."""
     held_out = [record["held_out"] for record in records if "held_out" in record]
-    timed = [record["seconds"] for record in records[UNTIMED_STEPS:]]
+    timed = [record["seconds"] for record in records[UNTIMED_STEPS:] or records[-1:]]
     per_step = statistics.median(timed)
     return {
         "held_out": held_out[-1],

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="MODULE:FUNCTION",
         help="what makes the model, without arguments, from the current folder: "
-        "examples.llama:build. It may return (model, inputs)")  # fmt: skip
+        "examples.llama:build. It may return (model, inputs): a tensor, several, or a dict "
+        "of keyword arguments")  # fmt: skip
     add("--inputs", nargs="+", default=[], metavar="SHAPE[:DTYPE[:BELOW]]",
         help="random ones: 8x512 or 2x128:int64:32000. Without: some that fit the first "
         "embedding or linear layer")  # fmt: skip
@@ -119,7 +120,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 def _explain(args: argparse.Namespace) -> int:
     with torch.device(args.device):
         made = _factory(args.model)()
-        model, inputs = made if isinstance(made, tuple) else (made, None)
+        model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         if not isinstance(model, nn.Module):
             raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
         model = model.to(args.dtype)
@@ -129,7 +130,9 @@ def _explain(args: argparse.Namespace) -> int:
             inputs = [_input_for(model)]
     names = ("rank", "refresh_every", "selection", "scoring", "block", "side", "exclude")
     options = {name: getattr(args, name) for name in names}
-    report = explain(model, *inputs, options=options, dynamic=args.dynamic or None)
+    named = inputs if isinstance(inputs, Mapping) else {}
+    several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
+    report = explain(model, *several, **named, options=options, dynamic=args.dynamic or None)
     print(report.to_json() if args.json else report)
     if args.html:
         report.to_html(args.html)

@@ -210,6 +210,11 @@ class GrassConfig:
         """Whether the rule looks at gradients, so that a scoring variant is compiled."""
         return RULES[self.selection].needs_scores
 
+    @property
+    def scoring_period(self) -> int | float:
+        """Steps for each scoring step of a long run: a frozen selection scores no more."""
+        return math.inf if RULES[self.selection].freezes else self.refresh_every
+
     def wants(self, name: str) -> str | None:
         """None if ``include``/``exclude`` let the parameter in, else the reason they do not."""
         for pattern in self.exclude:

@@ -25,7 +25,9 @@ TITLE = 30
 
 
 def coverage_plot(
-    optimizer: Optimizer, path: str | os.PathLike[str], weights: Iterable[str] | None = None
+    optimizer: Optimizer,
+    path: str | os.PathLike[str],
+    weights: str | Iterable[str] | None = None,
 ) -> None:
     """Draw which rows were selected over time, a panel for each weight, into a PNG.
 
@@ -33,7 +35,7 @@ def coverage_plot(
         optimizer: a ``grass_fx.AdamW`` or one made by ``grass_fx.subspace(X)``.
         path: the file to write; its folder is made.
         weights: patterns of names, as ``include`` takes them and ``optimizer.stats()`` has them;
-            None: up to nine weights, evenly spread over those taken.
+            None, or no pattern: up to nine weights, evenly spread over those taken.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -47,7 +49,8 @@ def coverage_plot(
             "subspace, grass_fx.AdamW or a class made by grass_fx.subspace."
         )
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    chosen = _chosen(taken(params), None if weights is None else list(weights))
+    patterns = [weights] if isinstance(weights, str) else weights
+    chosen = _chosen(taken(params), None if patterns is None else list(patterns))
     columns = min(3, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     size = (3.6 * columns + 1.0, 2.6 * rows + 0.4)
@@ -92,7 +95,7 @@ def _chosen(
             "coverage_plot: no weight of this optimizer is in a subspace yet. Run a training step "
             "of the compiled model first."
         )
-    if patterns is None:
+    if not patterns:
         count = min(PANELS, len(names))
         last = max(1, count - 1)
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -157,7 +158,7 @@ class _Parameter:
         if config.needs_scores:
             scoring = "tiles" if config.scoring == "tiles" else "gradient"
         return LinearCost(
-            rows, columns, rows if side == "out" else columns, 0, config.refresh_every,
+            rows, columns, rows if side == "out" else columns, 0, config.scoring_period,
             self.itemsize, side, scoring, config.replacement, moments, matrices=math.prod(stack),
         )  # fmt: skip
 
@@ -196,12 +197,19 @@ def _of_shapes(
     ]  # fmt: skip
 
 
+def _layer(name: str) -> str:
+    """Which layer a parameter is of: "layers.3" of "layers.3.mlp.up.weight", else it alone."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return match[0] if match else name
+
+
 def _measure(
     parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
 ) -> tuple[dict[str, int], dict[str, LinearCost]]:
     """Bytes by part, without buffers and activations; and the costs of the taken weights."""
     taken: dict[str, LinearCost] = {}
-    compact, dense = [0], [0]
+    compact, dense = 0, 0
+    together: Counter[str] = Counter()
     compact_state = dense_state = inputs = weights = 0
     for each in parameters:
         cost = each.cost(config, moments)
@@ -209,17 +217,18 @@ def _measure(
         rank, _ = config.rank_and_block(cost.selected)
         if each.candidate and rank <= cost.selected:
             cost = taken[each.name] = replace(cost, r=rank)
-            compact.append(cost.gradient_bytes)
+            compact += cost.gradient_bytes
+            together[_layer(each.name)] += cost.gradient_bytes
             compact_state += cost.state_bytes
             inputs += cost.graph_input_bytes
         elif each.trains:
-            dense.append(cost.full_gradient_bytes)
+            dense += cost.full_gradient_bytes
+            together[_layer(each.name)] += cost.full_gradient_bytes
             dense_state += cost.full_state_bytes
-    if in_backward:  # gradients go as they come: at most the largest is there
-        largest = max(*compact, *dense)
-        gradients = {"largest gradient": largest}
+    if in_backward:  # those of a graph come together, and go before the next graph's
+        gradients = {"gradients of a layer": max(together.values(), default=0)}
     else:
-        gradients = {"compact gradients": sum(compact), "dense gradients": sum(dense)}
+        gradients = {"compact gradients": compact, "dense gradients": dense}
     parts = {
         "weights": weights,
         **gradients,
@@ -283,7 +292,9 @@ def plan(
         activations: bytes, as ``memory``.
         inputs: of the model, in place of ``activations``: they are measured, by
             :func:`activation_bytes`.
-        in_backward: with ``grass_fx.step_in_backward``: one gradient at a time.
+        in_backward: with ``grass_fx.step_in_backward`` and layers that are compiled one by one:
+            gradients exist for one layer at a time, all parameters of a name up to its first
+            number. In one graph of the whole model they all exist together.
         options: those of the backend; ``rank`` is set here.
 
     Raises:
@@ -329,7 +340,8 @@ def plan(
             raise OptionError(
                 f"memory={memory!r} is too little: the smallest rank, {fractions[0]:.6g}, needs "
                 f"{sum(parts_at(fractions[0]).values()) / 1e9:.3f} GB. Use a smaller dtype, "
-                "grass_fx.step_in_backward, gradient checkpointing or fewer tokens."
+                "gradient checkpointing, fewer tokens, or layers compiled one by one with "
+                "grass_fx.step_in_backward."
             )
         rank = fractions[count - 1]
     config = replace(config, rank=rank)
@@ -344,6 +356,10 @@ def plan(
             "full rank": float(sum(cost.full_step_flops for cost in costs)),
             "subspace": float(sum(cost.step_flops for cost in costs)),
         }
+        if any(cost.matrices > 1 for cost in costs):
+            notes.append("each matrix of a stack is counted with all tokens, as if it met them all")
+    if in_backward:
+        notes.append("gradients: as if layers were compiled one by one")
     if config.needs_scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
     largest = max(taken.values(), key=lambda cost: cost.selected)

@@ -231,6 +231,25 @@ def test_fewer_gradients_and_moments_take_less():
     assert total(dtype=torch.float32) > total()
 
 
+def test_stepping_in_backward_holds_the_gradients_of_a_layer():
+    up, down, norm = (64, 32), (32, 64), (32,)
+    shapes = {"layers.0.up": up, "layers.0.down": down, "layers.0.norm": norm}
+    shapes |= {"layers.1.up": up, "head": (16, 32)}
+    plan = grass_fx.plan(shapes, "1MB", rank=8, in_backward=True)  # of bfloat16
+    assert plan.parts["gradients of a layer"] == 2 * (8 * 64 + 8 * 32 + 32)
+    assert any("compiled one by one" in note for note in plan.notes)
+
+
+def test_the_flops_of_a_stack_are_those_of_all_tokens_in_each():
+    one, stack = (
+        grass_fx.plan([shape], "1MB", rank=4, tokens=64, options={"side": "out"})
+        for shape in ((16, 8), (3, 16, 8))
+    )
+    assert stack.flops["subspace"] == 3 * one.flops["subspace"]
+    assert any("all tokens" in note for note in stack.notes)
+    assert not any("all tokens" in note for note in one.notes)
+
+
 @pytest.mark.parametrize(
     "text, size",
     [("40GB", 40 * 10**9), ("24GiB", 24 * 2**30), ("1.5 TB", 15 * 10**11), (7, 7), ("512b", 512)],

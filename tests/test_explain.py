@@ -15,7 +15,7 @@ import grass_fx
 from grass_fx.__main__ import main
 from grass_fx.cost import LinearCost
 from grass_fx.errors import OptionError
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
 from helpers import mlp
 from llama import build
 
@@ -101,6 +101,9 @@ def test_scoring_steps_are_spread_over_a_period(scoring):
     assert report.scoring_step == of.score_bytes + of.scoring_transient_bytes
     forever = grass_fx.explain(layer, x, options={**options, "refresh_every": float("inf")})
     assert forever.flops == LinearCost(m=32, n=48, r=8, b=20, side="in").step_flops
+    frozen = grass_fx.explain(layer, x, options={**options, "selection": "frozen_top"})
+    assert frozen.flops == forever.flops and frozen.scoring_step == report.scoring_step
+    json.loads(forever.to_json(), parse_constant=pytest.fail)  # JSON knows no Infinity
 
 
 def test_flops_are_those_counted_in_a_backward():
@@ -228,6 +231,54 @@ def test_a_stack_of_matrices_has_the_costs_of_all_of_them():
     assert weight.after.state == of.state_bytes
 
 
+class Halves(nn.Module):
+    """Each half of a weight multiplies another input: the selected columns are masked."""
+
+    def __init__(self, halves):
+        super().__init__()
+        self.weight, self.halves = nn.Parameter(torch.randn(32, 64)), halves
+
+    def forward(self, x):
+        parts = self.weight[:, :32], self.weight[:, 32:]
+        return sum(x @ part.T for part in parts[: self.halves])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_parts_of_a_weight_are_pushed_and_have_their_products(halves):
+    report = grass_fx.explain(Halves(halves), torch.randn(20, 32), options=OPTIONS)
+    (weight,) = report.weights
+    assert (weight.status, weight.reason, weight.kernel) == ("pushed", "", "gather + mm")
+    assert weight.before.forward_flops == halves * 2 * 20 * 32 * 32
+    assert weight.after.weight_gradient_flops == halves * 2 * 20 * 32 * 8
+
+
+class OfOne(nn.Module):
+    """A product with a vector, which is traced as multiplications and a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 24))
+
+    def forward(self, x):
+        return self.weight @ x
+
+
+def test_what_is_pushed_is_told_so_though_its_products_are_traced_as_something_else():
+    model, x = OfOne(), torch.randn(24)
+    (weight,) = grass_fx.explain(model, x, options=OPTIONS).weights
+    assert (weight.status, weight.reason) == ("pushed", "")
+    torch.compile(model, backend="grass", options=OPTIONS)(x).sum().backward()
+    assert model.weight.grad.compact.shape == (16, 8)
+
+
+def test_a_weight_is_found_by_its_name():
+    report = grass_fx.explain(mlp(24, 48, 16), torch.randn(20, 24), options=OPTIONS)
+    assert list(report) == [weight.name for weight in report.weights]
+    assert "2.weight" in report and "3.weight" not in report
+    with pytest.raises(KeyError, match=r"2\.wieght: did you mean '2\.weight'"):
+        report["2.wieght"]
+
+
 # --- side effects ---------------------------------------------------------------------------------
 
 
@@ -260,6 +311,29 @@ def test_nothing_is_touched():
     assert model.first.weight.grad is grad and bool((grad == 1).all())
     assert [p.grad is None for p in model.parameters()].count(False) == 1
     assert not any(registry.get(p) for p in model.parameters())
+
+
+class Average(nn.Module):
+    """One buffer is another tensor after a forward, one lies in memory more than once."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("ones", torch.ones(1, 16).expand(4, 16))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.up(x) + self.mean + self.ones.sum()
+
+
+def test_buffers_are_the_same_tensors_afterwards():
+    model = Average()
+    before = dict(model.named_buffers())
+    report = grass_fx.explain(model, torch.ones(8, 16), options=OPTIONS)
+    assert report["up.weight"].status == "pushed"
+    assert all(buffer is before[name] for name, buffer in model.named_buffers())
+    assert not model.mean.any()
 
 
 def test_what_is_compiled_before_and_after_knows_nothing_of_it():
@@ -301,6 +375,55 @@ def test_with_dynamic_shapes_amounts_are_expressions():
     json.dumps(report.to_dict())
 
 
+class Broken(nn.Module):
+    """Two graphs whose inputs have one name and different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(24, 24, bias=False), nn.Linear(12, 12, bias=False)
+
+    def forward(self, x):
+        x = self.a(x)
+        torch._dynamo.graph_break()
+        x = x.reshape(-1, 12).sin()
+        torch._dynamo.graph_break()
+        return self.b(x)
+
+
+def test_symbols_of_several_graphs_are_told_apart():
+    x = torch.randn(20, 24, requires_grad=True)
+    static = grass_fx.explain(Broken(), x, options=OPTIONS)
+    report = grass_fx.explain(Broken(), x, options=OPTIONS, dynamic=True)
+    assert {20, 40} <= set(report.symbols.values())
+    for (name, *ours, _), (_, *theirs, _) in zip(report.rows(), static.rows(), strict=True):
+        assert [report.evaluated(each) for each in ours] == theirs, name
+
+
+class Chosen(nn.Module):
+    """How many rows there are depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(24, 16, bias=False)
+
+    def forward(self, x):
+        return self.up(x[x[:, 0] > 0])
+
+
+def test_a_size_that_depends_on_data_stays_a_symbol():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = grass_fx.explain(Chosen(), torch.randn(20, 24), options=OPTIONS)
+    assert report.graphs == 1 and report.evaluated(report.flops) is None
+    assert str(report.flops) in str(report)
+    assert main_page(report)
+
+
+def main_page(report):
+    from grass_fx.explain.html import as_html
+
+    return as_html(report).count("No bars")
+
+
 def test_a_model_on_the_meta_device_is_explained_without_memory():
     with torch.device("meta"):
         large, x = nn.Linear(1 << 20, 1 << 20, bias=False), torch.empty(4, 1 << 20)
@@ -333,6 +456,18 @@ def test_a_compiled_module_is_its_model():
     model, x = mlp(24, 48, 16), torch.randn(20, 24)
     compiled = torch.compile(model, backend="grass", options=OPTIONS)
     assert str(grass_fx.explain(compiled, x)) == str(grass_fx.explain(model, x))
+
+
+def with_inputs(way):
+    x = torch.randn(4, 8)
+    return mlp(8, 12), {"one": x, "several": (x,), "named": {"input": x}}[way]
+
+
+@pytest.mark.parametrize("way", ["one", "several", "named"])
+def test_a_function_may_give_inputs_in_any_way(way, monkeypatch, capsys):
+    monkeypatch.setattr(f"{__name__}.made", lambda: with_inputs(way), raising=False)
+    assert main(["explain", "--model", f"{__name__}:made", "--rank", "4"]) == 0
+    assert "1 of 1 matrices" in capsys.readouterr().out
 
 
 def test_the_command_line_explains_the_example(capsys, tmp_path):

@@ -11,9 +11,10 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import MissingPackageError, OptionError
-from grass_fx.gradient import CompactGrad, matrix
+from grass_fx.gradient import CompactGrad
 from grass_fx.history import BINS, SelectionHistory
-from grass_fx.subspace import registry
+from grass_fx.registry import registry
+from grass_fx.selected import matrix
 from helpers import Captured, mlp
 
 K, STEPS = 3, 9
@@ -273,7 +274,7 @@ def test_a_picture_of_some_weights_is_written(tmp_path):
     figure = pytest.importorskip("matplotlib.figure")
     optimizer = trained()
     file = tmp_path / "new" / "rows.png"
-    for weights in (None, ["2.*", "0.weight"]):
+    for weights in (None, [], "2.*", ["2.*", "0.weight"]):
         grass_fx.coverage_plot(optimizer, file, weights)
         assert file.read_bytes().startswith(b"\x89PNG")
         file.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,8 @@ def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 @contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Undo what a forward changes: buffers and random generators."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices} or {"cuda"}
     indices = [device.index or 0 for device in devices]
@@ -86,9 +88,13 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=indices, device_type=min(kinds)):
             yield
     finally:
+        for module, names in registered:
+            module._buffers.clear()
+            module._buffers.update(names)
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):  # what never changes may lie in memory anyhow
+                    buffer.copy_(before)
 
 
 @dataclass
@@ -127,7 +133,7 @@ class _Watcher:
 
         graph = trace(gm, inputs, self.config)
         if graph is not None:
-            self.symbols.update(graph.symbols)
+            self._tell_apart(graph)
 
         def run(*args: Any) -> Any:
             if graph is not None:
@@ -145,6 +151,15 @@ class _Watcher:
             for each in cast("Sequence[Any]", results)
         ]
         return run
+
+    def _tell_apart(self, graph: TracedGraph) -> None:
+        """Graphs name sizes by their arguments: other sizes of the same name get another."""
+        new = {}
+        for name, value in graph.symbols.items():
+            free = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(1)))
+            new[name] = next(each for each in free if self.symbols.get(each, value) == value)
+            self.symbols[new[name]] = value
+        graph.rename({name: other for name, other in new.items() if name != other})
 
     def _note(self, graph: TracedGraph, args: Sequence[Any]) -> None:
         """One call of a graph; a graph may serve many layers."""

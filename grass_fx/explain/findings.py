@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from grass_fx.config import nearest
 
 Amount = Any
 """A number or, with dynamic shapes, a sympy expression in the names of the sizes."""
@@ -24,7 +27,7 @@ class Cost:
     """Products with the weight in the forward, recomputed ones (checkpointing) included."""
     input_gradient_flops: Amount = 0
     weight_gradient_flops: Amount = 0
-    """Of a rule with scores, the mean over a period: one step in K scores."""
+    """Of a rule with scores, the mean over a period: one step in K scores ("frozen_top": none)."""
     forward_bytes: Amount = 0
     input_gradient_bytes: Amount = 0
     weight_gradient_bytes: Amount = 0
@@ -38,6 +41,10 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Cost(*(a + b for a, b in pairs))
+
+    def map(self, change: Callable[[Amount], Amount]) -> Cost:
+        """``change`` done to every amount."""
+        return Cost(*(change(getattr(self, f.name)) for f in fields(self)))
 
     @property
     def flops(self) -> Amount:
@@ -145,8 +152,19 @@ class Findings:
         return before + self.activations[0], after + self.activations[1]
 
     def __getitem__(self, name: str) -> Weight:
-        """The weight of this name."""
-        return next(weight for weight in self.weights if weight.name == name)
+        """The trainable parameter of this name; KeyError, with the nearest name, if none has it."""
+        for weight in self.weights:
+            if weight.name == name:
+                return weight
+        raise KeyError(f"{name}: {nearest(name, list(self))}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return (weight.name for weight in self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a trainable parameter has this name."""
+        return any(name == each for each in self)
 
     def rows(self) -> list[tuple[str, Amount, Amount, str]]:
         """The totals: what, before, after, unit ("FLOPs" or "bytes")."""
@@ -165,11 +183,15 @@ class Findings:
         rows.append(("memory in all", *self.memory, "bytes"))
         return rows
 
-    def evaluated(self, amount: Amount) -> float:
-        """An amount as a number, its symbols as they were in the given inputs."""
+    def evaluated(self, amount: Amount) -> float | None:
+        """An amount as a number, its symbols as they were in the given inputs.
+
+        None if one has no value: sizes that depend on data have none.
+        """
         if not hasattr(amount, "subs"):
             return float(amount)
-        return float(amount.subs({k: v for k, v in self.symbols.items() if v is not None}))
+        value = amount.subs({k: v for k, v in self.symbols.items() if v is not None})
+        return float(value) if value.is_number else None
 
     def groups(self) -> list[tuple[str, list[Weight]]]:
         """Weights that differ by numbers in their names only, as layers do: (name, weights)."""
@@ -186,6 +208,8 @@ class Findings:
         def plain(value: Any) -> Any:
             if hasattr(value, "free_symbols"):
                 return float(value) if value.is_number else str(value)
+            if value in (math.inf, -math.inf):  # which JSON has no name for
+                return str(value)
             if isinstance(value, Mapping):
                 return {str(key): plain(each) for key, each in value.items()}
             if isinstance(value, (list, tuple)):

@@ -101,7 +101,7 @@ def _segments(of: Bars, values: Sequence[float], most: float) -> str:
 def _total(
     report: Findings, colour: str, name: str, before: Amount, after: Amount, unit: str
 ) -> str:
-    pair = _number(report, before), _number(report, after)
+    pair = report.evaluated(before), report.evaluated(after)
     ratio = f"{pair[1] / pair[0]:.3f}" if pair[0] and pair[1] is not None else ""
     swatch = f'<i class="swatch {colour}"></i>' if colour else ""
     cells = "".join(_amount(report, each, unit) for each in (before, after))
@@ -114,7 +114,7 @@ def _others(report: Findings) -> str:
     skipped = {*MEMORY, *PRODUCTS, "memory in all", "all products"}
     rows = [row for row in report.rows() if row[0] not in skipped]
     text = "".join(_total(report, "", *row) for row in rows)
-    if (more := _number(report, report.scoring_step)) is None or more > 0:
+    if (more := report.evaluated(report.scoring_step)) is None or more > 0:
         cell = _amount(report, report.scoring_step, "bytes")
         text += f'<tr><th scope="row">a scoring step, more</th><td></td>{cell}<td></td></tr>'
     return text.replace(' class="sum"', "")
@@ -123,17 +123,9 @@ def _others(report: Findings) -> str:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _number(report: Findings, amount: Amount) -> float | None:
-    """An amount as a number, if its symbols have values."""
-    try:
-        return report.evaluated(amount)
-    except TypeError:
-        return None
-
-
 def _amount(report: Findings, amount: Amount, unit: str) -> str:
     """A cell: a readable number, exact in its tooltip; below an expression in small letters."""
-    number = _number(report, amount)
+    number = report.evaluated(amount)
     symbolic = bool(getattr(amount, "free_symbols", ()))
     text = "" if number is None else readable(number, unit)
     if symbolic:

@@ -24,11 +24,9 @@ class Bars(NamedTuple):
 
     def values(self, report: Findings) -> tuple[list[float], list[float]] | None:
         """The parts as numbers before and after; None if a symbol in them has no value."""
-        try:
-            before, after = ([report.evaluated(part[k]) for part in self.parts] for k in (1, 2))
-        except TypeError:  # sympy's answer to float() of what still has symbols
-            return None
-        return before, after
+        both = [[report.evaluated(part[k]) for part in self.parts] for k in (1, 2)]
+        before, after = ([value for value in each if value is not None] for each in both)
+        return (before, after) if [before, after] == both else None
 
 
 def bars(report: Findings) -> list[Bars]:

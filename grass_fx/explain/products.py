@@ -48,7 +48,7 @@ LINEAR = {
 # operations with indices -> the positions of what is not one
 INDEXED = {
     aten.index.Tensor: (0,), aten.index_select.default: (0,), SELECT: (0,),
-    aten.index_put.default: (0, 2),
+    aten.index_put.default: (0, 2), aten.where.self: (1, 2),
 }  # fmt: skip
 PARTS = {
     aten.select.int,
@@ -144,14 +144,18 @@ def weight_products(graph: fx.Graph, weight: int, proxy: int | None) -> WeightPr
     if weight not in places:
         return None
     uses = list(_uses(places[weight], 1.0))
-    if not uses:  # looked up in or added, say: what leads to its gradient is no product of its own
+    if not uses and proxy is None:
+        # Looked up in or added, say: what leads to its gradient is no product of its own.
         return WeightProducts([], [], [], [])
     backward = _backward_nodes(graph)
     forward = [use for use in uses if use.node not in backward]
     input_gradient = [use for use in uses if use.node in backward]
     gradient = compat.gradient_of_input(graph, weight if proxy is None else proxy)
     path: dict[fx.Node, None] = {}
-    made = {} if gradient is None else {p.node: p for p in _makers(gradient, 1.0, path)}
+    # Selected rows are masked where a use reads a part of the weight. Behind the mask of a dense
+    # gradient, an embedding's, are products of others.
+    through = LINEAR if proxy is None else {*LINEAR, aten.where.self}
+    made = {} if gradient is None else {p.node: p for p in _makers(gradient, 1.0, path, through)}
     return WeightProducts(forward, input_gradient, list(made.values()), list(path))
 
 
@@ -177,12 +181,14 @@ def _uses(node: fx.Node, share: float) -> Iterator[Product]:
             yield from _uses(user, share)
 
 
-def _makers(node: fx.Node, share: float, path: dict[fx.Node, None]) -> Iterator[Product]:
-    """The products that ``node`` is made of by linear operations, and those on the way."""
+def _makers(
+    node: fx.Node, share: float, path: dict[fx.Node, None], through: Collection[Any]
+) -> Iterator[Product]:
+    """The products that ``node`` is made of by operations of ``through``, and those on the way."""
     if is_product(node):
         path[node] = None
         yield Product(node, share)
-    elif node.target in VIEWS or node.target in COPIES or node.target in LINEAR:
+    elif node.target in VIEWS or node.target in COPIES or node.target in through:
         inputs = node.all_input_nodes
         if node.target in INDEXED:
             inputs = [cast(fx.Node, node.args[k]) for k in INDEXED[node.target]]
@@ -191,7 +197,7 @@ def _makers(node: fx.Node, share: float, path: dict[fx.Node, None]) -> Iterator[
             share *= _part(node, inputs[0])
         for each in inputs:
             if each.op == "call_function":
-                yield from _makers(each, share, path)
+                yield from _makers(each, share, path, through)
         path[node] = None
 
 

@@ -58,16 +58,15 @@ def _weights(report: Findings) -> str:
 def _row(report: Findings, name: str, group: Sequence[Weight]) -> list[str]:
     first = group[0]
     before, after = (
-        sum(report.evaluated(getattr(w, side).weight_gradient_flops) for w in group)
+        _amount(report, sum(getattr(w, side).weight_gradient_flops for w in group), "FLOPs")
         for side in ("before", "after")
     )
     count = f"x {len(group)}" if len(group) > 1 else ""
-    flops = f"{readable(before, 'FLOPs')} ->"
-    rest = readable(after, "FLOPs")
     kernel = first.kernel or "none"
     if first.reason:
         kernel += f"  ({first.reason})"
-    return [name, count, str(first.shape), f"{first.side}", f"{first.rank}", flops, rest, kernel]
+    cells = (first.shape, first.side, first.rank, f"{before} ->", after, kernel)
+    return [name, count, *map(str, cells)]
 
 
 def _left(report: Findings) -> str:
@@ -92,11 +91,16 @@ def _totals(report: Findings) -> str:
     rows = [["in a step", "full rank", "grass", "ratio"]]
     for name, before, after, unit in report.rows():
         values = report.evaluated(before), report.evaluated(after)
-        ratio = f"{values[1] / values[0]:.3f}" if values[0] else ""
-        rows.append([name, *(readable(value, unit) for value in values), ratio])
-    if (more := report.evaluated(report.scoring_step)) > 0:
-        rows.append(["a scoring step, more", "", readable(more, "bytes"), ""])
+        ratio = f"{values[1] / values[0]:.3f}" if values[0] and values[1] is not None else ""
+        rows.append([name, *(_amount(report, each, unit) for each in (before, after)), ratio])
+    if report.evaluated(report.scoring_step) != 0:
+        rows.append(["a scoring step, more", "", _amount(report, report.scoring_step, "bytes"), ""])
     return _table(rows, "l>>>")
+
+
+def _amount(report: Findings, amount: Amount, unit: str) -> str:
+    value = report.evaluated(amount)
+    return amount_text(amount) if value is None else readable(value, unit)
 
 
 def _table(rows: Sequence[Sequence[str]], align: str) -> str:

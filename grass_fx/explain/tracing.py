@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+import sympy  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
 from grass_fx import _torch_compat as compat
@@ -60,6 +61,21 @@ class TracedGraph:
     symbols: dict[str, int | None]
     before: Kept = field(default_factory=Kept)
     after: Kept = field(default_factory=Kept)
+
+    def rename(self, symbols: Mapping[str, str]) -> None:
+        """Give symbols other names, in all amounts."""
+        if not symbols:
+            return
+        new = {sympy.Symbol(name): sympy.Symbol(other) for name, other in symbols.items()}
+
+        def renamed(amount: Any) -> Any:
+            return amount.subs(new) if hasattr(amount, "subs") else amount
+
+        for each in self.weights.values():
+            each.before, each.after = each.before.map(renamed), each.after.map(renamed)
+            each.scoring_step = renamed(each.scoring_step)
+        for kept in (self.before, self.after):
+            kept.bytes = renamed(kept.bytes)
 
 
 def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> TracedGraph | None:
@@ -177,15 +193,17 @@ class _Tracer:
             before, after = (each.get(place, _Measured()) for each in (self.before, self.after))
             if weight is None:
                 reason = next(left if value.dim() > 1 else unfit)
-            elif not after.picture:
-                reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
             else:
                 reason = self.push.stopped.get(f"{place}", "")
+                if not reason and not after.picture:  # what was pushed ended in zeros
+                    reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
             traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
             if weight is not None:
                 traced.pictures = {"before": before.picture, "after": after.picture}
-                if after.picture:
-                    traced.kernel = FIRST_ALL if reason else ", ".join(after.ways)
+                if f"{place}" in self.push.stopped:
+                    traced.kernel = FIRST_ALL
+                elif after.ways:
+                    traced.kernel = ", ".join(after.ways)
                 if self.config.needs_scores:
                     self._add_scoring(traced, value)
             answer[place] = traced
@@ -195,13 +213,13 @@ class _Tracer:
         """One step in K forms the full gradient, or tiles of it besides the compact one."""
         tiles = weight.dim() == 2 and wants_tiles(weight, self.config.scoring)
         traced.scoring_step = 0 if tiles else weight.nbytes
-        if self.config.refresh_every == math.inf:
+        if self.config.scoring_period == math.inf:
             return
         amounts = {}
         for kind in ("weight_gradient_flops", "weight_gradient_bytes"):
             full, compact = (getattr(each, kind) for each in (traced.before, traced.after))
             more = full if tiles and not traced.reason else full - compact
-            amounts[kind] = compact + more / self.config.refresh_every
+            amounts[kind] = compact + more / self.config.scoring_period
         traced.after = replace(traced.after, **amounts)
 
 
