@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test docs setup typecheck smoke wheel clean
 
-# torch first, pinned: a range would pull the CUDA build and gigabytes of its libraries.
+# torch first, pinned: the CPU build where pip finds one; a range would take the newest, whatever it pulls.
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

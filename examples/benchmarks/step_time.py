@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import as_line, environment
 
 import grass_fx
+from grass_fx.config import SIDES
 from llama import SIZES, build
 from peer_optimizers import (
     MODULES,
@@ -147,7 +148,7 @@ def set_up(name: str, args: argparse.Namespace) -> Variant:
         "regular": {"refresh_every": NEVER},
         "scoring": {"refresh_every": 1, "selection": args.scoring_rule},
     }[name]
-    options = {"rank": args.rank, "block": args.block, **rule}
+    options = {"rank": args.rank, "side": args.side, "block": args.block, **rule}
     compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
     return Variant(model, compiled, grass_fx.AdamW(model.parameters(), **rates))
 
@@ -327,6 +328,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=8, help="sequences per step (default: 8)")
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--rank", type=rank, default=0.125, help="selected rows, number or fraction (0.125)")
+    add("--side", default="in", choices=SIDES, help="what is selected (default: in, columns)")
     add("--block", type=int, default=1, help="consecutive rows selected together (default: 1)")
     add("--scoring-rule", default="top", help="the rule of the scoring steps (default: top)")
     add("--weight-decay", type=float, default=1e-2, help="both optimizers' default: 0.01")
@@ -358,7 +360,8 @@ def main() -> None:
     print(as_line(facts))
     print(
         f"LLaMA {args.size}, {args.batch} x {args.seq} tokens, {args.dtype}, rank {args.rank}, "
-        f"block {args.block}, weight decay {args.weight_decay}, {args.rounds} rounds\n"
+        f"side {args.side}, block {args.block}, weight decay {args.weight_decay}, "
+        f"{args.rounds} rounds\n"
     )
     for peer in MODULES if args.peers else ():
         if reason := why_missing(peer):
