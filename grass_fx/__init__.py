@@ -43,6 +43,7 @@ __all__ = [
     "Selection",
     "__version__",
     "coverage_plot",
+    "explain",
     "plan",
     "step_in_backward",
     "subspace",

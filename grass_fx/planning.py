@@ -274,8 +274,9 @@ def plan(
 ) -> Plan:
     """The largest rank with which training fits into ``memory``, and what takes how much of it.
 
-    The rank is a multiple of 8 rows of the largest selected dimension, as a fraction of it, which
-    is rounded for other dimensions as training does (docs/method.md, "rank").
+    The rank is a multiple of 8 rows of the largest selected dimension (of one row if that has no
+    more than 8), as a fraction of it, which is rounded for other dimensions as training does
+    (docs/method.md, "rank").
 
     Which weights are taken is an estimate, made without tracing: matrices and stacks of them that
     ``include`` and ``exclude`` let in, but those of embeddings (also tied to a head), convolutions

@@ -90,7 +90,8 @@ class Weight:
     rank: int | None = None
     """r: selected rows, of each matrix if it is a stack of them."""
     kernel: str | None = None
-    """What computes the compact gradient: "gather + mm", "triton template" or "autotuned"."""
+    """What computes the compact gradient: "gather + mm", "triton template" or "autotuned"; several
+    for several uses; "mm, then gather" if the selection was not pushed."""
     before: Cost = Cost()
     """At full rank."""
     after: Cost = Cost()
