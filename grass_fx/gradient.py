@@ -74,7 +74,8 @@ class CompactGrad(Tensor):
         return self
 
     def _with(self, compact: Tensor, scores: Tensor | None) -> CompactGrad:
-        return CompactGrad(compact, self.subspace, self.shape, scores, *self._marks)
+        shape, zeroed, local, projected = self.shape, self.zeroed, self.local, self.projected
+        return CompactGrad(compact, self.subspace, shape, scores, zeroed, local, projected)
 
     @property
     def _marks(self) -> tuple[bool, bool, bool]:
@@ -127,7 +128,10 @@ class CompactGrad(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         handler = _HANDLERS.get(func) or _HANDLERS.get(func.overloadpacket)
-        return _handled(handler, func, args, kwargs or {})
+        result = handler(func, args, kwargs or {}) if handler else NotImplemented
+        if result is NotImplemented:
+            raise _cannot(func)
+        return result
 
 
 class _BesideDTensors(CompactGrad):
@@ -142,9 +146,11 @@ class _BesideDTensors(CompactGrad):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if (handler := _LISTS.get(func)) is not None:
-                return _handled(handler, func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
+            handler = _LISTS.get(func)
+            result = handler(func, args, kwargs or {}) if handler else func(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            raise _cannot(func)
+        return result
 
 
 def _rebuild(
@@ -169,16 +175,13 @@ torch.serialization.add_safe_globals([CompactGrad, _rebuild])
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _handled(handler: Handler | None, func: Any, args: Any, kwargs: Any) -> Any:
-    result = handler(func, args, kwargs) if handler else NotImplemented
-    if result is NotImplemented:
-        raise CompactGradError(
-            f"{func} cannot be done on a compact gradient, which holds only the selected rows of "
-            "its weight. To step with it, use grass_fx.AdamW, or grass_fx.subspace(X) for a torch "
-            "optimizer class X. weight.grad.compact is those rows, weight.grad.to_dense() the "
-            "whole matrix."
-        )
-    return result
+def _cannot(func: Any) -> CompactGradError:
+    return CompactGradError(
+        f"{func} cannot be done on a compact gradient, which holds only the selected rows of its "
+        "weight. To step with it, use grass_fx.AdamW, or grass_fx.subspace(X) for a torch "
+        "optimizer class X. weight.grad.compact is those rows, weight.grad.to_dense() the whole "
+        "matrix."
+    )
 
 
 _HANDLERS: dict[Any, Handler] = {}

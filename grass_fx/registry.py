@@ -80,7 +80,7 @@ class Registry:
         no gradient of the old one is taken for one of the new.
         """
         subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is not None and subspace.spec == spec:
+        if subspace is not None and (subspace.spec is spec or subspace.spec == spec):
             subspace.convert(weight.dtype)
             return subspace
         name = self._names.get(weight, name)
