@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test docs setup typecheck smoke wheel clean
+.PHONY: demo test slow docs setup typecheck smoke wheel clean
 
 # torch first, pinned: the CPU build where pip finds one; a range would take the newest, whatever it pulls.
 $(BIN)/.installed: pyproject.toml
@@ -28,6 +28,10 @@ test: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## The tests that `make test` leaves out: whole runs, benchmarks, four processes.
+slow: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The passes are grass_fx.passes only once installed: types are checked on what users install.
 typecheck: setup

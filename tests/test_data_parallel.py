@@ -154,6 +154,6 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(ranks, alone):
     spawn(equal_one_process, ranks, str(alone))

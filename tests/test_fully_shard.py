@@ -226,6 +226,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_four_processes_equal_one_and_resume_what_two_saved(folder):
     spawn(four, 4, folder)
 

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from torch._inductor.utils import run_fw_bw_and_get_code
 
@@ -51,5 +52,6 @@ def run(rank):
         torch.testing.assert_close(a.compact, b.compact)
 
 
+@pytest.mark.slow
 def test_products_run_while_gradients_are_averaged():
     spawn(run, 2, timeout=120)

@@ -34,6 +34,7 @@ def losses(folder, way, processes=2):
     return [r[key] for r in records for key in ("loss", "held_out") if key in r]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     assert losses(tmp_path, "data") == pytest.approx(losses(tmp_path, "none"), rel=1e-4)
     # Selections of a sharded model are drawn in parts, on one process too.

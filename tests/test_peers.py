@@ -30,6 +30,7 @@ def result(run, held_out, **more):
     return {**found, **more}
 
 
+@pytest.mark.slow
 def test_all_stages_and_resuming(tmp_path, monkeypatch, capsys):
     made = []
 

@@ -11,6 +11,7 @@ import pytest
 from grass_fx.config import GrassConfig
 from llama import build
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parent.parent / "examples/benchmarks/traffic.py"
 
 

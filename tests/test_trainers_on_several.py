@@ -125,6 +125,7 @@ def run(rank, ways, folder):
             torch.testing.assert_close(mine, want, **CLOSE, msg=lambda m, way=way: f"{way}: {m}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     ways = [way for way in WAYS if importlib.util.find_spec(way) is not None]
     if not ways:

@@ -159,6 +159,7 @@ def test_equals_the_reference_inductor(rule, replacement, side, block):
     compare("mlp", "inductor", torch.float64, options, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rule", "replacement", "side", "block"),
     [
