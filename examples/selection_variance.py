@@ -36,7 +36,8 @@ def measured(rule: str, r: int, replacement: bool, s: Tensor, scores: Tensor) ->
         elif rule == "uniform":
             rows, scale = rules.multinomial(torch.ones(m), r, replacement, generator)
         else:
-            rows, scale = rules.select_by_scores(RULES[rule], scores, r, 1, replacement, generator)
+            norms = rules.unit_norms(scores, 1)
+            rows, scale = rules.select_by_norms(RULES[rule], norms, r, replacement, generator)
         weight = torch.ones_like(s[:r]) if scale is None else scale**2
         kept = torch.zeros_like(s).index_add_(0, rows, weight)  # the diagonal of PPᵀ
         total += float(((kept - 1) ** 2 * s).sum() / s.sum())

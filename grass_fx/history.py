@@ -5,13 +5,18 @@ Everything is on the CPU, where selections are drawn, so that recording never wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 BINS = 256
 """At most so many bins of rows, and of steps."""
+
+Norms = Sequence[tuple[Tensor, Tensor]]
+"""Of each matrix, the norms of the selected units and those of all, float64."""
 
 
 class SelectionHistory:
@@ -20,6 +25,9 @@ class SelectionHistory:
     ``ever`` (rows,) bool: selected at some time. ``drawn``: the step at which the current selection
     was drawn. ``overlap``: the share of its rows that were in the one before, None for the first.
     ``captured``: the share of the gradient's norm that it holds, None where that is unknown.
+
+    :meth:`change` only notes a selection; :meth:`settle` records it, so that recording can wait for
+    a moment in which it costs no time. It has to come before an attribute is read.
 
     The picture has rows and steps in bins of equal width. Each bin has the share of its row-steps
     that were selected. When the bins of steps are full, neighbours are merged.
@@ -31,6 +39,7 @@ class SelectionHistory:
         self.overlap: float | None = None
         self.captured: float | None = None
         self._now: Tensor | None = None
+        self._noted: tuple[Tensor, int, Norms] | None = None
         bins = min(rows, BINS)
         self._density = torch.zeros(bins, device="cpu")  # of the current selection
         self._width, self._until = 1, begin
@@ -38,26 +47,38 @@ class SelectionHistory:
         self._closed = torch.zeros(0, bins, dtype=torch.uint8, device="cpu")
         self._open = torch.zeros(bins, device="cpu")
 
-    def change(self, indices: Tensor, step: int) -> None:
-        """From ``step`` on the rows ``indices`` are selected, (r,) int64; they may repeat."""
+    def change(self, indices: Tensor, step: int, norms: Norms = ()) -> None:
+        """From ``step`` on the rows ``indices`` are selected, (r,) int64; they may repeat.
+
+        ``norms``: the gradient's, where they are known.
+        """
+        self.settle()
+        self._noted = indices, step, norms
+
+    def settle(self) -> None:
+        """Record what :meth:`change` has noted."""
+        if self._noted is None:
+            return
+        (indices, step, norms), self._noted = self._noted, None
+        if norms:
+            squares = [(float(held.dot(held)), float(every.dot(every))) for held, every in norms]
+            held, whole = map(sum, zip(*squares, strict=True))
+            self.captured = math.sqrt(held / whole)
         self.advance(step)
         now = torch.zeros_like(self.ever)
         now[indices] = True
+        rows = now.nonzero().flatten()
         if self._now is not None:
-            self.overlap = int((now & self._now).sum()) / int(now.sum())
-        self.ever |= now
-        self.drawn = step
-        self._hold(now)
-
-    def _hold(self, now: Tensor) -> None:
-        self._now, rows, bins = now, now.numel(), self._density.numel()
-        edges = -(-torch.arange(bins + 1, device="cpu") * rows // bins)
-        taken = torch.bincount(now.nonzero().flatten() * bins // rows, minlength=bins)
-        self._density = taken / edges.diff()
+            self.overlap = int(self._now[rows].count_nonzero()) / rows.numel()
+        self.ever[rows] = True
+        self.drawn, self._now = step, now
+        bins, widths = _bins(now.numel(), self._density.numel())
+        self._density = torch.bincount(bins[rows], minlength=widths.numel()) / widths
 
     @property
     def coverage(self) -> float:
         """The share of rows selected at some time."""
+        self.settle()
         return int(self.ever.sum()) / self.ever.numel()
 
     def advance(self, step: int) -> None:
@@ -68,13 +89,14 @@ class SelectionHistory:
         complete = (step - start) // self._width
         if complete > 0:
             self._open += self._density * (start + self._width - self._until)
-            filled = self._density.repeat(complete, 1)
-            filled[0] = self._open / self._width
-            self._closed = torch.cat([self._closed, _in_255ths(filled)])
+            first = (self._open / self._width).unsqueeze(0)
+            rest = self._density.expand(complete - 1, -1)
+            self._closed = torch.cat([self._closed, _in_255ths(torch.cat([first, rest]))])
             self._open.zero_()
             self._until = start + complete * self._width
-        self._open += self._density * (step - self._until)
-        self._until = step
+        if step > self._until:
+            self._open += self._density * (step - self._until)
+            self._until = step
 
     def _merge(self) -> None:
         """Bins of twice as many steps; a last one without a neighbour is opened again."""
@@ -91,6 +113,7 @@ class SelectionHistory:
         The last bin may be incomplete. Before the first step there is one, of the selection that is
         going to be used.
         """
+        self.settle()
         self.advance(step)
         bins = self._closed / 255
         started = self._until - self.begin - len(bins) * self._width
@@ -102,6 +125,7 @@ class SelectionHistory:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is needed to go on recording, as plain tensors."""
+        self.settle()
         shares = (-1.0 if x is None else x for x in (self.overlap, self.captured))
         numbers = (self.begin, self.drawn, self._width, self._until, *shares)
         return {
@@ -121,6 +145,7 @@ class SelectionHistory:
         """
         made = cls(rows, step)
         made.change(indices, step)
+        made.settle()
         ever = state.get("history_ever")
         if ever is None or ever.numel() != rows:
             return made
@@ -132,6 +157,13 @@ class SelectionHistory:
         made._closed = state["history_closed"].to("cpu", copy=True)
         made._open = state["history_open"].to("cpu", copy=True)
         return made
+
+
+@lru_cache(maxsize=64)
+def _bins(rows: int, bins: int) -> tuple[Tensor, Tensor]:
+    """The bin of each row, (rows,), and the rows of each bin, (bins,)."""
+    of = torch.arange(rows, device="cpu") * bins // rows
+    return of, torch.bincount(of, minlength=bins)
 
 
 def _in_255ths(shares: Tensor) -> Tensor:

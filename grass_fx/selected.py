@@ -35,8 +35,12 @@ class Selection:
         """The same selection on another device."""
         if self.indices.device == device:
             return self
-        scale = None if self.scale is None else self.scale.to(device)
-        return replace(self, indices=self.indices.to(device), scale=scale)
+        return self.moved(self.indices.to(device))
+
+    def moved(self, indices: Tensor) -> Selection:
+        """The same selection with its indices as they are on another device."""
+        scale = None if self.scale is None else self.scale.to(indices.device)
+        return replace(self, indices=indices, scale=scale)
 
     def same_as(self, other: Selection) -> bool:
         """Whether both select the same rows; compares values only where identity does not tell."""

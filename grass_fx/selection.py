@@ -8,6 +8,7 @@ on every device and rank.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -28,12 +29,17 @@ def stream(seed: int, key: int, draw: int, purpose: str = "grass") -> torch.Gene
 
 
 def unit_norms(scores: Tensor, block: int) -> Tensor:
-    """Norms of the units, float64, from the rows' squared norms s: (m,) -> (m / B,)."""
-    return scores.double().cpu().view(-1, block).sum(1).sqrt()
+    """Norms of the units, float64, from the rows' squared norms s: (..., m) -> (..., m / B)."""
+    scores = scores.double().cpu()
+    if block > 1:
+        scores = scores.view(*scores.shape[:-1], -1, block).sum(-1)
+    return scores.sqrt()
 
 
 def rows_of(units: Tensor, block: int) -> Tensor:
     """The rows of the units, unit by unit: (k,) -> (k B,)."""
+    if block == 1:
+        return units
     return (units.unsqueeze(1) * block + torch.arange(block, device=units.device)).flatten()
 
 
@@ -63,9 +69,28 @@ def top(norms: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
     If fewer score above 0, the rest is drawn uniformly from the others.
     """
-    largest = norms.sort(descending=True, stable=True).indices[:count]
-    largest = largest[norms[largest] > 0]
+    least = norms.topk(count).values[-1]
+    # Sorting these alone: a selection is a small part of the units.
+    candidates = (norms >= least).nonzero().flatten()
+    order = norms[candidates].sort(descending=True, stable=True).indices[:count]
+    largest = candidates[order]
+    if least <= 0:
+        largest = largest[norms[largest] > 0]
     return _filled(largest, norms.numel(), count, generator)
+
+
+def tops(norms: Tensor, count: int) -> list[Tensor | None]:
+    """:func:`top` of each row, (k, u): units in ascending order.
+
+    None where equal norms, or ones that are zero or no numbers, leave it to :func:`top`.
+    """
+    least = norms.topk(count, dim=1).values[:, -1:]
+    chosen = norms >= least
+    clear = (chosen.sum(1) == count) & (least.squeeze(1) > 0) & norms.isfinite().all(1)
+    if bool(clear.all()):
+        return list(chosen.nonzero()[:, 1].view(-1, count))
+    rows = zip(chosen, clear.tolist(), strict=True)
+    return [row.nonzero().flatten() if sure else None for row, sure in rows]
 
 
 def multinomial(
@@ -95,12 +120,15 @@ def _filled(units: Tensor, total: int, count: int, generator: torch.Generator) -
     return torch.cat([units, shuffled[~torch.isin(shuffled, units)][:missing]])
 
 
-def select_by_scores(
-    rule: Rule, scores: Tensor, count: int, block: int, replacement: bool, gen: torch.Generator
+def select_by_norms(
+    rule: Rule, norms: Tensor, count: int, replacement: bool, gen: torch.Generator
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero."""
-    norms = unit_norms(scores, block)
-    if not bool(norms.isfinite().all()) or not bool((norms > 0).any()):
+    """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero.
+
+    ``norms``: the units', by :func:`unit_norms`.
+    """
+    least, most = norms.aminmax()  # one that is not a number is both
+    if not 0 <= float(least) <= float(most) < math.inf or most == 0:
         return None
     if rule.power:
         return multinomial(norms**rule.power, count, replacement, gen)

@@ -1,7 +1,7 @@
 """Each taken weight's subspace: which rows it moves now, and when that changes.
 
-Selections change in one place, :meth:`Subspace.finish_step`, which grass_fx optimizers call after
-their step (docs/method.md, "Steps, periods, refreshes").
+Selections change in one place, :func:`finish_steps`, which grass_fx optimizers call after their
+step (docs/method.md, "Steps, periods, refreshes").
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from torch import Tensor
 from grass_fx import selection as rules
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import StateError
-from grass_fx.history import SelectionHistory
+from grass_fx.history import Norms, SelectionHistory
 from grass_fx.replicas import Replicas
 from grass_fx.selected import Selection
 from grass_fx.sharding import Sharding, Shards
+from grass_fx.transfers import to_device
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +149,9 @@ class Subspace:
         units = self.spec.piece_size // self.spec.block
         # Exhausted walks, one of each matrix: the first draw starts the first permutations.
         self._orders, self._position = [torch.arange(units, device="cpu")] * self.spec.pieces, units
-        self.history = SelectionHistory(self.spec.rows)
-        self._set(self._draw(), device)
+        self._history = SelectionHistory(self.spec.rows)
+        self._set(self._draw(), ())
+        self.selection_on(device)
 
     @property
     def scoring_due(self) -> bool:
@@ -162,26 +165,33 @@ class Subspace:
             return step == 0
         return step % int(self.spec.refresh_every) == 0
 
-    def finish_step(self, scores: Tensor | None) -> None:
-        """Tell that an optimizer step used the current selection; refresh it where that is due.
+    @property
+    def history(self) -> SelectionHistory:
+        """Its selections, complete."""
+        self._history.settle()
+        return self._history
 
-        ``scores`` s: (size,) float32 as the gradient brought them, or None. Scores that are
-        missing, not finite or all zero keep the selection and make the next step a scoring step. Of
-        a stack, (e·size,), only the matrices of which this is so keep theirs, unless it is so of
-        all.
+    def finish_step(self, scores: Tensor | None) -> None:
+        """:func:`finish_steps` of this subspace alone."""
+        finish_steps([(self, scores)])
+
+    def finish(self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None) -> None:
+        """As :func:`finish_steps` says, by the norms of all units of each piece, (pieces, units).
+
+        ``tops``: the units of largest norm of each piece, where they are known already.
         """
         was_due, self.delivered = self.scoring_due, False
         self.step += 1
         if not self.rule.needs_scores:
             if self._at_period_end(self.step):
-                self._set(self._draw(), self.selection.indices.device)
+                self._set(self._draw(), ())
         elif was_due:
-            drawn = None if scores is None else self._draw_by(scores)
+            drawn = None if norms is None else self._draw_by(norms, tops or [None] * len(norms))
             self._retry = drawn is None
             if drawn is None:
                 log.info("%s: no usable scores, the selection stays for another step", self.name)
             else:
-                self._set(drawn, self.selection.indices.device)
+                self._set(*drawn)
 
     def convert(self, dtype: torch.dtype) -> None:
         """The weight is of this dtype now."""
@@ -232,12 +242,11 @@ class Subspace:
         """σ, counted within each matrix of a stack."""
         return selection.indices if self.spec.stack is None else selection.indices % self.spec.size
 
-    def _streams(self) -> list[torch.Generator]:
-        """The generators of this draw, one for each matrix."""
-        if self.spec.pieces == 1 and self.spec.stack is None:
-            return [rules.stream(self.spec.seed, self.key, self.period)]
-        purposes = (f"grass, matrix {k}" for k in range(self.spec.pieces))
-        return [rules.stream(self.spec.seed, self.key, self.period, each) for each in purposes]
+    def _stream(self, piece: int) -> torch.Generator:
+        """The generator of this draw of one piece."""
+        alone = self.spec.pieces == 1 and self.spec.stack is None
+        purpose = "grass" if alone else f"grass, matrix {piece}"
+        return rules.stream(self.spec.seed, self.key, self.period, purpose)
 
     @property
     def _count(self) -> int:
@@ -248,40 +257,44 @@ class Subspace:
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
             even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
-            for stream in self._streams():
+            for k in range(self.spec.pieces):
+                stream = self._stream(k)
                 drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
             return drawn
         before, start = self._orders, self._position
         self._orders = []
-        for order, stream in zip(before, self._streams(), strict=True):
+        for k, order in enumerate(before):
+            stream = self._stream(k)
             units, order, self._position = rules.cyclic(order, start, self._count, stream)
             self._orders.append(order)
             drawn.append((units, None))
         return drawn
 
-    def _draw_by(self, scores: Tensor) -> list[Draw] | None:
-        """By scores; None if those of no matrix are usable."""
-        spec, drawn, positive = self.spec, [], True
-        current, held, whole = self._current(), 0.0, 0.0
-        scores = scores.cpu()
-        for each, old, stream in zip(
-            scores.view(spec.pieces, -1), current, self._streams(), strict=True
-        ):
-            new = rules.select_by_scores(
-                self.rule, each, self._count, spec.block, spec.replacement, stream
-            )
-            if new is not None:
-                norms = rules.unit_norms(each, spec.block)
-                positive &= bool((norms[new[0]] > 0).all())
-                held += float(norms[new[0].unique()].square().sum())
-                whole += float(norms.square().sum())
-            positive &= new is not None
-            drawn.append(old if new is None else new)
-        if all(new is old for new, old in zip(drawn, current, strict=True)):
+    def _draw_by(
+        self, norms: Tensor, tops: Sequence[Tensor | None]
+    ) -> tuple[list[Draw], Norms] | None:
+        """By scores, with the norms that are held and all of them; None if none are usable."""
+        drawn: list[Draw | None] = []
+        known: list[tuple[Tensor, Tensor]] = []
+        positive, repeats = self.rule.freezes, self.spec.replacement
+        for k, (each, top) in enumerate(zip(norms, tops, strict=True)):
+            new: Draw | None = None if top is None else (top, None)
+            if new is None:
+                stream = self._stream(k)
+                new = rules.select_by_norms(self.rule, each, self._count, repeats, stream)
+            drawn.append(new)
+            if new is None:
+                positive = False
+                continue
+            held = each[new[0].unique() if repeats else new[0]]
+            known.append((held, each))
+            positive = positive and bool((held > 0).all())
+        if not known:
             return None
-        self.frozen = self.rule.freezes and positive
-        self.history.captured = math.sqrt(held / whole)
-        return drawn
+        self.frozen = positive
+        if len(known) < len(drawn):  # reads σ back from its device
+            drawn = [new or old for new, old in zip(drawn, self._current(), strict=True)]
+        return cast("list[Draw]", drawn), known
 
     def _current(self) -> list[Draw]:
         """The current selection as it was drawn."""
@@ -293,7 +306,8 @@ class Subspace:
         scales = self.selection.scale.cpu().view(shape)[:, ::block]
         return list(zip(units, scales, strict=True))
 
-    def _set(self, drawn: Sequence[Draw], device: torch.device) -> None:
+    def _set(self, drawn: Sequence[Draw], norms: Norms) -> None:
+        """The next selection, on the CPU."""
         rows, scales = [], []
         for k, (units, scale) in enumerate(drawn):
             units, order = units.sort(stable=True)
@@ -304,11 +318,11 @@ class Subspace:
                 # Rule 10's first selection, in a graph that takes ρ.
                 scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
         indices = torch.cat(rows)
-        self.history.change(indices, self.step)
+        self._history.change(indices, self.step, norms)
         self.selection = replace(
             self.selection,
-            indices=indices.to(device),
-            scale=torch.cat(scales).to(device, self._scale_dtype) if scales else None,
+            indices=indices,
+            scale=torch.cat(scales).to(self._scale_dtype) if scales else None,
             generation=self.selection.generation + 1,
         )
         self.period += 1
@@ -360,7 +374,7 @@ class Subspace:
         self.frozen, self._retry = self.rule.freezes and bool(counters[5]), bool(counters[6])
         orders = state["subspace_order"].cpu().chunk(len(self._orders))
         self._orders = [each.clone() for each in orders]
-        self.history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), self.step, state)
+        self._history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), self.step, state)
         device = self.selection.indices.device
         self.selection = replace(
             self.selection,
@@ -368,3 +382,38 @@ class Subspace:
             scale=None if scale is None else scale.to(device, self._scale_dtype),
             generation=generation,
         )
+
+
+def finish_steps(finished: Iterable[tuple[Subspace, Tensor | None]]) -> None:
+    """Tell subspaces that an optimizer step used their selections; refresh those that are due.
+
+    With the scores s of each, (size,) float32 as its gradient brought them, or None. Scores that
+    are missing, not finite or all zero keep the selection and make the next step a scoring step. Of
+    a stack, (e·size,), only the matrices of which this is so keep theirs, unless it is so of all.
+    """
+    finished = list(finished)
+    devices = [subspace.selection.indices.device for subspace, _ in finished]
+    alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
+    for subspace, scores in finished:
+        rule, spec = subspace.rule, subspace.spec
+        if scores is None or not subspace.scoring_due:
+            subspace.finish(None)
+        elif rule.power or spec.replacement or spec.pieces > 1:
+            pieces = scores.cpu().view(spec.pieces, -1)
+            subspace.finish(rules.unit_norms(pieces, spec.block))
+        else:
+            alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
+    for (_, rank, block), entries in alike.items():
+        # The largest of all of them at once: one by one is what a refresh would take longest for.
+        norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
+        tops = rules.tops(norms, rank // block)
+        for (subspace, _), each, top in zip(entries, norms, tops, strict=True):
+            subspace.finish(each.unsqueeze(0), [top])
+    changed: dict[torch.device, list[Subspace]] = {}
+    for (subspace, _), device in zip(finished, devices, strict=True):
+        if subspace.selection.indices.device != device:
+            changed.setdefault(device, []).append(subspace)
+    for device, subspaces in changed.items():
+        moved = to_device([each.selection.indices for each in subspaces], device)
+        for subspace, indices in zip(subspaces, moved, strict=True):
+            subspace.selection = subspace.selection.moved(indices)

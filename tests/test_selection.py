@@ -9,12 +9,26 @@ import pytest
 import torch
 
 from grass_fx.config import RULES
-from grass_fx.selection import cyclic, multinomial, rows_of, select_by_scores, stream, unit_norms
+from grass_fx.selection import (
+    cyclic,
+    multinomial,
+    rows_of,
+    select_by_norms,
+    stream,
+    top,
+    tops,
+    unit_norms,
+)
 from grass_fx.subspace import Subspace, SubspaceSpec
 
 SIGMAS = 5  # every draw is seeded: a statistical test that passes once always passes
 RANDOM_RULES = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 SCORED_RULES = [name for name, rule in RULES.items() if rule.needs_scores]
+
+
+def select_by_scores(rule, scores, count, block, replacement, generator):
+    norms = unit_norms(scores, block)
+    return select_by_norms(rule, norms, count, replacement, generator)
 
 
 def draws(rule, scores, count, number, block=1, replacement=False):
@@ -169,6 +183,19 @@ def test_top_draws_nothing_when_enough_rows_score():
     drawn, _ = select_by_scores(RULES["top"], torch.tensor([1.0, 3, 2]), 2, 1, False, generator)
     assert drawn.tolist() == [1, 2]
     assert torch.equal(generator.get_state(), before)
+
+
+def test_the_tops_of_many_are_the_tops_of_each_where_these_are_plain():
+    norms = torch.rand(7, 40, dtype=torch.float64, generator=stream(0, 0, 0)) + 0.1
+    norms[1, 3:] = 0.05  # equal ones at the border
+    norms[2, 1:] = 0  # too few above zero
+    norms[3, 3], norms[4, 0] = math.nan, math.inf
+    norms[5, 7:9] = 2.0  # equal ones, both taken
+    found = tops(norms, 8)
+    assert [each is None for each in found] == [False, True, True, True, True, False, False]
+    for row, units in zip(norms, found, strict=True):
+        if units is not None:
+            assert torch.equal(units, top(row, 8, stream(0, 0, 1)).sort().values)
 
 
 # --- rules 6 to 8, multinomial --------------------------------------------------------------------

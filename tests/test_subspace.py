@@ -13,7 +13,7 @@ from torch import nn
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, StateError
 from grass_fx.registry import Registry
-from grass_fx.subspace import Subspace, SubspaceSpec
+from grass_fx.subspace import Subspace, SubspaceSpec, finish_steps
 
 SIZE = 12
 CPU = torch.device("cpu")
@@ -113,6 +113,33 @@ def test_unusable_scores_keep_the_selection_and_are_asked_for_again(rule, scores
     # The grid of K = 3 goes on.
     grid = [step for step in (3, 6, 9) if step > failures and rule != "frozen_top"]
     assert scored_steps(subspace, 10 - subspace.step) == grid
+
+
+def test_many_weights_finish_a_step_together_as_each_does_alone():
+    """Of all rules, blocks and ranks; some with scores that tell nothing, or with equal ones."""
+    kinds = [{"selection": rule} for rule in RULES] + [
+        {"selection": "top", "block": 2},
+        {"selection": "top", "rank": 6},
+        {"selection": "multinomial_norm", "replacement": True},
+    ]
+    several = [*UNUSABLE.values(), torch.ones(SIZE), *(scores_of(k) for k in range(6))]
+    settings = [(kind, key, scores) for kind in kinds for key, scores in enumerate(several)]
+
+    def run(finish):
+        subspaces = [subspace_of(key=key, refresh_every=2, **kind) for kind, key, _ in settings]
+        for step in range(4):
+            scores = [None if s is None else s.roll(step) for _, _, s in settings]
+            finish(list(zip(subspaces, scores, strict=True)))
+        return [subspace.state() for subspace in subspaces]
+
+    def alone(finished):
+        for subspace, scores in finished:
+            subspace.finish_step(scores)
+
+    for together, one_by_one in zip(run(finish_steps), run(alone), strict=True):
+        assert together.keys() == one_by_one.keys()
+        for name, value in together.items():
+            assert torch.equal(value, one_by_one[name]), name
 
 
 FREEZING = [(1, [2, 5, 7], [0, 2, 5, 7], [0, 2, 5, 7]), (2, [2, 3], [2, 9], [2, 3, 8, 9])]

@@ -15,7 +15,7 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.telemetry import adam_update_norm
-from grass_fx.optim.update import CompactStep, adam_update_, carried
+from grass_fx.optim.update import CompactStep, adam_update_, carried, in_code
 from grass_fx.registry import registry
 from grass_fx.selected import Selection, matrix
 from grass_fx.sharding import local
@@ -117,10 +117,11 @@ class AdamW(SubspaceOptimizer):
     def _carry_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
             taken = [p for p, g in entries if g is not None]
-            compact = [self._compact_step(p, g, group) for p, g in entries if g is not None]
+            lr = float(group["lr"])
+            compact = [self._compact_step(p, g, group, lr) for p, g in entries if g is not None]
             beta1, beta2 = group["betas"]
             settings: dict[str, Any] = {
-                "lr": float(group["lr"]),
+                "lr": lr,
                 "beta1": beta1,
                 "beta2": beta2,
                 **{k: group[k] for k in ("eps", "scale", "warmup_steps")},
@@ -163,14 +164,18 @@ class AdamW(SubspaceOptimizer):
 
     # --- taken weights ----------------------------------------------------------------------------
 
-    def _compact_step(self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any]) -> CompactStep:
+    def _compact_step(
+        self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any], lr: float
+    ) -> CompactStep:
         state = self._compact_state(p, grad, group["on_refresh"])
         rounding = None
         if self._rounds(p, group):
             subspace = registry.get(p)
             rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
-        ages, common = state["age"], self._common_age(p, state["age"])
+        ages, common = state["age"], None
+        if not in_code(group["compile"], grad.subspace, lr, p.device):
+            common = self._common_age(p, ages)  # which generated code does not ask for
         return CompactStep(
             matrix(local(p)),
             matrix(grad.compact),

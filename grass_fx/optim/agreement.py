@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grass_fx.replicas import Replicas
 from grass_fx.subspace import Subspace
+from grass_fx.transfers import to_host
 
 Finished = list[tuple[Subspace, "Tensor | None"]]
 """The subspaces that were stepped in, with the scores their gradients brought."""
@@ -49,9 +50,10 @@ def check_selections(changed: Sequence[Subspace]) -> None:
         if subspace.replicas is not None:
             by_replicas.setdefault(subspace.replicas, []).append(subspace)
     for replicas, subspaces in by_replicas.items():
-        mine = [f"{s.name}: step {s.step}, {_hash(s.selection.indices)}" for s in subspaces]
+        selected = zip(subspaces, to_host([s.selection.indices for s in subspaces]), strict=True)
+        mine = [f"{s.name}: step {s.step}, {_hash(indices)}" for s, indices in selected]
         replicas.agree("selections", mine, _REMEDY)
 
 
 def _hash(indices: Tensor) -> str:
-    return hashlib.sha256(indices.cpu().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]

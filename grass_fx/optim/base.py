@@ -18,7 +18,8 @@ from grass_fx.optim.telemetry import stats_of
 from grass_fx.registry import registry
 from grass_fx.selected import Selection
 from grass_fx.sharding import local
-from grass_fx.subspace import Subspace
+from grass_fx.subspace import Subspace, finish_steps
+from grass_fx.transfers import to_host
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -90,13 +91,18 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         for p, earlier in early.items():
             finished += earlier
             p.grad = None
-        changed = []
-        for subspace, scores in with_common_scores(finished):
-            before = subspace.selection
-            subspace.finish_step(scores)  # here, and nowhere else, selections change
-            if subspace.selection is not before:
-                changed.append(subspace)
-        check_selections(changed)
+        for subspace, _ in finished:
+            subspace.history.settle()  # of the step before: a GPU is still busy with this one
+        finished = _on_host(with_common_scores(finished))
+        before = [subspace.selection for subspace, _ in finished]
+        finish_steps(finished)  # here, and nowhere else, selections change
+        check_selections(
+            [
+                subspace
+                for (subspace, _), old in zip(finished, before, strict=True)
+                if subspace.selection is not old
+            ]
+        )
         self._warn_if_none()
         return loss
 
@@ -328,6 +334,15 @@ class SubspaceOptimizer(CheckpointedOptimizer):
                     entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
             plan.append(entries)
         return plan
+
+
+def _on_host(finished: Finished) -> Finished:
+    """The same with all scores on the CPU."""
+    scored = [(k, scores) for k, (_, scores) in enumerate(finished) if scores is not None]
+    result = list(finished)
+    for (k, _), scores in zip(scored, to_host([scores for _, scores in scored]), strict=True):
+        result[k] = finished[k][0], scores
+    return result
 
 
 def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:

@@ -96,13 +96,15 @@ def update_(
     ``draw_seed`` for each weight or none at all: bfloat16 weights are rounded stochastically.
     """
     dtype, device = gains[0].dtype, gains[0].device
-    decay = torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device=device)
+    # Not blocking: a copy that waits would wait for the whole backward, with the host idle.
+    decay = torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu")
+    decay = decay.to(device, non_blocking=True)
     for places in together([each.key for each in rows]):
         inputs = [t.detach() for k in places for t in rows[k].tensors]
         inputs += [torch.cat([v[k].flatten() for k in places]) for v in (gains, floors)]
         inputs.append(decay)
         if seeds:
-            inputs.append(torch.stack([seeds[k] for k in places]).to(device))
+            inputs.append(torch.stack([seeds[k] for k in places]).to(device, non_blocking=True))
         function = compiled(tuple(rows[k].key for k in places), dtype, bool(seeds))
         with torch.no_grad():
             function(*inputs)

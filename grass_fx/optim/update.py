@@ -40,6 +40,12 @@ class CompactStep:
     """If given, a bfloat16 W is rounded stochastically, with these random numbers."""
 
 
+def in_code(compile: bool | None, selection: Selection, lr: float, device: torch.device) -> bool:
+    """Whether rows on ``device`` are stepped by code that Inductor generates."""
+    # At lr = 0 only the moments advance, which is not worth code of its own.
+    return selection.scale is None and lr != 0 and compiled.compiles(compile, device)
+
+
 def warmup(age: Tensor, warmup_steps: int) -> Tensor:
     """min(1, age / warmup_steps) of each row, age counted from 1; ones if ``warmup_steps`` is 0."""
     age = age.double()
@@ -68,14 +74,12 @@ def adam_update_(
     """
     batches = defaultdict(list)
     for step in steps:
-        # At lr = 0 only the moments advance, which is not worth code of its own.
-        unique = step.selection.scale is None
-        in_code = unique and lr != 0 and compiled.compiles(compile, step.w.device)
-        fused = not in_code and step.rounding is None and step.w.device.type in FUSED_ON
+        generated = in_code(compile, step.selection, lr, step.w.device)
+        fused = not generated and step.rounding is None and step.w.device.type in FUSED_ON
         age = step.common_age if fused else None
-        rounds = in_code and step.rounding is not None
-        batches[step.w.dtype, step.w.device, age, in_code, rounds].append(step)
-    for (dtype, _, age, in_code, _), batch in batches.items():
+        rounds = generated and step.rounding is not None
+        batches[step.w.dtype, step.w.device, age, generated, rounds].append(step)
+    for (dtype, _, age, generated, _), batch in batches.items():
         torch._foreach_add_([step.age for step in batch], 1)
         if lr != 0 and weight_decay != 0:
             _decay(batch, 1 - lr * weight_decay)
@@ -84,7 +88,7 @@ def adam_update_(
             _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
             continue
         gains, floors = _row_factors(batch, lr, beta1, beta2, eps, scale, warmup_steps)
-        if in_code:
+        if generated:
             _update_compiled(batch, gains, floors, beta1, beta2)
             continue
         exact = dtype in (torch.float32, torch.float64)
@@ -287,7 +291,7 @@ def carried_rows(
     dim, ndim = new.dim, moment.dim()
     rows = moment.index_select(dim, place)
     # where, not times zero: a moment that is not finite must not outlive its row.
-    rows = torch.where(along(stays, dim, ndim), rows, torch.zeros_like(rows))
+    rows = torch.where(along(stays, dim, ndim), rows, 0)
     if old.scale is not None and new.scale is not None:
         ratio = torch.where(stays, new.scale.double() / old.scale[place].double(), 1.0) ** power
         rows.mul_(along(ratio.to(rows.dtype), dim, ndim))
