@@ -422,11 +422,12 @@ def choose_kernel(
     templates: Sequence[tuple[Any, Mapping[str, Any]]],
     externs: Sequence[tuple[Any, Mapping[str, Any]]] = (),
     grid: Sequence[Any] | None = None,
+    examples: Mapping[int, Callable[[], Tensor]] | None = None,
 ) -> Any:
     """The output of the fastest choice; of the only one without measuring.
 
-    ``grid`` is (m, n), by default the last two of ``size``. Since 2.12 Inductor returns the choice
-    as well.
+    ``grid`` is (m, n), by default the last two of ``size``. ``examples`` make inputs, by place, to
+    measure with: integers would be zeros. Since 2.12 Inductor returns the choice as well.
     """
     from torch._inductor.ir import FixedLayout
     from torch._inductor.select_algorithm import autotune_select_algorithm
@@ -440,7 +441,8 @@ def choose_kernel(
         )
     for extern, options in externs:
         choices.append(extern.bind(list(inputs), layout, **options))
-    result = autotune_select_algorithm(name, choices, list(inputs), layout)
+    made = {k: lambda _, make=make: make() for k, make in (examples or {}).items()} or None
+    result = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=made)
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -177,10 +177,9 @@ class _Tracer:
         """How the backend computes it."""
         if product.node.target != SELECTED_MM:
             return GATHER
-        args = (*product.node.args, 1)
-        dim, block = cast("tuple[int, int]", args[4:6])
+        dim = cast("int", product.node.args[4])
         factor = product.factors[dim]
-        return way(factor.device.type, factor.dtype, factor.stride(dim), block, self.tunes)
+        return way(factor.device.type, factor.dtype, factor.stride(dim), self.tunes)
 
     def weights(self) -> dict[int, TracedWeight]:
         """Everything that is known of each trainable parameter."""

@@ -83,9 +83,9 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     """The product by the Triton kernel, or by the faster way if Inductor measures; None if not."""
     dtype = a.get_dtype()
     tunes = compat.tuning_everything()
-    # A matrix that is in no memory yet will be written row by row.
-    stride = _known_stride(a if dim == 0 else b, dim) or 1
-    if rule.way("cuda", dtype, stride, block, tunes) == rule.GATHER:
+    # Where a matrix is in no memory yet, gathering fuses with what makes it.
+    stride = _known_stride(a if dim == 0 else b, dim)
+    if rule.way("cuda", dtype, stride, tunes) == rule.GATHER:
         return None
     inputs = compat.realized(a, b, indices)
     a, b, indices = inputs
@@ -108,14 +108,29 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
         }  # dimensions that need no mask
         given = {"DIM": dim, "RUN": run, "SPLIT_K": split, **even}
         choices.append((template, rule.options_of(tile, dtype.itemsize, **given)))
+
+    def spread() -> Tensor:
+        """σ for measuring. Zeros, as Inductor has it, would have all tiles read one row."""
+        total = a.get_size()[0] if dim == 0 else b.get_size()[1]
+        size, count = compat.size_hint(total), compat.size_hint(r)
+        return rule.spread(size, count, block, a.get_device())
+
+    examples = {2: spread} if tunes else None
     if split > 1:
         parts = compat.choose_kernel(
-            "grass_selected_mm", inputs, [split, *size], torch.float32, choices
+            "grass_selected_mm",
+            inputs,
+            [split, *size],
+            torch.float32,
+            choices,
+            examples=examples,
         )
         total = call(aten.sum.dim_IntList, parts, [0])
         return call(prims.convert_element_type.default, total, dtype)
     extern = [(compat.extern_kernel(gather_then_mm), {"dim": dim})] if tunes else []
-    return compat.choose_kernel("grass_selected_mm", inputs, size, dtype, choices, extern)
+    return compat.choose_kernel(
+        "grass_selected_mm", inputs, size, dtype, choices, extern, examples=examples
+    )
 
 
 def _known_stride(value: Any, dim: int) -> int | None:

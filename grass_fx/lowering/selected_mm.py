@@ -2,7 +2,7 @@
 
 The kernel (selected_mm.py.jinja) gathers rows of A or columns of B while it loads its tiles, so the
 gathered matrix is never written. Whether that pays depends on how the gathered elements lie in
-memory, see :func:`takes_template`.
+memory, see :func:`takes_template`. Measured on an H100: docs/benchmarks.md, "On a GPU".
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from grass_fx.selection import rows_of
 
 SIXTEEN_BYTES = 16
 """What one load instruction of a GPU thread moves at most."""
@@ -37,14 +39,14 @@ class Tile:
 LARGE = Tile(128, 128, 4, 8)
 WIDE = Tile(64, 256, 3, 8)
 TALL = Tile(256, 64, 3, 8)
-SMALL = Tile(64, 64, 4, 4)
+SMALL = Tile(64, 64, 6, 4)
 TILES = (LARGE, WIDE, TALL, SMALL)
 
 
 GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"
 
 
-def way(device: str, dtype: torch.dtype, stride: int | None, block: int, tunes: bool) -> str:
+def way(device: str, dtype: torch.dtype, stride: int | None, tunes: bool) -> str:
     """How a product is computed: by one of two ways, or by the faster one, to be measured.
 
     ``tunes``: whether Inductor measures its choices; the rest as in :func:`takes_template`.
@@ -53,28 +55,34 @@ def way(device: str, dtype: torch.dtype, stride: int | None, block: int, tunes: 
         return GATHER
     if tunes and dtype.itemsize <= 4:
         return MEASURED
-    return TEMPLATE if takes_template(dtype, stride, block) else GATHER
+    return TEMPLATE if takes_template(dtype, stride) else GATHER
 
 
-def takes_template(dtype: torch.dtype, stride: int | None, block: int) -> bool:
+def takes_template(dtype: torch.dtype, stride: int | None) -> bool:
     """Whether the Triton kernel is taken without autotuning.
 
-    It is if the gathered elements can be loaded in runs of 16 bytes: the gathered dimension is not
-    the contiguous one (then each selected row or column is one run), or blocks of rows make runs
-    along it. Single 2-byte elements, gathered anew for every tile, cost more than one gather that
-    writes them out for a GEMM to read. ``stride``: of the gathered dimension, in elements; None if
-    it is not known.
+    It is if the gathered dimension is not the contiguous one. There each selected row or column is
+    one run of memory, and the kernel takes 1.15 times as long as the dense product of its shape; a
+    gather, which has to transpose, and the vendor's GEMM take 1.5 times. Along the contiguous
+    dimension pieces are gathered anew for every tile: in blocks of 8 the kernel takes twice as long
+    as a gather and the GEMM, in blocks of 64 as long at the best. ``stride``: of the gathered
+    dimension, in elements; None if it is not known.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return False  # without tensor cores the vendor's GEMM has no equal
-    run = run_length(block, stride, dtype.itemsize)
-    return stride not in (None, 1) or run * dtype.itemsize == SIXTEEN_BYTES
+    return stride not in (None, 1)
 
 
 def run_length(block: int, stride: int | None, itemsize: int) -> int:
     """How many consecutive gathered elements the kernel may load as one: a power of two."""
     run = block & -block
     return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
+
+
+def spread(size: int, r: int, block: int, device: torch.device) -> torch.Tensor:
+    """σ for measuring: r of ``size`` places, in blocks that are spread evenly."""
+    units = torch.arange(r // block, device=device) * (size // block) // (r // block)
+    return rows_of(units, block)
 
 
 def best_tile(m: int, n: int) -> Tile:
