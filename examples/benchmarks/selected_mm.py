@@ -92,11 +92,17 @@ def cache_bytes(device: str) -> int:
     return 2**10 * int(size.read_text().rstrip("K\n")) if size.exists() else 2**25
 
 
+def factor(b: int, size: int, args) -> Tensor:
+    shape = (size, b) if args.transposed else (b, size)
+    made = torch.randn(shape, device=args.device, dtype=args.dtype)
+    return made.t() if args.transposed else made
+
+
 def rotation(b: int, m: int, n: int, dim: int, r: int, block: int, args) -> list[Factors]:
     """Enough factors that none is in the cache when its turn comes."""
     sets, held = [], b * (m + n) * args.dtype.itemsize
     for _ in range(max(2, math.ceil(4 * cache_bytes(args.device) / held))):
-        d, x = (torch.randn(b, size, device=args.device, dtype=args.dtype) for size in (m, n))
+        d, x = (factor(b, size, args) for size in (m, n))
         units = torch.randperm((m, n)[dim] // block)[: r // block].sort().values
         indices = (units[:, None] * block + torch.arange(block)).flatten().to(args.device)
         sets.append((d, x, indices, (d, x)[dim].index_select(1, indices)))
@@ -114,7 +120,7 @@ def kernels(function: Callable, factors: Factors) -> list[str]:
 
 def measure(case: tuple, made: dict[str, Callable], timer: Timer, roof: Roofline, args) -> dict:
     b, (m, n), dim, part, block = case
-    r = int((m, n)[dim] * part)
+    r = int((m, n)[dim] * part) // block * block
     sets = rotation(b, m, n, dim, r, block, args)
     for factors in sets[:2]:  # compiles, tunes and warms up
         results = {name: function(*factors) for name, function in made.items()}
@@ -177,6 +183,7 @@ def parse() -> argparse.Namespace:
     add("--parts", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4], help="r / m (or n)")
     add("--sides", nargs="+", default=["out", "in"], choices=("out", "in"))
     add("--block", type=int, nargs="+", default=[1, 8], help="default: 1 and 8")
+    add("--transposed", action="store_true", help="factors whose tokens lie together in memory")
     add("--dtype", help="default: bfloat16 on cuda, float32 on a CPU")
     add("--rounds", type=int, default=50, help="timed calls of each (default: 50)")
     add("--max-autotune", action="store_true", help="measure Inductor's max-autotune as well")
