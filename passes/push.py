@@ -167,6 +167,12 @@ class Push:
         push.stops, push.made = self.stops, self.made
         return push
 
+    def contiguous(self, x: fx.Node) -> fx.Node:
+        """``x``, copied where it does not lie so; what a collective sends has to."""
+        if x.meta["val"].is_contiguous():
+            return x
+        return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the selection, with its value and the old one's origin."""
         args = fx.node.map_aggregate(args, self._known)

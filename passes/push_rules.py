@@ -26,6 +26,7 @@ RESHAPES = (
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
 )  # fmt: skip
 CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
+COLLECTIVES = (c10d.all_reduce.default, c10d.reduce_scatter_tensor.default)
 COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 
 RULES: dict[Any, Rule] = {}
@@ -354,7 +355,7 @@ def _all_reduce(push: Push, node: fx.Node, dim: int) -> fx.Node:
     x, op, group = node.args
     if op not in ("sum", "avg"):
         raise Stop(f"{node.name} is no sum")
-    return push.call(node.target, push.of(x, dim, node), op, group)
+    return push.call(node.target, push.contiguous(push.of(x, dim, node)), op, group)
 
 
 @rule(c10d.reduce_scatter_tensor.default)
@@ -377,4 +378,4 @@ def _reduce_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
     rows = push.call(aten.add.Tensor, rows, push.call(aten.unsqueeze.default, starts, 1))
     everyones = push.call(aten.reshape.default, rows, [-1])
     below = push.other(everyones, scale, push.aligned(part)).of(x, 0, node)
-    return push.call(node.target, below, op, ranks, group)
+    return push.call(node.target, push.contiguous(below), op, ranks, group)

@@ -10,7 +10,7 @@ from torch import fx
 
 from grass_fx.ops import SELECT
 from grass_fx.passes.push import Push, make_early
-from grass_fx.passes.push_rules import RULES
+from grass_fx.passes.push_rules import COLLECTIVES, RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
 
@@ -65,6 +65,8 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
         else:
             result.pushed.append(indices)
         if new is not None:
+            if any(user.target in COLLECTIVES for user in select.users):
+                new = push.contiguous(new)
             select.replace_all_uses_with(new)
             _erase_unused(graph, select)
     return result

@@ -30,14 +30,25 @@ class Scale(nn.Module):
         return x @ self.weight.T
 
 
-def backward_of(tmp_path, variant, **options):
+class Experts(nn.Module):
+    """A stack of matrices (out, in), of which a product makes a transposed gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 8, 6))
+
+    def forward(self, x):
+        return x @ self.weight.transpose(1, 2)
+
+
+def backward_of(tmp_path, variant, make=Scale, shape=(5, 6), **options):
     """The operations of the joint graph after the passes that make gradients; C is checked."""
     torch._dynamo.reset()
-    model = data_parallel(Scale())
+    model = data_parallel(make())
     backend = Captured(rank=3, dump_dir=str(tmp_path), **options)
-    x = torch.randn(5, 6)
+    x = torch.randn(shape)
     torch.compile(model, backend=backend)(x).square().sum().backward()
-    (full,) = torch.autograd.grad((x @ model.weight.T).square().sum(), model.weight)
+    (full,) = torch.autograd.grad(model(x).square().sum(), model.weight)
     grad = model.weight.grad
     assert isinstance(grad, grass_fx.CompactGrad) and not grad.local
     torch.testing.assert_close(grad.compact, grad.subspace.project(full))
@@ -53,6 +64,21 @@ def test_a_regular_step_averages_what_is_selected(group, tmp_path):
         """\
 grass.selected_mm(permute_1, primals_2, primals_4, None, 1)
 _c10d_functional.all_reduce(selected_mm, 'avg', '0')
+_c10d_functional.wait_tensor(all_reduce)
+""",
+    )
+
+
+def test_what_is_sent_is_contiguous(group, tmp_path):
+    """A selection that has gone below a transpose is copied: NCCL takes nothing else."""
+    assert_expected_inline(
+        backward_of(tmp_path, "regular", Experts, (2, 5, 6)),
+        """\
+aten.bmm(permute_1, select_1)
+aten.reshape(bmm_2, [2, 6, 3])
+aten.permute(reshape, [0, 2, 1])
+aten.clone(permute_3, memory_format = torch.contiguous_format)
+_c10d_functional.all_reduce(clone, 'avg', '0')
 _c10d_functional.wait_tensor(all_reduce)
 """,
     )

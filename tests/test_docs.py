@@ -47,6 +47,9 @@ def test_every_listing_is_what_the_example_produces(inspect_graphs):
     for page in inspect_graphs.DOCUMENTS:
         for _, name, text in inspect_graphs.LISTING.findall(page.read_text(encoding="utf-8")):
             shown[name] = text
+    if torch.__version__ < "2.13":  # torch's decomposition of silu is another
+        for each in (shown, listings):
+            del each["swiglu-joint"], each["swiglu-pushed"]
     assert shown == listings
 
 

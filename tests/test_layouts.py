@@ -20,7 +20,7 @@ class Model(nn.Module):
         self.function = forward
 
     def forward(self, x):
-        return self.function(x, *self.weights)
+        return self.function(x, *list(self.weights))  # a list: Dynamo of 2.11 unpacks nothing else
 
 
 def after(steps, make, forward, shapes, x, **options):
