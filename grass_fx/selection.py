@@ -86,7 +86,7 @@ def tops(norms: Tensor, count: int) -> list[Tensor | None]:
     """
     least = norms.topk(count, dim=1).values[:, -1:]
     chosen = norms >= least
-    clear = (chosen.sum(1) == count) & (least.squeeze(1) > 0) & norms.isfinite().all(1)
+    clear = (chosen.sum(1) == count) & (least.squeeze(1) > 0) & norms.sum(1).isfinite()
     if bool(clear.all()):
         return list(chosen.nonzero()[:, 1].view(-1, count))
     rows = zip(chosen, clear.tolist(), strict=True)

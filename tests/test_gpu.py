@@ -83,3 +83,25 @@ def test_a_checkpoint_moves_between_devices_and_resumes():
         stepper.step()
     for got, want in zip(again.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("rule", ["cyclic", "top"])
+def test_a_step_waits_for_the_gpu_only_to_read_scores_and_then_once(rule):
+    model = mlp(64, 128, 128, 48).cuda()
+    options = {"rank": 16, "refresh_every": 4, "selection": rule}
+    compiled = torch.compile(model, backend="grass", options=options)
+    optimizer = grass_fx.AdamW(model.parameters(), stochastic_rounding=False)
+    for step in range(12):
+        optimizer.zero_grad()
+        compiled(torch.randn(96, 64, device="cuda")).square().mean().backward()
+        scored = any(getattr(p.grad, "scores", None) is not None for p in model.parameters())
+        cuda = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=cuda) as profiler:
+            try:
+                torch.cuda.set_sync_debug_mode("default" if scored or step < 5 else "error")
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+        read = [event for event in profiler.events() if "DtoH" in event.name]
+        assert len(read) == scored or step < 5  # until then state is made and code compiled
