@@ -168,8 +168,12 @@ class Subspace:
     @property
     def history(self) -> SelectionHistory:
         """Its selections, complete."""
-        self._history.settle()
+        self.settle()
         return self._history
+
+    def settle(self) -> None:
+        """Record the last change of the selection in the history."""
+        self._history.settle()
 
     def finish_step(self, scores: Tensor | None) -> None:
         """:func:`finish_steps` of this subspace alone."""

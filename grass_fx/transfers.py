@@ -1,6 +1,6 @@
-"""Many small tensors between the host and a device, in one copy.
+"""Small tensors between the host and a device, without waiting and in one copy where they are many.
 
-A copy to the host waits for everything that the device has been given to do, and a small one costs
+A copy that waits does so for everything that the device has been given to do, and a small one costs
 as much as a large one. At a refresh every weight has something to copy.
 """
 
@@ -27,10 +27,16 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``. On CUDA nothing waits, and ``tensor`` may go at once:
+    pageable memory has been read when the call returns. Elsewhere that is not promised.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The tensors, (k,) of one dtype on the CPU, on ``device``, each in memory of its own."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
-    # Not blocking: what is copied is pageable, and has been read when the call returns.
-    moved = torch.cat(list(tensors)).to(device, non_blocking=True)
+    moved = send(torch.cat(list(tensors)), device)
     return [part.clone() for part in moved.split([each.numel() for each in tensors])]

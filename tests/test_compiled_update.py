@@ -120,6 +120,16 @@ def test_a_compiled_run_is_the_eager_run(dtype, on_refresh):
         torch.testing.assert_close(dict(optimizer.state[a]), dict(eager.state[b]))
 
 
+@pytest.mark.parametrize("change", [{"compile": False}, {"lr": 0.0}])
+def test_eager_steps_after_generated_ones_know_the_ages(change):
+    """Of rows that are all of one age torch's fused kernel steps many weights at once."""
+    model, run, optimizer = trained(True, torch.float32, steps=2, on_refresh="reset")
+    optimizer.param_groups[0].update(change)
+    train(model, run, optimizer, 1)
+    ages = [age for _, age in optimizer._common_ages.values()]
+    assert ages == [1, 1]  # the second step was followed by a refresh
+
+
 def test_stepping_in_backward_compiles_too():
     finals = []
     for compile in (True, False):

@@ -11,6 +11,7 @@ from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECTED_MM
 from grass_fx.testing.reference import Reference
+from grass_fx.transfers import to_device, to_host
 from helpers import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -85,15 +86,19 @@ def test_a_checkpoint_moves_between_devices_and_resumes():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["cyclic", "top"])
-def test_a_step_waits_for_the_gpu_only_to_read_scores_and_then_once(rule):
-    model = mlp(64, 128, 128, 48).cuda()
-    options = {"rank": 16, "refresh_every": 4, "selection": rule}
+def test_a_step_waits_for_the_gpu_only_to_read_scores_and_then_once(rule, dtype):
+    """With biases and a head that train dense, and in bfloat16 rounded stochastically."""
+    model = mlp(64, 128, 128, 48).to("cuda", dtype)
+    options = {"rank": 16, "refresh_every": 4, "selection": rule, "exclude": ["4*"]}
     compiled = torch.compile(model, backend="grass", options=options)
-    optimizer = grass_fx.AdamW(model.parameters(), stochastic_rounding=False)
+    rounds = dtype == torch.bfloat16
+    optimizer = grass_fx.AdamW(model.parameters(), stochastic_rounding=rounds)
     for step in range(12):
         optimizer.zero_grad()
-        compiled(torch.randn(96, 64, device="cuda")).square().mean().backward()
+        x = torch.randn(96, 64, device="cuda", dtype=dtype)
+        compiled(x).square().mean().backward()
         scored = any(getattr(p.grad, "scores", None) is not None for p in model.parameters())
         cuda = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=cuda) as profiler:
@@ -105,3 +110,13 @@ def test_a_step_waits_for_the_gpu_only_to_read_scores_and_then_once(rule):
             torch.cuda.synchronize()
         read = [event for event in profiler.events() if "DtoH" in event.name]
         assert len(read) == scored or step < 5  # until then state is made and code compiled
+
+
+def test_many_tensors_travel_in_order():
+    cpu = [torch.randn(k) for k in (3, 1, 7)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    moved = to_device(cpu, device)
+    assert all(each.device == device for each in moved)
+    mixed = [moved[0], cpu[1], moved[2].view(7, 1)]
+    for back, sent in zip(to_host(mixed), cpu, strict=True):
+        assert back.device.type == "cpu" and torch.equal(back, sent)

@@ -327,7 +327,9 @@ def test_a_scoring_steps_numbers_are_the_cpus(scorings, scored, key):
     ],
 )  # fmt: skip
 def test_the_kernel_is_taken_where_each_selected_row_is_a_run(dtype, stride, block, taken, run):
-    assert rule.takes_template(dtype, stride) is taken
+    strides = stride, (8192 if stride == 1 else 1)
+    assert rule.takes_template(dtype, strides) is taken
+    assert not rule.takes_template(dtype, (stride, 2))
     assert rule.run_length(block, stride, dtype.itemsize) == run
 
 
@@ -337,7 +339,7 @@ def test_what_is_measured_with_selects_blocks_over_the_whole_size(sizes):
     indices = rule.spread(size, r, block, torch.device("cpu"))
     assert indices.numel() == r == indices.unique().numel()
     assert torch.equal(indices, indices.sort().values)
-    assert int(indices[-1]) < size and size - int(indices[-1]) <= -(-size // (r // block)) * block
+    assert int(indices[-1]) < size and size - int(indices[-1]) <= -(-size // (r // block)) + block
     assert bool((indices.view(-1, block)[:, 0] % block == 0).all())
 
 

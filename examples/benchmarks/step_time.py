@@ -264,8 +264,10 @@ def bounds(variants: dict[str, Variant], args: argparse.Namespace) -> dict[str, 
     Bytes, at the least: weights are read forwards and backwards and by the optimizer, which writes
     what moves; gradients are written and read; state is read and written.
     """
-    model = made(args, "meta")  # which computes nothing, and takes no memory
-    text = torch.zeros(args.batch, args.seq, dtype=torch.int64, device="meta")
+    # A large model would not fit beside the others: on "meta" it takes no memory.
+    device = "meta" if args.device == "cuda" else args.device
+    model = made(args, device)
+    text = torch.zeros(args.batch, args.seq, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter:
         model(text, text).backward()
     size = (256, 2**20) if args.smoke else LARGE[torch.device(args.device).type]

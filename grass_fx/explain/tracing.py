@@ -179,7 +179,8 @@ class _Tracer:
             return GATHER
         dim = cast("int", product.node.args[4])
         factor = product.factors[dim]
-        return way(factor.device.type, factor.dtype, factor.stride(dim), self.tunes)
+        strides = factor.stride(dim), factor.stride(1 - dim)
+        return way(factor.device.type, factor.dtype, strides, self.tunes)
 
     def weights(self) -> dict[int, TracedWeight]:
         """Everything that is known of each trainable parameter."""

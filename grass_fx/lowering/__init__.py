@@ -83,9 +83,11 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     """The product by the Triton kernel, or by the faster way if Inductor measures; None if not."""
     dtype = a.get_dtype()
     tunes = compat.tuning_everything()
-    # Where a matrix is in no memory yet, gathering fuses with what makes it.
-    stride = _known_stride(a if dim == 0 else b, dim)
-    if rule.way("cuda", dtype, stride, tunes) == rule.GATHER:
+    # Where a matrix is in no memory yet, gathering fuses with what makes it; and a stride that is a
+    # symbol is a multiple of nothing, so that loads would be of single elements.
+    factor = a if dim == 0 else b
+    strides = _known_stride(factor, dim), _known_stride(factor, 1 - dim)
+    if rule.way("cuda", dtype, strides, tunes) == rule.GATHER:
         return None
     inputs = compat.realized(a, b, indices)
     a, b, indices = inputs

@@ -46,7 +46,12 @@ TILES = (LARGE, WIDE, TALL, SMALL)
 GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"
 
 
-def way(device: str, dtype: torch.dtype, stride: int | None, tunes: bool) -> str:
+Strides = tuple[int | None, int | None]
+"""Of the factor that is gathered from, in elements: of the gathered dimension and of the other one;
+None where it is not known."""
+
+
+def way(device: str, dtype: torch.dtype, strides: Strides, tunes: bool) -> str:
     """How a product is computed: by one of two ways, or by the faster one, to be measured.
 
     ``tunes``: whether Inductor measures its choices; the rest as in :func:`takes_template`.
@@ -55,22 +60,22 @@ def way(device: str, dtype: torch.dtype, stride: int | None, tunes: bool) -> str
         return GATHER
     if tunes and dtype.itemsize <= 4:
         return MEASURED
-    return TEMPLATE if takes_template(dtype, stride) else GATHER
+    return TEMPLATE if takes_template(dtype, strides) else GATHER
 
 
-def takes_template(dtype: torch.dtype, stride: int | None) -> bool:
+def takes_template(dtype: torch.dtype, strides: Strides) -> bool:
     """Whether the Triton kernel is taken without autotuning.
 
-    It is if the gathered dimension is not the contiguous one. There each selected row or column is
-    one run of memory, and the kernel takes 1.15 times as long as the dense product of its shape; a
-    gather, which has to transpose, and the vendor's GEMM take 1.5 times. Along the contiguous
-    dimension pieces are gathered anew for every tile: in blocks of 8 the kernel takes twice as long
-    as a gather and the GEMM, in blocks of 64 as long at the best. ``stride``: of the gathered
-    dimension, in elements; None if it is not known.
+    It is if the other dimension than the gathered one is contiguous. Then each selected row or
+    column is one run of memory, and the kernel takes 1.2 times as long as the dense product of its
+    shape; a gather, which has to transpose, and the vendor's GEMM take 1.5 times. Along the
+    contiguous dimension pieces are gathered anew for every tile: in blocks of 8 the kernel takes
+    more than twice as long as a gather and the GEMM, in blocks of 64 about as long.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return False  # without tensor cores the vendor's GEMM has no equal
-    return stride not in (None, 1)
+    gathered, other = strides
+    return other == 1 and gathered not in (None, 1)
 
 
 def run_length(block: int, stride: int | None, itemsize: int) -> int:

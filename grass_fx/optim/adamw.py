@@ -129,8 +129,9 @@ class AdamW(SubspaceOptimizer):
             whole = {k: group[k] for k in ("weight_decay", "compile")}
             adam_update_(compact, **whole, **settings)
             for p, step in zip(taken, compact, strict=True):
-                common = None if step.common_age is None else step.common_age + 1
-                self._common_ages[p] = step.age, common
+                if not in_code(group["compile"], step.selection, lr, p.device):
+                    common = None if step.common_age is None else step.common_age + 1
+                    self._common_ages[p] = step.age, common
                 self._applied[p] = step.selection, settings
             dense = [p for p, g in entries if g is None]
             rounded = [p for p in dense if self._rounds(p, group)]
@@ -174,8 +175,10 @@ class AdamW(SubspaceOptimizer):
             rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
         ages, common = state["age"], None
-        if not in_code(group["compile"], grad.subspace, lr, p.device):
-            common = self._common_age(p, ages)  # which generated code does not ask for
+        if in_code(group["compile"], grad.subspace, lr, p.device):
+            self._common_ages.pop(p, None)  # which such code does not ask for
+        else:
+            common = self._common_age(p, ages)
         return CompactStep(
             matrix(local(p)),
             matrix(grad.compact),

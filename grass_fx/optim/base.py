@@ -92,7 +92,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             finished += earlier
             p.grad = None
         for subspace, _ in finished:
-            subspace.history.settle()  # of the step before: a GPU is still busy with this one
+            subspace.settle()  # of the step before: a GPU is still busy with this one
         finished = _on_host(with_common_scores(finished))
         before = [subspace.selection for subspace, _ in finished]
         finish_steps(finished)  # here, and nowhere else, selections change
@@ -337,8 +337,12 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
 
 def _on_host(finished: Finished) -> Finished:
-    """The same with all scores on the CPU."""
-    scored = [(k, scores) for k, (_, scores) in enumerate(finished) if scores is not None]
+    """The same with the scores that are due on the CPU."""
+    scored = [
+        (k, scores)
+        for k, (subspace, scores) in enumerate(finished)
+        if scores is not None and subspace.scoring_due
+    ]
     result = list(finished)
     for (k, _), scores in zip(scored, to_host([scores for _, scores in scored]), strict=True):
         result[k] = finished[k][0], scores

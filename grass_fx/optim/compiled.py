@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grass_fx.ops import ADD_ROWS, along
 from grass_fx.optim.rounding import noise
+from grass_fx.transfers import send
 
 TOGETHER = 8
 """How many weights one compiled function updates at most: of 16 Inductor makes several kernels."""
@@ -96,15 +97,13 @@ def update_(
     ``draw_seed`` for each weight or none at all: bfloat16 weights are rounded stochastically.
     """
     dtype, device = gains[0].dtype, gains[0].device
-    # Not blocking: a copy that waits would wait for the whole backward, with the host idle.
-    decay = torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu")
-    decay = decay.to(device, non_blocking=True)
+    decay = send(torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu"), device)
     for places in together([each.key for each in rows]):
         inputs = [t.detach() for k in places for t in rows[k].tensors]
         inputs += [torch.cat([v[k].flatten() for k in places]) for v in (gains, floors)]
         inputs.append(decay)
         if seeds:
-            inputs.append(torch.stack([seeds[k] for k in places]).to(device, non_blocking=True))
+            inputs.append(send(torch.stack([seeds[k] for k in places]), device))
         function = compiled(tuple(rows[k].key for k in places), dtype, bool(seeds))
         with torch.no_grad():
             function(*inputs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grass_fx.ops import rounded
 from grass_fx.selection import stream
+from grass_fx.transfers import send
 
 
 def rounding_stream(seed: int, key: int, step: int) -> torch.Generator:
@@ -53,5 +54,5 @@ def noise(seed: Tensor, shape: Sequence[int]) -> Tensor:
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """``values`` (float32) as bfloat16, up or down at random so that the expectation is exact."""
-    seed = draw_seed(generator).to(values.device)
+    seed = send(draw_seed(generator), values.device)
     return rounded(values, noise(seed, values.shape)).to(torch.bfloat16)
