@@ -301,6 +301,23 @@ def table_of_bounds(answer: dict[str, dict], limits: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def profile(variants: dict[str, Variant], args: argparse.Namespace) -> str:
+    """One more step of each variant: the kernels (on a CPU the operators) that take longest."""
+    device, parts = torch.device(args.device), []
+    draw = random_tokens(args, variants["full"].model.config.vocab)
+    known = torch.profiler.ProfilerActivity
+    activity, key = (
+        (known.CUDA, "self_device_time_total")
+        if device.type == "cuda"
+        else (known.CPU, "self_cpu_time_total")
+    )
+    for name, variant in variants.items():
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            variant.step(Clock(device), *draw())  # its clock waits for the end
+        parts.append(f"{name}\n{profiler.key_averages().table(sort_by=key, row_limit=60)}")
+    return "\n\n".join(parts)
+
+
 def held_bytes(variant: Variant, names: set[str]) -> int:
     """Gradients and optimizer state: what the method is about; the weights are the same for all."""
     return sum(variant.held[name]["gradients"] + variant.held[name]["state"] for name in names)
@@ -372,6 +389,7 @@ def parse() -> argparse.Namespace:
     add("--svd-rounds", type=int, default=3, help="rounds with GaLore's SVD, at least 2 (3)")
     add("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
     add("--breakdown", action="store_true", help="forward+backward and optimizer step apart, too")
+    add("--profile", type=Path, metavar="FILE", help="write the time of each kernel here")
     add("--json", type=Path, metavar="FILE", help="write every time measured here")
     add("--smoke", action="store_true", help="a very small model, three rounds")
     args = parser.parse_args()
@@ -407,6 +425,9 @@ def main() -> None:
     print("\n" + throughput(answer, args))
     limits = bounds(variants, args)
     print("\n" + table_of_bounds(answer, limits))
+    if args.profile:
+        args.profile.parent.mkdir(parents=True, exist_ok=True)
+        args.profile.write_text(profile(variants, args))
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
         times = {name: variant.times for name, variant in variants.items()}
