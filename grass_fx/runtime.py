@@ -18,7 +18,7 @@ from grass_fx.passes.pipeline import PushReport
 from grass_fx.passes.tap_weights import proxies
 from grass_fx.registry import registry
 from grass_fx.selected import Selection
-from grass_fx.subspace import Subspace
+from grass_fx.subspace import Subspace, graph_inputs
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class GrassCallable:
             replicas.agree("options", mine, "Compile every process's model with the same options.")
             for subspace in subspaces:
                 subspace.agreed = True
-        inputs = [s.graph_inputs(p.device) for s, p in zip(subspaces, params, strict=True)]
+        inputs = graph_inputs(subspaces, [p.device for p in params])
         selections = [s.selection for s in subspaces]
         with_scores = self.scoring is not None
         scores = with_scores and any(s.scoring_due for s in subspaces)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grass_fx.ops import along, select
+from grass_fx.transfers import send
 
 
 def matrix(tensor: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class Selection:
 
     def moved(self, indices: Tensor) -> Selection:
         """The same selection with its indices as they are on another device."""
-        scale = None if self.scale is None else self.scale.to(indices.device)
+        scale = None if self.scale is None else send(self.scale, indices.device)
         return replace(self, indices=indices, scale=scale)
 
     def same_as(self, other: Selection) -> bool:

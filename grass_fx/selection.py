@@ -84,7 +84,7 @@ def tops(norms: Tensor, count: int) -> list[Tensor | None]:
 
     None where equal norms, or ones that are zero or no numbers, leave it to :func:`top`.
     """
-    least = norms.topk(count, dim=1).values[:, -1:]
+    least = norms.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     chosen = norms >= least
     clear = (chosen.sum(1) == count) & (least.squeeze(1) > 0) & norms.sum(1).isfinite()
     if bool(clear.all()):

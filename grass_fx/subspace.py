@@ -182,7 +182,7 @@ class Subspace:
     def finish(self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None) -> None:
         """As :func:`finish_steps` says, by the norms of all units of each piece, (pieces, units).
 
-        ``tops``: the units of largest norm of each piece, where they are known already.
+        ``tops``: the units of largest norm of the one piece, ascending, if they are known already.
         """
         was_due, self.delivered = self.scoring_due, False
         self.step += 1
@@ -195,7 +195,7 @@ class Subspace:
             if drawn is None:
                 log.info("%s: no usable scores, the selection stays for another step", self.name)
             else:
-                self._set(*drawn)
+                self._set(*drawn, ascending=tops is not None and tops[0] is not None)
 
     def convert(self, dtype: torch.dtype) -> None:
         """The weight is of this dtype now."""
@@ -222,25 +222,10 @@ class Subspace:
             self._own = selection, self.sharding.own(selection, self.spec.rows)
         return self._own[1]
 
-    def graph_inputs(self, device: torch.device) -> list[Tensor]:
-        """σ and, with replacement, ρ for a graph: the selection in tensors of one address.
-
-        They change in place with the selection, so that CUDA graphs need not copy them. A gradient
-        is labelled with the selection itself, which never changes. The version counters stay: a
-        backward that comes too late is to meet our error, which names the weight.
-        """
-        selection = self.selection_on(device)
-        if self._given is selection:
-            return self._inputs
+    def _now(self, selection: Selection) -> list[Tensor]:
+        """What :func:`graph_inputs` of it are to hold."""
         current = [t for t in (self._within(selection), selection.scale) if t is not None]
-        current = [t.view(self.spec.indices_shape) for t in current]
-        if self._given is None or self._inputs[0].device != device:
-            self._inputs = [t.clone() for t in current]
-        else:
-            for tensor, value in zip(self._inputs, current, strict=True):
-                tensor.data.copy_(value)
-        self._given = selection
-        return self._inputs
+        return [t.view(self.spec.indices_shape) for t in current]
 
     def _within(self, selection: Selection) -> Tensor:
         """σ, counted within each matrix of a stack."""
@@ -310,12 +295,14 @@ class Subspace:
         scales = self.selection.scale.cpu().view(shape)[:, ::block]
         return list(zip(units, scales, strict=True))
 
-    def _set(self, drawn: Sequence[Draw], norms: Norms) -> None:
-        """The next selection, on the CPU."""
+    def _set(self, drawn: Sequence[Draw], norms: Norms, ascending: bool = False) -> None:
+        """The next selection, on the CPU; ``ascending``: it has no ρ, and its units are so."""
         rows, scales = [], []
         for k, (units, scale) in enumerate(drawn):
-            units, order = units.sort(stable=True)
-            rows.append(rules.rows_of(units, self.spec.block) + k * self.spec.piece_size)
+            if not ascending:
+                units, order = units.sort(stable=True)
+            within = rules.rows_of(units, self.spec.block)
+            rows.append(within + k * self.spec.piece_size if k else within)
             if scale is not None:
                 scales.append(scale[order].repeat_interleave(self.spec.block))
             elif self.spec.replacement:
@@ -386,6 +373,36 @@ class Subspace:
             scale=None if scale is None else scale.to(device, self._scale_dtype),
             generation=generation,
         )
+
+
+def graph_inputs(
+    subspaces: Sequence[Subspace], devices: Sequence[torch.device]
+) -> list[list[Tensor]]:
+    """σ and, with replacement, ρ of each for a graph: the selection in tensors of one address.
+
+    They change in place with the selection, so that CUDA graphs need not copy them. A gradient is
+    labelled with the selection itself, which never changes. The version counters stay: a backward
+    that comes too late is to meet our error, which names the weight.
+    """
+    changed: list[tuple[Subspace, Selection]] = []
+    held: list[Tensor] = []
+    now: list[Tensor] = []
+    for subspace, device in zip(subspaces, devices, strict=True):
+        selection = subspace.selection_on(device)
+        if subspace._given is selection:
+            continue
+        current = subspace._now(selection)
+        if subspace._given is None or subspace._inputs[0].device != device:
+            subspace._inputs, subspace._given = [t.clone() for t in current], selection
+            continue
+        changed.append((subspace, selection))
+        held += [t.data for t in subspace._inputs]
+        now += current
+    if changed:
+        torch._foreach_copy_(held, now)
+    for subspace, selection in changed:
+        subspace._given = selection
+    return [subspace._inputs for subspace in subspaces]
 
 
 def finish_steps(finished: Iterable[tuple[Subspace, Tensor | None]]) -> None:

@@ -6,7 +6,7 @@ as much as a large one. At a refresh every weight has something to copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,17 +14,37 @@ from torch import Tensor
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, of one dtype, flattened and on the CPU: one copy for each device."""
+    return reading(tensors)()
+
+
+def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """:func:`to_host` in two parts: begins to copy; what is returned waits and gives the result.
+
+    A GPU goes on with what it is given in between.
+    """
     result = [each.flatten() for each in tensors]
     places: dict[torch.device, list[int]] = {}
     for k, each in enumerate(tensors):
         if each.device.type != "cpu":
             places.setdefault(each.device, []).append(k)
-    for ks in places.values():
+    copied: list[torch.cuda.Event] = []
+    for device, ks in places.items():
+        together = torch.cat([result[k] for k in ks])
+        if device.type == "cuda":
+            together = together.to("cpu", non_blocking=True)  # into pinned memory
+            with torch.cuda.device(device):
+                copied.append(torch.cuda.Event())
+                copied[-1].record()
         sizes = [tensors[k].numel() for k in ks]
-        parts = torch.cat([result[k] for k in ks]).cpu().split(sizes)
-        for k, part in zip(ks, parts, strict=True):
+        for k, part in zip(ks, together.cpu().split(sizes), strict=True):
             result[k] = part
-    return result
+
+    def wait() -> list[Tensor]:
+        for each in copied:
+            each.synchronize()
+        return result
+
+    return wait
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,4 +59,11 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cpu" or not tensors:
         return list(tensors)
     moved = send(torch.cat(list(tensors)), device)
-    return [part.clone() for part in moved.split([each.numel() for each in tensors])]
+    return owned(moved.split([each.numel() for each in tensors]))
+
+
+def owned(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of larger tensors, of one device, each in memory of its own: one kernel for many."""
+    made = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(made, list(parts))
+    return made

@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError, StateError
 from grass_fx.gradient import CompactGrad
-from grass_fx.optim.update import carried
 from grass_fx.registry import registry
-from grass_fx.selected import Selection
 from helpers import Captured, mlp
 
 
@@ -114,28 +112,6 @@ def test_groups_have_rates_of_their_own():
     schedule.step()
     assert torch.equal(model[0].weight, before[0].weight)
     assert not torch.equal(model[2].weight, before[2].weight)
-
-
-def test_carry_keeps_the_rows_that_stay():
-    old = Selection(torch.tensor([1, 3, 5]), None, 0, 0)
-    new = Selection(torch.tensor([0, 3, 4]), None, 0, 1)
-    first, second, age = torch.randn(3, 4), torch.rand(3, 4), torch.tensor([7, 8, 9])
-    first[0] = float("nan")  # of a row that leaves
-    got = carried(old, new, first, second, age)
-    zero = torch.zeros(4)
-    torch.testing.assert_close(got[0], torch.stack([zero, first[1], zero]))
-    torch.testing.assert_close(got[1], torch.stack([zero, second[1], zero]))
-    assert got[2].tolist() == [0, 8, 0]
-
-
-def test_carry_with_replacement_scales_moments_and_copies_inherit():
-    old = Selection(torch.tensor([1, 1, 5]), torch.tensor([2.0, 2.0, 3.0]), 1, 0)
-    new = Selection(torch.tensor([1, 5, 5]), torch.tensor([1.0, 6.0, 6.0]), 1, 1)
-    first, second, age = torch.randn(4, 3), torch.rand(4, 3), torch.tensor([7, 7, 9])
-    got = carried(old, new, first, second, age)
-    torch.testing.assert_close(got[0], first[:, [0, 2, 2]] * torch.tensor([0.5, 2.0, 2.0]))
-    torch.testing.assert_close(got[1], second[:, [0, 2, 2]] * torch.tensor([0.25, 4.0, 4.0]))
-    assert got[2].tolist() == [7, 9, 9]
 
 
 def test_reset_starts_all_rows_anew_even_if_they_stay():

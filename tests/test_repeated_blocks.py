@@ -7,7 +7,8 @@ import torch
 
 import grass_fx
 from grass_fx.config import GrassConfig
-from grass_fx.optim.update import add_rows_, places
+from grass_fx.optim.carry import places
+from grass_fx.optim.update import add_rows_
 from grass_fx.selected import Selection
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
@@ -28,9 +29,9 @@ def test_their_changes_add_up(dtype):
 
 def test_rows_are_found_again():
     new = torch.tensor([2, 3, 4, 5, 4, 5, 0, 1])
-    place, stays = places(selection(), selection(new))
-    assert stays.tolist() == [False, False, True, True, True, True, True, True]
-    assert TWICE[place[stays]].equal(new[stays])
+    place, fresh = places(selection(), selection(new))
+    assert fresh.tolist() == [True, True, False, False, False, False, False, False]
+    assert TWICE[place[~fresh]].equal(new[~fresh])
 
 
 def test_a_lifted_gradient_projects_to_itself():

@@ -23,6 +23,7 @@ import grass_fx
 from grass_fx.errors import GrassWarning, SelectionChangedError, StateError
 from grass_fx.gradient import CompactGrad
 from grass_fx.registry import registry
+from grass_fx.subspace import graph_inputs
 from helpers import Captured, mlp
 from resuming import CASES, SAVED
 
@@ -269,7 +270,7 @@ def test_scales_are_as_exact_as_the_weight_is_now(back):
     for dtype in (model[0].weight.dtype, torch.float32 if back else torch.float64):
         model.to(dtype)
         compiled(torch.randn(3, 8, dtype=dtype)).sum().backward()
-        scales = [registry.get(model[0].weight).graph_inputs(torch.device("cpu"))[1]]
+        scales = [graph_inputs([registry.get(model[0].weight)], [torch.device("cpu")])[0][1]]
         scales.append(model[0].weight.grad.subspace.scale)
         assert {scale.dtype for scale in scales} == {dtype}
         model.zero_grad()

@@ -13,9 +13,10 @@ from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import StateError, UnsupportedGradError
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
+from grass_fx.optim.carry import Move, carried, carried_rows
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.telemetry import adam_update_norm
-from grass_fx.optim.update import CompactStep, adam_update_, carried, in_code
+from grass_fx.optim.update import CompactStep, adam_update_, in_code
 from grass_fx.registry import registry
 from grass_fx.selected import Selection, matrix
 from grass_fx.sharding import local
@@ -116,9 +117,10 @@ class AdamW(SubspaceOptimizer):
 
     def _carry_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
-            taken = [p for p, g in entries if g is not None]
+            taken = [(p, g) for p, g in entries if g is not None]
+            self._follow(taken, group["on_refresh"])
             lr = float(group["lr"])
-            compact = [self._compact_step(p, g, group, lr) for p, g in entries if g is not None]
+            compact = [self._compact_step(p, g, group, lr) for p, g in taken]
             beta1, beta2 = group["betas"]
             settings: dict[str, Any] = {
                 "lr": lr,
@@ -128,7 +130,7 @@ class AdamW(SubspaceOptimizer):
             }
             whole = {k: group[k] for k in ("weight_decay", "compile")}
             adam_update_(compact, **whole, **settings)
-            for p, step in zip(taken, compact, strict=True):
+            for (p, _), step in zip(taken, compact, strict=True):
                 if not in_code(group["compile"], step.selection, lr, p.device):
                     common = None if step.common_age is None else step.common_age + 1
                     self._common_ages[p] = step.age, common
@@ -141,11 +143,10 @@ class AdamW(SubspaceOptimizer):
 
     def _lay_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
+            self._follow([(p, g) for p, g in entries if g is not None], group["on_refresh"])
             for p, grad in entries:
                 if grad is None:
                     self._dense_state(p, bool(group["fused"]))
-                else:
-                    self._compact_state(p, grad, group["on_refresh"])
 
     def _check_dense(self, p: Tensor) -> None:
         if p.grad is not None and p.grad.layout != torch.strided:
@@ -168,7 +169,7 @@ class AdamW(SubspaceOptimizer):
     def _compact_step(
         self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any], lr: float
     ) -> CompactStep:
-        state = self._compact_state(p, grad, group["on_refresh"])
+        state = self.state[p]
         rounding = None
         if self._rounds(p, group):
             subspace = registry.get(p)
@@ -206,32 +207,35 @@ class AdamW(SubspaceOptimizer):
             age = different[0] if len(different) == 1 else None
         return age
 
-    def _compact_state(self, p: Tensor, grad: CompactGrad, on_refresh: str) -> dict[str, Tensor]:
-        """The weight's state, moved to the selection of its gradient."""
-        state: dict[str, Tensor] = self.state[p]
-        selection = grad.subspace
-        if state.get("indices") is selection.indices:
-            return state
-        if "indices" not in state:
-            self._start_compact(p, selection)
-            moments = None
-        else:
-            old = self._old_selection(p, selection)
-            if old is None:
+    def _follow(self, taken: Sequence[tuple[Tensor, CompactGrad]], on_refresh: str) -> None:
+        """Each weight's state moves to the selection of its gradient."""
+        moving: list[tuple[Tensor, Move]] = []
+        for p, grad in taken:
+            state, selection = self.state[p], grad.subspace
+            if state.get("indices") is selection.indices:
+                continue
+            if "indices" not in state:
+                self._start_compact(p, selection)
+            elif (old := self._old_selection(p, selection)) is None:
                 self._keep_selection(p, selection)
-                return state
-            moments = None
-            shape = grad.compact.shape
-            if on_refresh == "carry" and state["exp_avg"].shape == shape:
-                first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
-                first, second, age = carried(old, selection, first, second, state["age"])
-                moments = first.view(shape), second.view(shape), age
-        if moments is None:
-            first, second = (torch.zeros_like(grad.compact) for _ in range(2))
-            moments = first, second, torch.zeros_like(selection.indices)
-        state["exp_avg"], state["exp_avg_sq"], state["age"] = moments
-        self._keep_selection(p, selection)
-        return state
+                continue
+            elif on_refresh == "carry" and state["exp_avg"].shape == grad.compact.shape:
+                size = matrix(local(p)).shape[selection.dim]
+                moving.append((p, Move(old, selection, state["age"], size)))
+                continue
+            zeros = {k: torch.zeros_like(grad.compact) for k in ("exp_avg", "exp_avg_sq")}
+            state.update(zeros, age=torch.zeros_like(selection.indices))
+            self._keep_selection(p, selection)
+        rows = carried([move for _, move in moving])
+        for (p, move), (place, fresh, age) in zip(moving, rows, strict=True):
+            state, where = self.state[p], (move.old, move.new, place, fresh)
+            # Of one weight after the other, so that only one has old and new moments in memory.
+            first, second = (
+                carried_rows(matrix(state[k]), *where, power).view(state[k].shape)
+                for k, power in (("exp_avg", 1), ("exp_avg_sq", 2))
+            )
+            state.update(exp_avg=first, exp_avg_sq=second, age=age)
+            self._keep_selection(p, move.new)
 
     # --- dense parameters -------------------------------------------------------------------------
 

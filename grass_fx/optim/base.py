@@ -19,7 +19,7 @@ from grass_fx.registry import registry
 from grass_fx.selected import Selection
 from grass_fx.sharding import local
 from grass_fx.subspace import Subspace, finish_steps
-from grass_fx.transfers import to_host
+from grass_fx.transfers import reading
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -86,14 +86,16 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if self._is_layout_step():
             self._lay_out(self._layout_plan())
             return loss
-        early, self._early = self._early, {}
-        finished = self._step([p for p in self._parameters() if p not in early])
+        plan = self._plan([p for p in self._parameters() if p not in self._early])
+        finished, early, self._early = _finished(plan), self._early, {}
         for p, earlier in early.items():
             finished += earlier
             p.grad = None
+        on_host = _to_host(with_common_scores(finished))
+        self._carry_out(plan)
         for subspace, _ in finished:
             subspace.settle()  # of the step before: a GPU is still busy with this one
-        finished = _on_host(with_common_scores(finished))
+        finished = on_host()
         before = [subspace.selection for subspace, _ in finished]
         finish_steps(finished)  # here, and nowhere else, selections change
         check_selections(
@@ -109,18 +111,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     @torch.no_grad()
     def step_early(self, p: Tensor) -> None:
         """Step ``p`` alone, now; the next :meth:`step` leaves it out, and ends its step."""
-        self._early = {**self._early, p: self._step([p])}
-
-    def _step(self, params: list[Tensor]) -> Finished:
-        """Update ``params``; what is left to do is to tell their subspaces."""
-        plan = self._plan(params)
+        plan = self._plan([p])
         self._carry_out(plan)
-        return [
-            (subspace, grad.scores)
-            for group in plan
-            for p, grad in group
-            if grad is not None and (subspace := registry.get(p)) is not None
-        ]
+        self._early = {**self._early, p: _finished(plan)}
 
     def _plan(self, params: list[Tensor]) -> Plan:
         """What a step of ``params`` has to do."""
@@ -336,17 +329,32 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         return plan
 
 
-def _on_host(finished: Finished) -> Finished:
-    """The same with the scores that are due on the CPU."""
+def _finished(plan: Plan) -> Finished:
+    """What is left to do when ``plan`` is carried out: their subspaces are to be told."""
+    return [
+        (subspace, grad.scores)
+        for group in plan
+        for p, grad in group
+        if grad is not None and (subspace := registry.get(p)) is not None
+    ]
+
+
+def _to_host(finished: Finished) -> Callable[[], Finished]:
+    """Begins to copy the scores that are due; what it returns waits for them, on the CPU then."""
     scored = [
         (k, scores)
         for k, (subspace, scores) in enumerate(finished)
         if scores is not None and subspace.scoring_due
     ]
-    result = list(finished)
-    for (k, _), scores in zip(scored, to_host([scores for _, scores in scored]), strict=True):
-        result[k] = finished[k][0], scores
-    return result
+    copied = reading([scores for _, scores in scored])
+
+    def wait() -> Finished:
+        result = list(finished)
+        for (k, _), scores in zip(scored, copied(), strict=True):
+            result[k] = finished[k][0], scores
+        return result
+
+    return wait
 
 
 def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx.optim.update import carried_rows, places
+from grass_fx.optim.carry import carried_rows
 from grass_fx.selected import Selection
 
 State = dict[str, Any]
@@ -60,12 +60,14 @@ def counts(state: State, shape: torch.Size) -> bool:
     return any(v is not None and not _is_row_entry(v, shape) for v in state.values())
 
 
-def carried_state(state: State, old: Selection, new: Selection, shape: torch.Size) -> State | None:
+def carried_state(
+    state: State, old: Selection, new: Selection, place: Tensor, fresh: Tensor, shape: torch.Size
+) -> State | None:
     """``state`` for the rows of ``new`` that stay, zeros for new rows; None if it cannot be.
 
-    It cannot if an entry mixes rows or, where rows change their scale ρ, has an unknown power.
+    ``place`` and ``fresh``: by :func:`~grass_fx.optim.carry.places`. It cannot
+    if an entry mixes rows or, where rows change their scale ρ, has an unknown power.
     """
-    place, stays = places(old, new)
     rescaled = old.scale is not None and new.scale is not None
     result: State = {}
     for name, value in state.items():
@@ -78,7 +80,7 @@ def carried_state(state: State, old: Selection, new: Selection, shape: torch.Siz
             if rescaled and name not in POWERS:
                 return None
             power = POWERS.get(name, 0)
-            result[name] = carried_rows(value, old, new, place, stays, power)
+            result[name] = carried_rows(value, old, new, place, fresh, power)
         elif value is None or _is_scalar(value):
             result[name] = value
         else:

@@ -25,6 +25,7 @@ from grass_fx.errors import OptionError
 from grass_fx.gradient import CompactGrad
 from grass_fx.ops import along, select
 from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
+from grass_fx.optim.carry import places
 from grass_fx.optim.rowwise import (
     Cohort,
     State,
@@ -36,7 +37,7 @@ from grass_fx.optim.rowwise import (
     with_rows,
     without_equal_rows,
 )
-from grass_fx.optim.update import add_rows_, places, warmup
+from grass_fx.optim.update import add_rows_, warmup
 from grass_fx.selected import Selection, matrix
 
 OWN = ("indices", "generation", "age", "scale")
@@ -246,10 +247,11 @@ class _Wrapped(SubspaceOptimizer):
             kept, age = None, torch.zeros_like(selection.indices)
             if on_refresh == "carry" and old.indices.shape == selection.indices.shape:
                 inner = {name: value for name, value in state.items() if name not in OWN}
-                kept = carried_state(inner, old, selection, matrix(grad.compact).shape)
-            if kept is not None:
-                place, stays = places(old, selection)
-                age = state["age"][place] * stays
+                where = old, selection, *places(old, selection)
+                kept = carried_state(inner, *where, matrix(grad.compact).shape)
+                if kept is not None:
+                    *_, place, fresh = where
+                    age = state["age"][place].masked_fill_(fresh, 0)
             state.clear()
             if kept is not None and bool(age.any()):
                 state.update(kept)

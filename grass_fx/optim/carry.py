@@ -1,0 +1,96 @@
+"""What goes along to a weight's next selection: rows that stay keep their moments and ages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from grass_fx.ops import along
+from grass_fx.selected import Selection
+from grass_fx.transfers import owned, send
+
+
+@dataclass(frozen=True)
+class Move:
+    """A weight goes from one selection to another: the ages of its rows, (r,), and the ``size`` of
+    the selected dimension.
+    """
+
+    old: Selection
+    new: Selection
+    age: Tensor
+    size: int
+
+
+Carried = tuple[Tensor, Tensor, Tensor]
+"""For each row of a new selection, (r,): its place in the old one, whether it is new, its age."""
+
+
+def carried(moves: Sequence[Move]) -> list[Carried]:
+    """Where the rows of new selections were, and their ages: a row that stays keeps its age."""
+    result: list[Carried | None] = [None] * len(moves)
+    alike = defaultdict(list)
+    for k, move in enumerate(moves):
+        if move.old.scale is None:
+            alike[move.age.device].append(k)
+        else:
+            place, fresh = places(move.old, move.new)
+            result[k] = place, fresh, move.age[place].masked_fill_(fresh, 0)
+    for ks in alike.values():
+        for k, each in zip(ks, _carried_together([moves[k] for k in ks]), strict=True):
+            result[k] = each
+    return cast("list[Carried]", result)
+
+
+def _carried_together(moves: Sequence[Move]) -> Iterator[Carried]:
+    """:func:`carried` on one device where no row repeats.
+
+    One by one, a GPU would be given six tiny kernels for each. So all rows are searched as those of
+    one large weight.
+    """
+    device = moves[0].age.device
+    olds, news = [move.old.indices for move in moves], [move.new.indices for move in moves]
+    old_sizes, sizes = [each.numel() for each in olds], [each.numel() for each in news]
+    starts = [0, *accumulate(move.size for move in moves)][:-1]  # of each weight's rows
+    firsts = [0, *accumulate(old_sizes)][:-1]  # of each weight's selected ones
+    repeated = [
+        torch.tensor(values, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+        for values, counts in ((starts, old_sizes), (starts, sizes), (firsts, sizes))
+    ]
+    of_old, of_new, first = send(torch.cat(repeated), device).split([len(r) for r in repeated])
+    rows, wanted = torch.cat(olds).add_(of_old), torch.cat(news).add_(of_new)
+    place = torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
+    fresh = rows[place] != wanted
+    ages = torch.cat([move.age for move in moves])[place].masked_fill_(fresh, 0)
+    place = place.sub_(first).masked_fill_(fresh, 0)  # of a new row any that there is
+    return zip(place.split(sizes), fresh.split(sizes), owned(ages.split(sizes)), strict=True)
+
+
+def places(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
+    """For each row of ``new``: its place in ``old``, (r,) int64, and whether it was not there."""
+    rows, order = old.indices, None
+    if old.scale is not None:  # a block that was drawn twice follows itself
+        rows, order = rows.sort(stable=True)
+    place = torch.searchsorted(rows, new.indices).clamp_(max=rows.numel() - 1)
+    if order is not None:
+        place = order[place]
+    return place, old.indices[place] != new.indices
+
+
+def carried_rows(
+    moment: Tensor, old: Selection, new: Selection, place: Tensor, fresh: Tensor, power: int
+) -> Tensor:
+    """A moment of the rows that stay, × (ρ′/ρ)^power, and zero for new rows."""
+    dim, ndim = new.dim, moment.dim()
+    # Filled, not times zero: a moment that is not finite must not outlive its row.
+    rows = moment.index_select(dim, place).masked_fill_(along(fresh, dim, ndim), 0)
+    if old.scale is not None and new.scale is not None:
+        ratio = torch.where(fresh, 1.0, new.scale.double() / old.scale[place].double()) ** power
+        rows.mul_(along(ratio.to(rows.dtype), dim, ndim))
+    return rows
