@@ -93,7 +93,8 @@ def test_with_max_autotune_the_kernel_and_the_gather_are_both_measured(dtype):
     (kernel,) = module.kernels  # the virtual GPU finds the first choice the fastest
     assert kernel.is_template
     assert len(module.measured) == len(rule.TILES) + 1
-    assert module.measured[-1] == "grass_gather_then_mm"
+    assert module.measured[-1].name == "grass_gather_then_mm"
+    assert all(choice.made == {2: (R,)} for choice in module.measured)  # σ, which zeros are not
     assert [compiled.tensor_cores for _, compiled in assert_fits(kernel)] == [dtype in HALF] * 2
 
 

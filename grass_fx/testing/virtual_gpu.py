@@ -85,11 +85,20 @@ def _named_target() -> Any:
     return NamedTarget()
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A choice that autotuning compares."""
+
+    name: str
+    made: Mapping[int, tuple[int, ...]]
+    """The shapes of the inputs that are made for it, by place; others Inductor fills itself."""
+
+
 @contextlib.contextmanager
-def virtual_gpu(props: Any = H100) -> Iterator[list[str]]:
+def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
     """Inside, torch believes in one CUDA device; of several choices the first is the fastest.
 
-    Yields the list that receives the names of all choices that are measured.
+    Yields the list that receives all choices that are measured.
     """
     import triton
 
@@ -101,11 +110,16 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[str]]:
     def always(value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: value
 
-    def in_order(cls: Any, choices: Sequence[Any], *args: Any, **kwargs: Any) -> dict[Any, float]:
-        measured.extend(choice.name for choice in choices)
+    def in_order(
+        cls: Any, choices: Any, input_nodes: Any, layout: Any, input_gen_fns: Any, **options: Any
+    ) -> dict[Any, float]:
+        makers = (input_gen_fns or {}).items()
+        with V.fake_mode:
+            made = {k: tuple(make(input_nodes[k]).shape) for k, make in makers}
+        measured.extend(Measured(choice.name, made) for choice in choices)
         return {choice: 1.0 + k for k, choice in enumerate(choices)}
 
-    measured: list[str] = []
+    measured: list[Measured] = []
 
     patches = [
         (torch.cuda, "is_available", always(True)), (torch.cuda, "device_count", always(1)),
@@ -175,7 +189,7 @@ class Module:
     """What Inductor generated for one graph."""
 
     code: str
-    measured: Sequence[str] = ()
+    measured: Sequence[Measured] = ()
     """The choices that autotuning compared."""
 
     @property
