@@ -35,6 +35,28 @@ def make_early(node: fx.Node) -> None:
         g.append(node)
 
 
+def needs_whole(rules: Mapping[Any, Rule], node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
+
+    A sum may use a gradient twice, and parts of one may each be selected, as those of concatenated
+    weights are: the whole will be gone when all of them are pushed.
+    """
+    seen: set[fx.Node] = set()
+    ahead = [other for other in node.users if other is not user]
+    while ahead:
+        other = ahead.pop()
+        if other in seen or other.target is SELECT:
+            continue
+        seen.add(other)
+        hands_on = other.target in SPLITS or (
+            other.target in rules and other.target not in (*PRODUCTS, *FACTORS)
+        )
+        if not hands_on:
+            return other
+        ahead += other.users
+    return None
+
+
 class Push:
     """One selection on its way down."""
 
@@ -75,29 +97,12 @@ class Push:
 
     def is_whole(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether more of ``node`` is needed than selections, so that it is in memory anyway."""
-        return self._needs_whole(node, user) is not None
+        return needs_whole(self.rules, node, user) is not None
 
     def check(self, node: fx.Node, user: fx.Node) -> None:
         """Stop if more of ``node`` is needed than selections."""
-        if (whole := self._needs_whole(node, user)) is not None:
+        if (whole := needs_whole(self.rules, node, user)) is not None:
             raise Stop(f"{node.name} is needed whole by {whole.name}")
-
-    def _needs_whole(self, node: fx.Node, user: fx.Node | None) -> fx.Node | None:
-        """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
-
-        A sum may use a gradient twice, and parts of one may each be selected, as those of
-        concatenated weights are: the whole will be gone when all of them are pushed.
-        """
-        for other in node.users:
-            if other is user or other.target is SELECT:
-                continue
-            hands_on = other.target in SPLITS or (
-                other.target in self.rules and other.target not in (*PRODUCTS, *FACTORS)
-            )
-            whole = self._needs_whole(other, None) if hands_on else other
-            if whole is not None:
-                return whole
-        return None
 
     def of(self, node: Any, dim: int, user: fx.Node) -> fx.Node:
         """The selection of ``node``, made as deep as it goes."""
@@ -143,6 +148,11 @@ class Push:
 
         All r rows of ``x`` are made, those outside from some row of it, so that shapes stay.
         """
+        value = x.meta["val"]
+        if value.shape[dim] == 0:
+            shape = [self.rank if d == dim else size for d, size in enumerate(value.shape)]
+            kind = {"dtype": value.dtype, "device": value.device}
+            return self.call(aten.full.default, shape, 0, **kind) if other is None else other
         shifted = self.call(aten.sub.Tensor, self.indices, start) if start else self.indices
         place = self.call(aten.remainder.Scalar, shifted, size)
         within = self.other(place, self.scale, self.aligned(start, size))
@@ -150,8 +160,8 @@ class Push:
         if other is None:
             return below
         mask = self.call(aten.eq.Tensor, place, shifted)
-        ndim = x.meta["val"].dim()
-        mask = self.call(aten.reshape.default, mask, [-1 if d == dim else 1 for d in range(ndim)])
+        along = [-1 if d == dim else 1 for d in range(value.dim())]
+        mask = self.call(aten.reshape.default, mask, along)
         return self.call(aten.where.self, mask, below, other)
 
     def aligned(self, *offsets: int) -> list[Any]:

@@ -131,15 +131,27 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
         full = x.meta["val"].shape == node.meta["val"].shape
         # What is no product, or a smaller one that others need, is in memory: nothing is gained.
         deeper = has_product(x) and (full or not push.is_whole(x, node))
+        if not full:  # what stops below it leaves no gradient whole
+            each = each.other(each.indices, each.scale, each.block)
+            each.stops = []
         new[x] = each.of(x, along, node) if deeper else each.selected(x, along)
     return push.call(node.target, *(new.get(x, x) for x in node.args))
 
 
 def has_product(node: Any) -> bool:
     """Whether a matrix product lies below ``node`` and what a selection can pass."""
-    if not isinstance(node, fx.Node) or node.target not in (RULES.keys() | SPLITS):
-        return False
-    return node.target in PRODUCTS or any(has_product(x) for x in node.all_input_nodes)
+    seen: set[fx.Node] = set()  # a node may be reached on very many ways
+    ahead = [node]
+    while ahead:
+        below = ahead.pop()
+        if below in seen or not isinstance(below, fx.Node):
+            continue
+        if below.target in PRODUCTS:
+            return True
+        seen.add(below)
+        if below.target in RULES or below.target in SPLITS:
+            ahead += below.all_input_nodes
+    return False
 
 
 @rule(aten.neg.default)

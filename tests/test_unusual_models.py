@@ -94,6 +94,52 @@ def test_a_weight_may_be_used_in_every_step_of_a_long_loop(times):
     assert backend.only.report.pushed == ["w"] and not backend.only.report.stopped
 
 
+EMPTY = {
+    "no first rows": lambda w, x: F.linear(x, torch.cat([w[:0], w])),
+    "no rows": lambda w, x: x @ w.T + (x @ w[8:].T).sum(),
+    "narrow": lambda w, x: x @ w.T + (x @ w.narrow(0, 3, 0).T).sum(),
+    "nothing else": lambda w, x: F.linear(x, w[16:]),
+    "no columns": lambda w, x: F.linear(x, w) + F.linear(x[:, : len(x) - 3], w[:, : len(x) - 3]),
+    "an end before the start": lambda w, x: F.linear(x, w) + F.linear(x[:, 5:3], w[:, 5:3]),
+    "both empty": lambda w, x: F.linear(x, torch.cat([w[:0], w[5:3], w, w[16:]])),
+}
+
+
+@pytest.mark.parametrize("how", EMPTY)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_part_of_a_weight_may_be_empty(how, side):
+    model = Weight(EMPTY[how], 16, 24)
+    assert_exact(model, torch.compile(model, backend=Captured(rank=4, side=side)), numbers(3, 24))
+    assert isinstance(model.w.grad, CompactGrad)
+
+
+class Between(nn.Module):
+    """A matrix times a vector and a bias, ``function`` of it, and another matrix."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.w, self.v = (nn.Parameter(numbers(*shape)) for shape in ((16, 24), (8, 16)))
+        self.b, self.function = nn.Parameter(numbers(16)), function
+
+    def forward(self, x):
+        return F.linear(self.function(self.w @ x + self.b), self.v)
+
+
+def euler(h):
+    for _ in range(60):
+        h = h - 1e-3 * (h * h * h - h)
+    return h
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("function", [euler, torch.tanh])
+def test_what_stops_below_a_vector_forms_no_full_gradient(function, side):
+    """In :func:`euler` paths double at each step: a search along all of them would not end."""
+    model, backend = Between(function), Captured(rank=4, side=side)
+    assert_exact(model, torch.compile(model, backend=backend), numbers(24))
+    assert "w" in backend.only.report.pushed and "w" not in backend.only.report.stopped
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_tokens_sent_to_matrices_may_be_any_number_or_none(dynamic):
     model = Weight(lambda w, x, to: x @ w[to], 3, 8, 16)
