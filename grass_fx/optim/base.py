@@ -171,9 +171,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         self._warned_projected = True
         warnings.warn(
             f"{registry.name_of(p)} is stepped in a subspace, but its gradient came dense, at "
-            "least in part from code outside the compiled graph: it was projected. Run all of the "
-            "training step through the compiled model; to train the weight dense from here on, "
-            "make a new optimizer.",
+            "least in part, from code outside the compiled graph or from a graph that leaves it "
+            "dense: it was projected. Run all of the training step through the compiled model, or "
+            "exclude the weight; to train it dense from here on, make a new optimizer.",
             GrassWarning,
             stacklevel=6,
         )
