@@ -161,20 +161,70 @@ def test_factored_state_starts_anew_at_a_refresh():
     assert seen == [1, 1, 2, 1, 2]  # periods of a rule with scores start at 1, 1 + K, ...
 
 
-def test_decoupled_weight_decay_reaches_the_whole_weight_and_l2_the_selected_rows():
-    for wrapped, whole in ((torch.optim.AdamW, True), (Lion, True), (torch.optim.Adam, False),
-                           (torch.optim.SGD, False)):  # fmt: skip
-        torch._dynamo.reset()
-        model = mlp(8, 6)
-        compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
-        optimizer = grass_fx.subspace(wrapped)(model.parameters(), lr=0.01, weight_decay=0.5)
-        before = model[0].weight.detach().clone()
-        train(model, compiled, optimizer, 1)
-        others = torch.ones(6, dtype=torch.bool)
-        others[model[0].weight.grad.subspace.indices] = False
-        kept = before[others] * (1 - 0.01 * 0.5 * whole)
-        torch.testing.assert_close(model[0].weight[others], kept)
-        assert not torch.allclose(model[0].weight[~others], before[~others])
+class DecoupledSGD(torch.optim.SGD):
+    """After one step it is where SGD with L2 decay is, after two it is not."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0
+        super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+DECAYS = [
+    (torch.optim.AdamW, {}, True),
+    (Lion, {}, True),
+    (torch.optim.Adam, {}, False),
+    (torch.optim.Adam, {"decoupled_weight_decay": True}, True),
+    (torch.optim.SGD, {}, False),
+    (torch.optim.SGD, {"momentum": 0.9, "maximize": True}, False),
+    (DecoupledSGD, {"momentum": 0.9}, True),
+    (torch.optim.ASGD, {"maximize": True}, False),
+    (torch.optim.RAdam, {"maximize": True}, False),
+    (torch.optim.RAdam, {"decoupled_weight_decay": True}, True),
+    (torch.optim.NAdam, {"decoupled_weight_decay": True}, True),
+]
+
+
+def others_kept(model, before, k):
+    """By which factor the rows of layer k that are not selected have shrunk."""
+    weight = model[k].weight
+    others = torch.ones(len(weight), dtype=torch.bool)
+    others[weight.grad.subspace.indices] = False
+    assert not torch.allclose(weight[~others], before[k].weight[~others])
+    return weight[others] / before[k].weight[others]
+
+
+@pytest.mark.parametrize(("wrapped", "settings", "whole"), DECAYS)
+def test_decoupled_decay_reaches_the_whole_weight_and_l2_the_selected_rows(
+    wrapped, settings, whole
+):
+    model = mlp(8, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+    settings = {"lr": 0.01, "weight_decay": 0.5, **settings}
+    optimizer = grass_fx.subspace(wrapped)(model.parameters(), **settings)
+    before = copy.deepcopy(model)
+    train(model, compiled, optimizer, 1)
+    kept = others_kept(model, before, 0)
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 - 0.01 * 0.5 * whole))
+
+
+def test_groups_may_decay_differently():
+    model = mlp(8, 6, 6)
+    compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+    groups = [{"params": model[k].parameters(), "decoupled_weight_decay": k == 0} for k in (0, 2)]
+    optimizer = grass_fx.subspace(torch.optim.NAdam)(groups, lr=0.01, weight_decay=0.5)
+    before = copy.deepcopy(model)
+    train(model, compiled, optimizer, 1)
+    for k in (0, 2):
+        kept = others_kept(model, before, k)
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 - 0.01 * 0.5 * (k == 0)))
 
 
 def test_groups_schedulers_closures_and_hooks_work_as_with_torch():

@@ -143,7 +143,7 @@ class _Wrapped(SubspaceOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._cohorts: dict[Tensor, list[Cohort]] = {}
-        self._decoupled: bool | None = None
+        self._decoupled: dict[frozenset[tuple[str, Any]], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_own", "_arguments", "_eager", "_step_supports_amp_scaling")
@@ -291,23 +291,32 @@ class _Wrapped(SubspaceOptimizer):
         """1 − lr·λ if X's weight decay is decoupled, else 1: L2 decay is part of the gradient."""
         if not group.get("weight_decay") or group.get("lr") is None:
             return 1.0
-        if self._decoupled is None:
-            self._decoupled = self._find_decoupled(group)
-        return 1 - float(group["lr"]) * group["weight_decay"] if self._decoupled else 1.0
+        # Groups may differ; rates that a schedule changes make no difference to this.
+        kind = frozenset((k, v) for k, v in group.items() if isinstance(v, bool))
+        if kind not in self._decoupled:
+            self._decoupled[kind] = self._find_decoupled(group)
+        return 1 - float(group["lr"]) * group["weight_decay"] if self._decoupled[kind] else 1.0
 
     @torch.enable_grad()
     def _find_decoupled(self, group: Mapping[str, Any]) -> bool:
-        """Ask X, on a weight of one number: classes do not tell how they decay."""
+        """Ask X, on a weight of one number: few classes tell how they decay."""
+        if "decoupled_weight_decay" in group:
+            return bool(group["decoupled_weight_decay"])
 
         def stepped(gradient: float, decay: float) -> float:
+            """After a step with these, and one with zeros, which shows what the first has left."""
             w = Parameter(torch.ones(1, 1, device="cpu"))
             w.grad = torch.full_like(w, gradient)
-            self._inner_for(w, group, lr=0.1, weight_decay=decay).step()
+            inner = self._inner_for(w, group, lr=0.1, weight_decay=decay)
+            inner.step()
+            inner.param_groups[0]["weight_decay"] = 0.0
+            w.grad.zero_()
+            inner.step()
             return w.item()
 
-        decayed = stepped(1.0, 0.5)
+        decayed, decay = stepped(1.0, 0.5), -0.5 if group.get("maximize") else 0.5
         beside = math.isclose(decayed, stepped(1.0, 0.0) - 0.1 * 0.5, abs_tol=1e-4)
-        within = math.isclose(decayed, stepped(1.0 + 0.5, 0.0), abs_tol=1e-4)
+        within = math.isclose(decayed, stepped(1.0 + decay, 0.0), abs_tol=1e-4)
         return beside and not within
 
 
