@@ -326,6 +326,21 @@ def test_impossible_hyper_parameters_are_errors(name, value):
         grass_fx.AdamW([{"params": [nn.Parameter(torch.ones(2))], name: value}])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"foreach": True, "fused": True}, "foreach=True and fused=True exclude each other"),
+        ({"foreach": True, "lr": torch.tensor(0.1)}, "foreach=True does not take lr as a tensor"),
+        ({"lr": torch.ones(2)}, "lr=.* is out of range"),
+    ],
+)
+def test_what_torchs_adamw_refuses_is_refused_before_any_step(options, message):
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.optim.AdamW([nn.Parameter(torch.ones(2))], **options)
+    with pytest.raises(OptionError, match=message):
+        grass_fx.AdamW([nn.Parameter(torch.ones(2))], **options)
+
+
 class FullSized(TorchDispatchMode):
     """Names of operators that return a new tensor of one of the given shapes."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
-from grass_fx.errors import StateError, UnsupportedGradError
+from grass_fx.errors import OptionError, StateError, UnsupportedGradError
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.carry import Move, carried, carried_rows
@@ -104,9 +104,10 @@ class AdamW(SubspaceOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         beta1, beta2 = group["betas"]
+        lr, foreach = group["lr"], group["foreach"]
         check_ranges(
             self._kind,
-            ("lr", group["lr"], bool(group["lr"] >= 0)),
+            ("lr", lr, (not isinstance(lr, Tensor) or lr.numel() == 1) and bool(lr >= 0)),
             ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
             ("eps", group["eps"], group["eps"] >= 0),
             ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
@@ -114,6 +115,11 @@ class AdamW(SubspaceOptimizer):
              isinstance(group["stochastic_rounding"], bool)),
             ("compile", group["compile"], isinstance(group["compile"], bool | None)),
         )  # fmt: skip
+        # Torch's step of the dense parameters would find out, when the others have stepped.
+        if foreach and group["fused"]:
+            raise OptionError(f"{self._kind}: foreach=True and fused=True exclude each other.")
+        if foreach and isinstance(lr, Tensor):
+            raise OptionError(f"{self._kind}: foreach=True does not take lr as a tensor.")
 
     def _carry_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
