@@ -113,7 +113,7 @@ class CompactGrad(Tensor):
             )
         theirs: Any = torch.Tensor.data
         theirs.__set__(self, value)
-        self._hold(value.compact, value.subspace, value.scores, *value._marks)
+        self.__dict__ = value.__dict__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         s = self.subspace
@@ -219,8 +219,11 @@ def _times(scores: Tensor | None, factor: Any, power: int) -> Tensor | None:
 @_handles(aten.detach, aten.alias)
 def _share(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
-    compact = grad.compact.detach() if grad.compact.requires_grad else grad.compact
-    return grad._with(compact, grad.scores)
+    if grad.compact.requires_grad:
+        return grad._with(grad.compact.detach(), grad.scores)
+    shared = grad._with(grad.compact, grad.scores)
+    shared.__dict__ = grad.__dict__  # what is done to one in place is done to both
+    return shared
 
 
 @_handles(aten.detach_)

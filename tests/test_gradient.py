@@ -300,6 +300,22 @@ def test_an_optimizer_that_knows_no_subspace_is_an_error(optimizer, foreach):
     assert not w.any()  # and nothing moved
 
 
+@pytest.mark.parametrize("alias", [lambda g: g.data, lambda g: g.detach()])
+def test_what_is_done_to_an_alias_in_place_is_done_to_it(alias):
+    g = grad(scores=True)
+    compact, scores = g.compact.clone(), g.scores.clone()
+    alias(g).mul_(2)
+    assert torch.equal(g.compact, compact * 2) and torch.equal(g.scores, scores * 4)
+    alias(g).zero_()
+    assert not g.compact.any() and g.scores is None and g.zeroed
+    newer = grad(generation=1)
+    alias(g).add_(newer)
+    assert g.subspace is newer.subspace and torch.equal(g.compact, newer.compact)
+    other = g.clone()
+    other.zero_()
+    assert not g.zeroed and g.compact.any()
+
+
 def test_that_a_part_of_it_came_dense_is_remembered():
     mixed = grad()
     assert not mixed.projected
