@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -73,19 +73,45 @@ class Registry:
             if weight not in self._announced and isinstance(weight.grad, CompactGrad)
         ]
 
-    def demand(self, weight: Tensor, spec: SubspaceSpec, name: str) -> Subspace:
-        """The weight's subspace as a compiled graph needs it, made at its first use.
+    def demand(
+        self, weights: Sequence[Tensor], specs: Sequence[SubspaceSpec], names: Sequence[str]
+    ) -> list[Subspace]:
+        """The weights' subspaces as a compiled graph needs them, made at their first use.
 
-        A graph compiled with other options replaces it; selections go on being counted, so that
+        A graph compiled with other options replaces them; selections go on being counted, so that
         no gradient of the old one is taken for one of the new.
+
+        Raises:
+            OptionError: a weight holds a gradient of the old one; none is replaced.
         """
-        subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is not None and (subspace.spec is spec or subspace.spec == spec):
+        known: list[Subspace | None] = [self._subspaces.get(weight) for weight in weights]
+        for weight, subspace, spec, name in zip(weights, known, specs, names, strict=True):
+            if subspace is not None and not _serves(subspace, spec):
+                self._check_replaced(weight, subspace.spec, spec, name)
+        return [
+            self._made(weight, subspace, spec, name)
+            for weight, subspace, spec, name in zip(weights, known, specs, names, strict=True)
+        ]
+
+    def _made(
+        self, weight: Tensor, subspace: Subspace | None, spec: SubspaceSpec, name: str
+    ) -> Subspace:
+        if subspace is not None and _serves(subspace, spec):
             subspace.convert(weight.dtype)
             return subspace
         name = self._names.get(weight, name)
         if subspace is not None:
-            self._replace(weight, subspace.spec, spec, name)
+            change = _change(subspace.spec, spec)
+            log.warning(
+                "%s: compiled with other options (%s), its subspace starts anew", name, change
+            )
+            warnings.warn(  # one text for all weights: shown once
+                f"the model was compiled with other options before ({change}): subspaces start "
+                "anew. If one function uses a weight and another its transpose, compile them as "
+                "one function, or exclude the weight.",
+                GrassWarning,
+                stacklevel=4,
+            )
         made = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
         saved = self._saved.get(weight)
         if saved is not None:
@@ -98,25 +124,17 @@ class Registry:
         self._subspaces[weight] = made
         return made
 
-    def _replace(self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str) -> None:
-        """Another graph wants another subspace: an error inside a step, a warning between two."""
-        fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
-        differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
-        change = ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
+    def _check_replaced(
+        self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str
+    ) -> None:
+        """Raise OptionError if another graph wants another subspace inside a step."""
         if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
             raise OptionError(
-                f"{name}: two compiled functions with different options share this weight "
-                f"({change}), and it holds a gradient of the first. Compile both with the same "
-                "options, or call optimizer.zero_grad() before the other one takes over."
+                f"{self._names.get(weight, name)}: two compiled functions with different options "
+                f"share this weight ({_change(old, new)}), and it holds a gradient of the first. "
+                "Compile both with the same options, or call optimizer.zero_grad() before the "
+                "other one takes over."
             )
-        log.warning("%s: compiled with other options (%s), its subspace starts anew", name, change)
-        warnings.warn(  # one text for all weights: shown once
-            f"the model was compiled with other options before ({change}): subspaces start anew. "
-            "If one function uses a weight and another its transpose, compile them as one "
-            "function, or exclude the weight.",
-            GrassWarning,
-            stacklevel=2,
-        )
 
     def check(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         """Raise StateError if a saved state cannot be restored."""
@@ -146,6 +164,17 @@ class Registry:
         """What a checkpoint must hold of the weight's subspace; empty if it has none."""
         subspace = self._subspaces.get(weight)
         return subspace.state() if subspace is not None else self._saved.get(weight, {})
+
+
+def _serves(subspace: Subspace, spec: SubspaceSpec) -> bool:
+    return subspace.spec is spec or subspace.spec == spec
+
+
+def _change(old: SubspaceSpec, new: SubspaceSpec) -> str:
+    """In what two differ."""
+    fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
+    differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
+    return ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
 
 
 registry = Registry()

@@ -118,6 +118,7 @@ class GrassCallable:
     ) -> None:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring, self.local = regular, scoring, local
+        self._demanded = [w.spec for w in found.taken], [w.name for w in found.taken]
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()
         self._stored: dict[Any, list[Tensor]] = {}
@@ -125,10 +126,7 @@ class GrassCallable:
     def __call__(self, *args: Any) -> Any:
         weights = self.found.taken
         params = [args[weight.position] for weight in weights]
-        subspaces = [
-            registry.demand(param, weight.spec, weight.name)
-            for param, weight in zip(params, weights, strict=True)
-        ]
+        subspaces = registry.demand(params, *self._demanded)
         replicas = subspaces[0].replicas
         self._check_ddp(params, subspaces)
         # Asked of subspaces, not of graphs: one process alone may compile again, for another size.

@@ -254,7 +254,8 @@ def parameter():
 
 
 def demand(registry, weight, **options):
-    return registry.demand(weight, spec_of(**options), "traced.name")
+    (subspace,) = registry.demand([weight], [spec_of(**options)], ["traced.name"])
+    return subspace
 
 
 def test_a_deleted_parameter_takes_its_subspace_along():
