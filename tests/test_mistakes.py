@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grass_fx
-from grass_fx.errors import CompactGradError, GrassWarning, OptionError
+from grass_fx.errors import CompactGradError, GrassWarning, OptionError, SelectionChangedError
 from grass_fx.registry import registry
 from helpers import Captured, mlp
 
@@ -18,6 +18,8 @@ def begin(**options):
     model = mlp(8, 12, 6)
     return model, torch.compile(model, backend=Captured(**{"rank": 2, **options}))
 
+
+MAKERS = [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)]
 
 PLAIN = {
     "SGD": {"lr": 0.1}, "SGD foreach": {"lr": 0.1, "foreach": True},
@@ -87,6 +89,85 @@ def test_a_change_of_options_between_two_steps_is_reported_and_starts_anew():
     optimizer.step()
     assert optimizer.state[model[0].weight]["exp_avg"].shape == (12, 4)
     assert optimizer.state[model[0].weight]["age"].tolist() == [1] * 4
+
+
+def test_a_change_of_options_within_a_step_changes_no_weights_subspace():
+    model, compiled = begin()
+    optimizer = grass_fx.AdamW(model.parameters())
+    compiled(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    compiled(X).square().mean().backward(inputs=[model[2].weight])  # of the last weight alone
+    before = [registry.get(model[k].weight) for k in (0, 2)]
+    other = torch.compile(lambda x: model(x), backend=Captured(rank=4))
+    with pytest.raises(OptionError, match=r"^2\.weight: two compiled functions with different"):
+        other(X)
+    assert before == [registry.get(model[k].weight) for k in (0, 2)]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_zeroed_gradient_of_another_rank_is_zeros_of_this_one(make):
+    model, compiled = begin()
+    optimizer = make(model.parameters(), weight_decay=0)
+    compiled(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.warns(GrassWarning, match="compiled with other options"):
+        torch.compile(lambda x: model(x), backend=Captured(rank=4))(X)
+    before = copy.deepcopy(model)
+    optimizer.step()
+    for got, want in zip(model.parameters(), before.parameters(), strict=True):
+        assert got.dim() == 1 or torch.equal(got, want)
+    assert optimizer.state[model[0].weight]["age"].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_dense_gradient_is_not_projected_onto_rows_that_are_gone(make):
+    model, compiled = begin(refresh_every=1)
+    optimizer = make(model.parameters())
+    compiled(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    model(X).square().mean().backward()  # not the compiled one
+    before = copy.deepcopy(model)
+    lost = pytest.raises(SelectionChangedError, match=r"^0\.weight: .*set_to_none=True")
+    with lost, pytest.warns(GrassWarning, match="came dense"):
+        optimizer.step()
+    for got, want in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(got, want)
+    optimizer.zero_grad()
+    compiled(X).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("how", ["the training step", "eager", "aot_eager", "grass"])
+def test_a_step_in_a_compiled_function_is_the_same_step(make, how):
+    weights = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, compiled = begin(refresh_every=2)
+        optimizer = make(model.parameters(), lr=0.1)
+        whole, step = compiles and how == "the training step", optimizer.step
+        if compiles and not whole:
+            backend = Captured(rank=2) if how == "grass" else how
+            step = torch.compile(optimizer.step, backend=backend)
+
+        def train_step(net=model if whole else compiled, step=step, zero_grad=optimizer.zero_grad):
+            zero_grad()
+            net(X).square().mean().backward()
+            step()
+
+        if whole:
+            train_step = torch.compile(train_step, backend=Captured(rank=2, refresh_every=2))
+        for _ in range(5):
+            train_step()
+        weights.append([p.detach() for p in model.parameters()])
+        ages = [optimizer.state[model[k].weight]["age"].max() for k in (0, 2)]
+        assert ages[0] == ages[1]
+    for got, want in zip(*weights, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_frozen_and_unused_parameters_are_left_alone():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
-from grass_fx.errors import GrassWarning, OptionError, StateError
+from grass_fx.errors import GrassWarning, OptionError, SelectionChangedError, StateError
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
@@ -79,6 +79,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             OptionError: the gradients are on other parameters than this optimizer's.
             DistributedError: processes that train one model have selected differently.
         """
+        if torch.compiler.is_dynamo_compiling():
+            # Resuming after a graph break, Dynamo would take two weights' states for one.
+            return torch.compiler.disable(self.step)(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -111,6 +114,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     @torch.no_grad()
     def step_early(self, p: Tensor) -> None:
         """Step ``p`` alone, now; the next :meth:`step` leaves it out, and ends its step."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.step_early)(p)
         plan = self._plan([p])
         self._carry_out(plan)
         self._early = {**self._early, p: _finished(plan)}
@@ -143,12 +148,16 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if isinstance(grad, CompactGrad):
             if grad.projected:
                 self._warn_projected(p)
+                self._check_projected(grad, subspace)
             if subspace is not None and subspace.sharding is not None:
                 self._check_shards(subspace)
                 grad = self._own_part(grad, subspace)
             if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
                 selection = subspace.own(subspace.selection_on(p.device))
-                return CompactGrad(grad.compact, selection, p.shape, zeroed=True)
+                shape, compact = subspace.spec.own_compact_shape(p.shape), grad.compact
+                if compact.shape != shape:  # of another rank or side
+                    compact = compact.new_zeros(shape)
+                return CompactGrad(compact, selection, p.shape, zeroed=True)
             return grad
         known = "indices" in self.state.get(p, {})
         # A dense gradient may have met a compact one, which cannot change its type.
@@ -177,6 +186,16 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             GrassWarning,
             stacklevel=6,
         )
+
+    def _check_projected(self, grad: CompactGrad, subspace: Subspace | None) -> None:
+        """Raise if a dense gradient was projected onto rows that are not selected any more."""
+        if subspace is not None and grad.subspace.generation != subspace.selection.generation:
+            raise SelectionChangedError(
+                f"{subspace.name}: a dense gradient was added to a compact one of selection "
+                f"{grad.subspace.generation}, of which nothing but zeros was left, and the "
+                f"selection is {subspace.selection.generation} now. Call optimizer.zero_grad(), "
+                "with set_to_none=True, and run the backward again."
+            )
 
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
         """This process's part of a sharded weight's gradient: what it steps with."""
