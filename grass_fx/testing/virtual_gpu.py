@@ -111,7 +111,7 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
         return lambda *args, **kwargs: value
 
     def in_order(
-        cls: Any, choices: Any, input_nodes: Any, layout: Any, input_gen_fns: Any, **options: Any
+        cls: Any, /, choices: Any, input_nodes: Any, layout: Any, input_gen_fns: Any, **options: Any
     ) -> dict[Any, float]:
         makers = (input_gen_fns or {}).items()
         with V.fake_mode:
