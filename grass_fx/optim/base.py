@@ -192,9 +192,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if subspace is not None and grad.subspace.generation != subspace.selection.generation:
             raise SelectionChangedError(
                 f"{subspace.name}: a dense gradient was added to a compact one of selection "
-                f"{grad.subspace.generation}, of which nothing but zeros was left, and the "
-                f"selection is {subspace.selection.generation} now. Call optimizer.zero_grad(), "
-                "with set_to_none=True, and run the backward again."
+                f"{grad.subspace.generation}, and the selection is "
+                f"{subspace.selection.generation} now. Call optimizer.zero_grad(), with "
+                "set_to_none=True, and run the backward again."
             )
 
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
