@@ -143,6 +143,7 @@ def test_checkpoints_inside_the_region(policy, rule):
     assert [sorted(names) for names in pushed(backend)] == [sorted(matrices(model))]
 
 
+@pytest.mark.slow
 def test_selective_checkpoints_with_inductor():
     model = Stack(partial(checkpointed, policy=keep_products)).double()
     twin = copy.deepcopy(model)
@@ -181,6 +182,7 @@ def test_a_graph_break_inside_a_checkpoint_trains_dense_and_says_so():
     assert pushed(backend) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_compiled_layers_of_a_llama_with_gradient_checkpointing(rule):
     """Transformers checkpoints each decoder layer from outside, around its compiled forward."""

@@ -87,6 +87,7 @@ def test_training_in_evaluation_mode_uses_the_same_subspaces(rule):
     assert len(pushed(backend)) == len(backend.graphs) == 2
 
 
+@pytest.mark.slow
 def test_what_dropout_drops_is_what_plain_inductor_drops():
     model, twin, _, compiled, optimizer = made(dropping(), compiler="inductor")
     plain = torch.compile(twin)

@@ -94,8 +94,9 @@ class Ours(Side):
 
     def parts(self) -> dict[str, float]:
         """Seconds of what a step consists of, each alone and for all weights."""
-        spec, device = self.spec, self.weights[0].device
-        subspaces, demanded = timed(lambda: [registry.demand(w, spec, "") for w in self.weights])
+        device, count = self.weights[0].device, len(self.weights)
+        wanted = [self.spec] * count, [""] * count
+        subspaces, demanded = timed(lambda: registry.demand(self.weights, *wanted))
         selections, selected = timed(lambda: [s.selection_on(device) for s in subspaces])
         pairs, shape = list(zip(self.stored, selections, strict=True)), self.weights[0].shape
         made, wrapped = timed(lambda: [grass_fx.CompactGrad(c, s, shape) for c, s in pairs])

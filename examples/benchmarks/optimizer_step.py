@@ -41,7 +41,8 @@ def give_compact_gradient(weight: Tensor, config: GrassConfig) -> None:
     """What a compiled backward leaves: C of the weight's current selection."""
     dim = 1 if config.side == "in" else 0
     spec = SubspaceSpec.of(config, weight.shape[dim], dim, config.side)
-    selection = registry.demand(weight, spec, "weight").selection_on(weight.device)
+    (subspace,) = registry.demand([weight], [spec], ["weight"])
+    selection = subspace.selection_on(weight.device)
     compact = torch.randn(spec.compact_shape(weight.shape), dtype=weight.dtype).to(weight.device)
     weight.grad = grass_fx.CompactGrad(compact, selection, weight.shape)
 
