@@ -35,28 +35,6 @@ def make_early(node: fx.Node) -> None:
         g.append(node)
 
 
-def needs_whole(rules: Mapping[Any, Rule], node: fx.Node, user: fx.Node) -> fx.Node | None:
-    """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
-
-    A sum may use a gradient twice, and parts of one may each be selected, as those of concatenated
-    weights are: the whole will be gone when all of them are pushed.
-    """
-    seen: set[fx.Node] = set()
-    ahead = [other for other in node.users if other is not user]
-    while ahead:
-        other = ahead.pop()
-        if other in seen or other.target is SELECT:
-            continue
-        seen.add(other)
-        hands_on = other.target in SPLITS or (
-            other.target in rules and other.target not in (*PRODUCTS, *FACTORS)
-        )
-        if not hands_on:
-            return other
-        ahead += other.users
-    return None
-
-
 class Push:
     """One selection on its way down."""
 
@@ -97,12 +75,33 @@ class Push:
 
     def is_whole(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether more of ``node`` is needed than selections, so that it is in memory anyway."""
-        return needs_whole(self.rules, node, user) is not None
+        return self._needs_whole(node, user) is not None
 
     def check(self, node: fx.Node, user: fx.Node) -> None:
         """Stop if more of ``node`` is needed than selections."""
-        if (whole := needs_whole(self.rules, node, user)) is not None:
+        if (whole := self._needs_whole(node, user)) is not None:
             raise Stop(f"{node.name} is needed whole by {whole.name}")
+
+    def _needs_whole(self, node: fx.Node, user: fx.Node) -> fx.Node | None:
+        """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
+
+        A sum may use a gradient twice, and parts of one may each be selected, as those of
+        concatenated weights are: the whole will be gone when all of them are pushed.
+        """
+        seen: set[fx.Node] = set()
+        ahead = [other for other in node.users if other is not user]
+        while ahead:
+            other = ahead.pop()
+            if other in seen or other.target is SELECT:
+                continue
+            seen.add(other)
+            hands_on = other.target in SPLITS or (
+                other.target in self.rules and other.target not in (*PRODUCTS, *FACTORS)
+            )
+            if not hands_on:
+                return other
+            ahead += other.users
+        return None
 
     def of(self, node: Any, dim: int, user: fx.Node) -> fx.Node:
         """The selection of ``node``, made as deep as it goes."""
