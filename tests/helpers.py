@@ -1,9 +1,12 @@
 """What the tests share: models, capture of graphs, and their text."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import fx, nn
 
 from grass_fx.backend import grass
@@ -41,6 +44,17 @@ def taken_and_left(model: nn.Module, *inputs: torch.Tensor, **options):
     torch.compile(model, backend=backend)(*inputs)
     found = backend.only.found
     return [weight.name for weight in found.taken], found.left
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Inside, every graph goes through the passes, though an earlier run compiled the same.
+
+    Cheaper than a cache directory of its own, in which C++ headers are compiled anew.
+    """
+    graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    with graphs, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 def text(graph: fx.Graph) -> str:

@@ -264,7 +264,7 @@ def test_the_weights_of_a_function_are_one_kernel_without_memory(dtype, rounds, 
     assert len(re.findall(r"\.run\(", module.code)) == 1
     (kernel,) = module.kernels
     assert module.extern_calls == [] and module.buffers == []
-    if count == compiled.TOGETHER:
+    if count == compiled.TOGETHER and dtype != torch.float16:  # bfloat16's is of the same size
         for capability in (80, 90):
             assert compile_kernel(kernel, capability).spilled == 0
 

@@ -8,10 +8,10 @@ import fnmatch
 import pytest
 import torch
 from torch import nn
-from torch._inductor.utils import fresh_cache
 
 import model_coverage
 from grass_fx.gradient import CompactGrad
+from helpers import uncached
 from zoo import FROM_TRANSFORMERS, ZOO
 
 TIED = "also used by embedding, which is no matrix product with it"
@@ -137,7 +137,7 @@ def test_the_page_is_up_to_date():
 
 @pytest.mark.parametrize("name", ["nn.MultiheadAttention, cross", "linear in a loop"])
 def test_inductor_takes_and_computes_the_same(name):
-    with fresh_cache():  # on a warm one no pass runs, and none can tell what it pushed
+    with uncached():  # else no pass may run, and none can tell what it pushed
         by_inductor = model_coverage.covered(name, "inductor")
     for weight, other in zip(
         by_inductor.weights, model_coverage.covered(name).weights, strict=True

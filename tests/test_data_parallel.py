@@ -125,23 +125,22 @@ def equal_one_process(rank, folder):
         for value, want in zip(got, torch.load(f"{folder}/{k}.pt"), strict=True):
             torch.testing.assert_close(value, want, **EXACT, msg=lambda m, k=k: f"{CASES[k]}: {m}")
     if dist.get_world_size() == 2:
-        count(rank)
+        count(rank, "aot_eager")
 
 
-def count(rank):
+def count(rank, compiler):
     """A regular step moves compact and dense gradients, and nothing else to speak of."""
-    for compiler in ("aot_eager", "inductor"):
-        torch._dynamo.reset()
-        model = data_parallel(Model())
-        compiled = torch.compile(model, backend="grass", options=options(compiler=compiler))
-        loss_of(compiled, batch(0)).backward()
-        stored = [getattr(p.grad, "compact", p.grad) for p in model.parameters()]
-        model.zero_grad()
-        loss = loss_of(compiled, batch(1))
-        with Traffic() as traffic:
-            loss.backward()
-        assert traffic.calls["all_reduce"] == 3  # in the graph two, and a bucket
-        assert traffic.bytes["all_reduce"] == sum(each.nbytes for each in stored)
+    torch._dynamo.reset()
+    model = data_parallel(Model())
+    compiled = torch.compile(model, backend="grass", options=options(compiler=compiler))
+    loss_of(compiled, batch(0)).backward()
+    stored = [getattr(p.grad, "compact", p.grad) for p in model.parameters()]
+    model.zero_grad()
+    loss = loss_of(compiled, batch(1))
+    with Traffic() as traffic:
+        loss.backward()
+    assert traffic.calls["all_reduce"] == 3  # in the graph two, and a bucket
+    assert traffic.bytes["all_reduce"] == sum(each.nbytes for each in stored)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +156,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(ranks, alone):
     spawn(equal_one_process, ranks, str(alone))
+
+
+@pytest.mark.slow
+def test_only_gradients_travel_by_inductors_code_too():
+    spawn(count, 2, "inductor")

@@ -162,25 +162,28 @@ def resume(rank, folder):
             torch.testing.assert_close(p.detach().full_tensor(), want, **EXACT)
 
 
-def run_inductor(rank):
-    """Code that Inductor generates trains alike; collectives move what is compact, and shards."""
+def by_inductor(rank):
+    """Code that Inductor generates trains alike."""
     generated, plain = (train(*CASES[0], compiler=each)[0] for each in ("inductor", "aot_eager"))
     torch.testing.assert_close(generated, plain, **EXACT)
-    for reshard in (True, False):
-        torch._dynamo.reset()
-        model = fully_shard(Model(), reshard_after_forward=reshard)
-        compiled = torch.compile(model, backend="grass", options=options(rank=8))
-        loss_of(compiled, batch(0)).backward()
-        compact = [p.grad.compact for p in model.parameters() if hasattr(p.grad, "compact")]
-        dense = [p.grad for p in model.parameters() if not hasattr(p.grad, "compact")]
-        want = sum(each.numel() for each in (*compact, *dense)) * 4
-        model.zero_grad()
-        loss = loss_of(compiled, batch(1))
-        with Traffic() as traffic:
-            loss.backward()
-        assert len(compact) == 2
-        assert traffic.bytes["reduce_scatter"] == want
-        assert (traffic.calls["all_gather"] > 0) == reshard
+
+
+def count(rank, reshard):
+    """Collectives move what is compact, and shards."""
+    torch._dynamo.reset()
+    model = fully_shard(Model(), reshard_after_forward=reshard)
+    compiled = torch.compile(model, backend="grass", options=options(rank=8))
+    loss_of(compiled, batch(0)).backward()
+    compact = [p.grad.compact for p in model.parameters() if hasattr(p.grad, "compact")]
+    dense = [p.grad for p in model.parameters() if not hasattr(p.grad, "compact")]
+    want = sum(each.numel() for each in (*compact, *dense)) * 4
+    model.zero_grad()
+    loss = loss_of(compiled, batch(1))
+    with Traffic() as traffic:
+        loss.backward()
+    assert len(compact) == 2
+    assert traffic.bytes["reduce_scatter"] == want
+    assert (traffic.calls["all_gather"] > 0) == reshard
 
 
 def refuse(rank):
@@ -207,7 +210,8 @@ def refuse(rank):
 def two(rank, folder):
     run(rank, folder)
     resume(rank, folder)
-    run_inductor(rank)
+    for reshard in (True, False):
+        count(rank, reshard)
     refuse(rank)
 
 
@@ -234,3 +238,8 @@ def test_four_processes_equal_one_and_resume_what_two_saved(folder):
 def test_one_process_resumes_what_two_saved(folder):
     with one_process(folder, "second"):
         resume(0, folder)
+
+
+@pytest.mark.slow
+def test_inductors_code_trains_alike():
+    spawn(by_inductor, 2)

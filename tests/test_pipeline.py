@@ -13,7 +13,7 @@ from torch._inductor.utils import fresh_cache
 import grass_fx
 from grass_fx.passes import pipeline
 from grass_fx.passes.pipeline import GrassPasses, PushReport
-from helpers import mlp
+from helpers import mlp, uncached
 
 
 class CountMatmuls(CustomGraphPass):
@@ -106,7 +106,7 @@ def test_the_scoring_variants_forward_comes_from_the_cache():
 @pytest.mark.parametrize("where", ["config", "options"])
 def test_a_pass_the_user_configured_still_runs(slot, where):
     theirs = CountMatmuls(f"{slot} {where}")
-    with fresh_cache():
+    with uncached():
         if where == "config":
             with inductor_config.patch({slot: theirs}):
                 train_once()
@@ -121,7 +121,7 @@ def test_inference_graphs_run_the_users_pass_alone():
     compiled = torch.compile(
         model, backend="grass", options={"inductor": {"joint_custom_pre_pass": theirs}}
     )
-    with fresh_cache(), torch.no_grad():
+    with uncached(), torch.no_grad():
         torch.testing.assert_close(compiled(torch.ones(4, 8)), model(torch.ones(4, 8)))
     assert theirs.seen and not any("grass" in name for name in theirs.seen[0])
 
