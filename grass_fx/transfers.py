@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+STAGED = 64 << 10
+"""Bytes of pageable memory that CUDA takes in at once. Of more a copy first waits for what the
+device has been given to do."""
+
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, of one dtype, flattened and on the CPU: one copy for each device."""
@@ -48,10 +52,12 @@ def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``. On CUDA nothing waits, and ``tensor`` may go at once:
-    pageable memory has been read when the call returns. Elsewhere that is not promised.
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    """A tensor of the CPU on ``device``. On CUDA nothing waits, and ``tensor`` may go at once."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.nbytes > STAGED:
+        tensor = tensor.pin_memory()  # which torch keeps until the copy is done
+    return tensor.to(device, non_blocking=True)
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import grass_fx
 from grass_fx import lowering
@@ -11,7 +12,7 @@ from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECTED_MM
 from grass_fx.testing.reference import Reference
-from grass_fx.transfers import to_device, to_host
+from grass_fx.transfers import STAGED, send, to_device, to_host
 from helpers import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -77,6 +78,8 @@ def test_a_checkpoint_moves_between_devices_and_resumes():
     again = copy.deepcopy(model)
     second = grass_fx.AdamW(again.named_parameters())
     second.load_state_dict({**optimizer.state_dict(), "state": saved})
+    states = [second.state[p] for p in again.parameters() if "generation" in second.state[p]]
+    assert states and all(state["generation"].device.type == "cpu" for state in states)
     for net, stepper in ((model, optimizer), (again, second)):
         torch._dynamo.reset()
         stepper.zero_grad()
@@ -110,6 +113,34 @@ def test_a_step_waits_for_the_gpu_only_to_read_scores_and_then_once(rule, dtype)
             torch.cuda.synchronize()
         read = [event for event in profiler.events() if "DtoH" in event.name]
         assert len(read) == scored or step < 5  # until then state is made and code compiled
+
+
+def test_a_step_that_reads_nothing_returns_while_the_gpu_is_busy():
+    """Through refreshes of so many rows that their copies are too large for CUDA to take in."""
+    model = nn.Sequential(*(nn.Linear(1536, 1536) for _ in range(8))).to("cuda", torch.bfloat16)
+    compiled = torch.compile(model, backend="grass", options={"rank": 1152, "refresh_every": 2})
+    optimizer = grass_fx.AdamW(model.parameters())
+    x = torch.randn(64, 1536, device="cuda", dtype=torch.bfloat16)
+    assert STAGED < 8 * 1152 * 8
+    for step in range(10):
+        optimizer.zero_grad()
+        compiled(x).square().mean().backward()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9 if step >= 6 else 1)  # until then code and buffers are made
+        awake = torch.cuda.Event()
+        awake.record()
+        optimizer.step()
+        assert not awake.query() or step < 6
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("count", [1, 1000, 100_000])
+def test_what_is_sent_may_go_at_once(count):
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda._sleep(10**8)
+    sent = send(torch.arange(count), device)
+    others = [torch.zeros(count, dtype=torch.int64).pin_memory() for _ in range(4)]
+    assert torch.equal(sent.cpu(), torch.arange(count)) and not any(map(torch.any, others))
 
 
 def test_many_tensors_travel_in_order():

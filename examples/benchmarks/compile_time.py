@@ -124,7 +124,7 @@ def main() -> None:
     # Few tokens: the code generated hardly depends on them, and the steps' own time stays small.
     add("--batch", type=int, default=2, help="sequences per step (default: 2)")
     add("--seq", type=int, default=128, help="tokens per sequence (default: 128)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
     add("--repeats", type=int, default=3, help="processes per variant (default: 3)")
     add("--json", type=Path, metavar="FILE", help="write every time measured here")

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rank", type=float, default=0.125)
     parser.add_argument("--side", default="in", choices=("in", "out"), help="columns or rows")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true", help="also ours with compile=True")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -367,7 +367,7 @@ def throughput(answer: dict[str, dict], args: argparse.Namespace) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
     add("--size", default="bench", choices=tuple(SIZES), help="the model (default: bench)")
     add("--vocab", type=int, help="another vocabulary than the size's")

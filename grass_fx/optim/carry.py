@@ -59,11 +59,12 @@ def _carried_together(moves: Sequence[Move]) -> Iterator[Carried]:
     old_sizes, sizes = [each.numel() for each in olds], [each.numel() for each in news]
     starts = [0, *accumulate(move.size for move in moves)][:-1]  # of each weight's rows
     firsts = [0, *accumulate(old_sizes)][:-1]  # of each weight's selected ones
-    repeated = [
-        torch.tensor(values, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
-        for values, counts in ((starts, old_sizes), (starts, sizes), (firsts, sizes))
-    ]
-    of_old, of_new, first = send(torch.cat(repeated), device).split([len(r) for r in repeated])
+    # A few numbers for each weight travel, and are repeated for its rows over there.
+    table = send(torch.tensor([starts, firsts, old_sizes, sizes], device="cpu"), device)
+    start, begin, old_count, count = table.unbind()
+    of_old = start.repeat_interleave(old_count, output_size=sum(old_sizes))
+    of_new = start.repeat_interleave(count, output_size=sum(sizes))
+    first = begin.repeat_interleave(count, output_size=sum(sizes))
     rows, wanted = torch.cat(olds).add_(of_old), torch.cat(news).add_(of_new)
     place = torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
     fresh = rows[place] != wanted

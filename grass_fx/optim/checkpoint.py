@@ -139,6 +139,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 # leaves alone, and puts it on the device where it belongs.
                 if isinstance(v, Tensor) and k in self.state[p]:
                     device = self.state[p][k].device if k == "step" else p.device
+                    if k == "generation":  # read by the host
+                        device = torch.device("cpu")
                     self.state[p][k] = v.to(device, copy=True)
             if p in subspaces:
                 registry.restore(p, subspaces[p])
