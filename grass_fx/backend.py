@@ -67,7 +67,7 @@ def grass(
     config = GrassConfig.from_options(options)
     patches = inductor_patches(mode or config.mode, config.inductor)
     compiler = _Compiler(config, patches)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or _turns_gradients_on(gm)):
         return compiler.plain(gm, example_inputs)
     start, before, name = time.perf_counter(), operations(gm.graph), _name_of(gm.graph)
     found = find_linear_weights_pass(gm, example_inputs, config=config)
@@ -87,6 +87,14 @@ def grass(
     compiled = compiler.tapped(gm, example_inputs, found, name)
     _log(found, compiled.report, time.perf_counter() - start, name)
     return compiled
+
+
+def _turns_gradients_on(gm: fx.GraphModule) -> bool:
+    """Whether a part of the graph computes gradients though its caller does not."""
+    return any(
+        node.op == "call_function" and node.target is torch._C._set_grad_enabled and node.args[0]
+        for node in gm.graph.nodes
+    )
 
 
 def _name_of(graph: fx.Graph) -> str:

@@ -146,7 +146,8 @@ class GrassCallable:
         delivery = _Delivery(
             weights, subspaces, selections, with_scores, self._stored, averaged, copies
         )
-        made = DeliverGradients.apply(delivery, *params)
+        with torch.enable_grad():  # the graph may turn gradients on itself
+            made = DeliverGradients.apply(delivery, *params)
         count = len(weights)
         extra: list[Tensor] = []
         for k, given in enumerate(inputs):

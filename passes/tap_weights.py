@@ -101,12 +101,14 @@ def average(x: Tensor, how: How) -> Tensor:
 # Module-level functions, so that the caches can name them (_torch_compat.compile_inductor).
 def tap(*args: Any) -> Tensor:
     """The tap of a regular step."""
-    return Tap.apply(*args)
+    with torch.enable_grad():  # a graph may turn gradients on after its taps
+        return Tap.apply(*args)
 
 
 def scoring_tap(*args: Any) -> Tensor:
     """The tap of a scoring step."""
-    return ScoringTap.apply(*args)
+    with torch.enable_grad():
+        return ScoringTap.apply(*args)
 
 
 def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

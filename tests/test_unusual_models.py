@@ -65,6 +65,21 @@ def test_a_table_by_keyword_is_dense_for_its_reason():
     assert weight.reason == "also used by embedding, which is no matrix product with it"
 
 
+@pytest.mark.parametrize("rule", ["cyclic", "top"])
+def test_a_model_may_turn_gradients_on_itself(rule, compiler):
+    def within(w, x):
+        with torch.no_grad():
+            factor = x @ w.T
+        with torch.enable_grad():
+            return torch.tanh(x @ w.T) * factor
+
+    model, backend = Weight(within, 16, 24), Captured(rank=4, selection=rule, compiler=compiler)
+    compiled = torch.no_grad()(torch.compile(model, backend=backend))
+    assert_exact(model, compiled, numbers(5, 24))
+    assert isinstance(model.w.grad, CompactGrad) and backend.only.report.pushed == ["w"]
+    assert (model.w.grad.scores is None) == (rule == "cyclic")
+
+
 SLICED = {
     "columns": (lambda w, x: F.linear(x, w[:, : x.shape[-1]]), lambda n: (4, n)),
     "rows": (lambda w, x: x @ w[: x.shape[0]].T, lambda n: (n, 24)),
