@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
@@ -55,6 +56,14 @@ def uncached() -> Iterator[None]:
     graphs = torch._inductor.config.patch(fx_graph_cache=False)
     with graphs, torch._functorch.config.patch(enable_autograd_cache=False):
         yield
+
+
+def interpreted_by_triton(cases: list) -> list:
+    """As ``grass_fx.testing.interpret.interpret``, where Triton's interpreter can."""
+    pytest.importorskip("triton", "3.7", reason="triton's interpreter, before 3.7, fails on numpy")
+    from grass_fx.testing.interpret import interpret
+
+    return interpret(cases)
 
 
 def text(graph: fx.Graph) -> str:

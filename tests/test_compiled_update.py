@@ -16,7 +16,7 @@ from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, noise, rounding_stream
 from grass_fx.optim.update import CompactStep, _add_in_order, adam_update_, add_rows_
 from grass_fx.selected import Selection
-from helpers import Captured, mlp
+from helpers import Captured, interpreted_by_triton, mlp
 
 SETTINGS = {
     "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5,
@@ -248,8 +248,8 @@ def module_of(steps, rounds):
 
 def virtual():
     pytest.importorskip("triton")
-    if torch.version.cuda is not None:
-        pytest.skip("a CUDA build of torch asks its driver")
+    if torch.cuda.is_available():
+        pytest.skip("test_gpu.py tests it on the GPU that there is")
     from grass_fx.testing import virtual_gpu
 
     return virtual_gpu
@@ -273,8 +273,6 @@ def test_the_weights_of_a_function_are_one_kernel_without_memory(dtype, rounds, 
 def interpreted():
     """(what the kernels left in their inputs, the same by eager code in float64)."""
     virtual()
-    from grass_fx.testing.interpret import interpret
-
     cases, wants = [], []
     for dtype in (torch.float32, torch.float16):
         steps, captured = steps_of(dtype), []
@@ -291,7 +289,7 @@ def interpreted():
                 getattr(each, name).copy_(getattr(rough, name))
         adam_update_(exact, compile=False, **{**SETTINGS, "weight_decay": 0.0})
         wants.append(exact)
-    return list(zip(interpret(cases), wants, strict=True))
+    return list(zip(interpreted_by_triton(cases), wants, strict=True))
 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["float32", "float16"])

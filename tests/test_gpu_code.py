@@ -7,11 +7,11 @@ from torch import nn
 
 from grass_fx.lowering import selected_mm as rule
 from grass_fx.ops import SELECTED_MM
+from helpers import interpreted_by_triton
 
 pytest.importorskip("triton")
-if torch.version.cuda is not None:
-    pytest.skip("a CUDA build of torch asks its driver", allow_module_level=True)
-from grass_fx.testing.interpret import interpret
+if torch.cuda.is_available():
+    pytest.skip("test_gpu.py tests it on the GPU that there is", allow_module_level=True)
 from grass_fx.testing.virtual_gpu import SHARED_MEMORY, compile_kernel, generate, tapped_backward
 
 B, M, N, R = 8192, 4096, 4096, 512  # 128 large tiles: the chip is full without cutting B
@@ -162,7 +162,7 @@ def case(dtype, dim, block, shape):
 @pytest.fixture(scope="module")
 def interpreted():
     cases = [case(*each) for each in CASES]
-    outputs = interpret([(module.code, inputs) for module, inputs, _ in cases])
+    outputs = interpreted_by_triton([(module.code, inputs) for module, inputs, _ in cases])
     return {
         each: (module, got[0], want)
         for each, (module, _, want), got in zip(CASES, cases, outputs, strict=True)
@@ -219,7 +219,9 @@ def backwards():
 def outputs(backwards):
     """What the modules return; bfloat16 is wrong in Triton's interpreter."""
     keys = [key for key in MODELS if key[0] != torch.bfloat16]
-    each = interpret([(backwards[key][1].code, backwards[key][2].inputs) for key in keys])
+    each = interpreted_by_triton(
+        [(backwards[key][1].code, backwards[key][2].inputs) for key in keys]
+    )
     return {key: [t for t in got if t is not None] for key, got in zip(keys, each, strict=True)}
 
 
@@ -287,7 +289,7 @@ def scorings():
 @pytest.fixture(scope="module")
 def scored(scorings):
     keys = [key for key in SCORING if key[0] != torch.bfloat16]
-    each = interpret([(scorings[key][0].code, scorings[key][1].inputs) for key in keys])
+    each = interpreted_by_triton([(scorings[key][0].code, scorings[key][1].inputs) for key in keys])
     return {key: [t for t in got if t is not None] for key, got in zip(keys, each, strict=True)}
 
 

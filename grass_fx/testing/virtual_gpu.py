@@ -32,7 +32,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
@@ -129,7 +129,7 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
         (torch.cuda, "get_device_name", always(props.name)),
         (torch.cuda, "is_bf16_supported", always(True)), (torch.cuda, "synchronize", always(None)),
         (torch.cuda, "device", nothing), (torch.cuda, "_DeviceGuard", nothing),
-        (torch.version, "cuda", "12.8"),
+        (torch.version, "cuda", "12.8"), (fake_tensor, "init_gpu_context", always(None)),
         (worker, "get_device_properties", staticmethod(always(props))),
         (cuda, "get_device_properties", staticmethod(always(props))),
         (cuda, "current_device", staticmethod(always(0))),
