@@ -216,13 +216,17 @@ def _times(scores: Tensor | None, factor: Any, power: int) -> Tensor | None:
     return scores * factor ** (2 * power)
 
 
-@_handles(aten.detach, aten.alias)
+@_handles(aten.detach.default, aten.alias.default)
 def _share(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     if grad.compact.requires_grad:
         return grad._with(grad.compact.detach(), grad.scores)
-    shared = grad._with(grad.compact, grad.scores)
-    shared.__dict__ = grad.__dict__  # what is done to one in place is done to both
+    # Autograd asks for one of each gradient. What is done to one in place is done to both.
+    compact: Tensor = grad.compact
+    shared: CompactGrad = torch.Tensor._make_wrapper_subclass(
+        type(grad), grad.shape, dtype=compact.dtype, device=compact.device
+    )
+    shared.__dict__ = grad.__dict__
     return shared
 
 

@@ -10,8 +10,10 @@ import dataclasses
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -27,9 +29,13 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """From Parameter to Subspace, weakly, and what is known of a Parameter before it has one."""
+    """From Parameter to Subspace, weakly, and what is known of a Parameter before it has one.
+
+    ``version`` counts what makes an answer of :meth:`demand` untrue.
+    """
 
     def __init__(self) -> None:
+        self.version = 0
         self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -97,7 +103,8 @@ class Registry:
         self, weight: Tensor, subspace: Subspace | None, spec: SubspaceSpec, name: str
     ) -> Subspace:
         if subspace is not None and _serves(subspace, spec):
-            subspace.convert(weight.dtype)
+            if subspace.convert(weight.dtype):
+                self._outdate()
             return subspace
         name = self._names.get(weight, name)
         if subspace is not None:
@@ -122,7 +129,12 @@ class Registry:
             made.selection = replace(made.selection, generation=generation)
         made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
         self._subspaces[weight] = made
+        self._outdate()
+        weakref.finalize(weight, self._outdate).atexit = False
         return made
+
+    def _outdate(self) -> None:
+        self.version += 1
 
     def _check_replaced(
         self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str
@@ -175,6 +187,32 @@ def _change(old: SubspaceSpec, new: SubspaceSpec) -> str:
     fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
     differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
     return ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
+
+
+class Demand:
+    """What one graph demands of its weights: :meth:`Registry.demand`, asked at every call.
+
+    The answer is remembered for the weights that were given, until the registry's version changes.
+    """
+
+    def __init__(
+        self, within: Registry, specs: Sequence[SubspaceSpec], names: Sequence[str]
+    ) -> None:
+        self._registry, self._specs, self._names = within, specs, names
+        self._known: dict[tuple[int, ...], list[weakref.ref[Subspace]]] = {}
+        self._version = within.version
+
+    def __call__(self, weights: Sequence[Tensor]) -> list[Subspace]:
+        """The weights' subspaces; errors as of :meth:`Registry.demand`."""
+        ids = tuple(map(id, weights))
+        if self._version == self._registry.version and (known := self._known.get(ids)) is not None:
+            return [cast(Subspace, subspace()) for subspace in known]
+        found = self._registry.demand(weights, self._specs, self._names)
+        if self._version != self._registry.version:
+            self._known.clear()
+            self._version = self._registry.version
+        self._known[ids] = [weakref.ref(subspace) for subspace in found]
+        return found
 
 
 registry = Registry()

@@ -16,7 +16,7 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
 from grass_fx.passes.tap_weights import proxies
-from grass_fx.registry import registry
+from grass_fx.registry import Demand, registry
 from grass_fx.selected import Selection
 from grass_fx.subspace import Subspace, graph_inputs
 
@@ -29,8 +29,8 @@ class _Delivery:
     subspaces: Sequence[Subspace]
     selections: Sequence[Selection]
     with_scores: bool
-    stored: dict[Any, list[Tensor]]
-    """The graph's proxies: weights that are alike share one, and every call uses it again."""
+    stored: list[list[Tensor]]
+    """The graph's proxies of each weight: shared by weights that are alike, and by all calls."""
     averaged: bool
     """Whether the graph averages gradients over the processes of a group."""
     copies: bool
@@ -48,13 +48,11 @@ class DeliverGradients(torch.autograd.Function):
     def forward(ctx: Any, delivery: _Delivery, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
-        made: list[list[Tensor]] = []
-        for weight, w in zip(delivery.weights, weights, strict=True):
-            alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
-            if alike not in delivery.stored:
-                delivery.stored[alike] = proxies(weight, w, delivery.with_scores)
-            made.append([proxy.detach() for proxy in delivery.stored[alike]])
-        return tuple(proxy for role in zip(*made, strict=True) for proxy in role)
+        if not delivery.stored:
+            delivery.stored.extend(_proxies(delivery, weights))
+        return tuple(
+            proxy.detach() for role in zip(*delivery.stored, strict=True) for proxy in role
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -96,6 +94,18 @@ class DeliverGradients(torch.autograd.Function):
         return (None, *results)
 
 
+def _proxies(delivery: _Delivery, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The proxies of each weight. A graph's weights are of the same shapes in every call."""
+    shared: dict[Any, list[Tensor]] = {}
+    made = []
+    for weight, w in zip(delivery.weights, weights, strict=True):
+        alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
+        if alike not in shared:
+            shared[alike] = proxies(weight, w, delivery.with_scores)
+        made.append(shared[alike])
+    return made
+
+
 class GrassCallable:
     """A compiled training graph with its taken weights.
 
@@ -118,15 +128,16 @@ class GrassCallable:
     ) -> None:
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self.regular, self.scoring, self.local = regular, scoring, local
-        self._demanded = [w.spec for w in found.taken], [w.name for w in found.taken]
+        specs, names = [w.spec for w in found.taken], [w.name for w in found.taken]
+        self._demand = Demand(registry, specs, names)
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()
-        self._stored: dict[Any, list[Tensor]] = {}
+        self._stored: list[list[Tensor]] = []
 
     def __call__(self, *args: Any) -> Any:
         weights = self.found.taken
         params = [args[weight.position] for weight in weights]
-        subspaces = registry.demand(params, *self._demanded)
+        subspaces = self._demand(params)
         replicas = subspaces[0].replicas
         self._check_ddp(params, subspaces)
         # Asked of subspaces, not of graphs: one process alone may compile again, for another size.

@@ -197,13 +197,14 @@ class Subspace:
             else:
                 self._set(*drawn, ascending=tops is not None and tops[0] is not None)
 
-    def convert(self, dtype: torch.dtype) -> None:
-        """The weight is of this dtype now."""
+    def convert(self, dtype: torch.dtype) -> bool:
+        """The weight is of this dtype now. Whether that changes anything."""
         if self._scale_dtype == (exact := scale_dtype(dtype)):
-            return
+            return False
         self._scale_dtype, self._given = exact, None
         if (scale := self.selection.scale) is not None:
             self.selection = replace(self.selection, scale=scale.to(exact))
+        return True
 
     def rename(self, name: str) -> None:
         """Report the weight under another name from now on."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, StateError
-from grass_fx.registry import Registry
+from grass_fx.registry import Demand, Registry
 from grass_fx.subspace import Subspace, SubspaceSpec, finish_steps
 
 SIZE = 12
@@ -290,6 +290,49 @@ def test_the_same_demand_is_the_same_subspace_and_another_starts_anew(caplog):
     assert registry.get(weight) is new is demand(registry, weight, rank=6)
     assert (new.step, new.selection.indices.numel()) == (0, 6)
     assert new.selection.generation > old.selection.generation
+
+
+def test_a_graphs_demand_is_remembered_until_another_graph_replaces_a_subspace():
+    registry, weights = Registry(), [parameter(), parameter()]
+    mine = Demand(registry, [spec_of(), spec_of()], ["a", "b"])
+    first = mine(weights)
+    version = registry.version
+    assert mine(weights) == first == [registry.get(weight) for weight in weights]
+    assert mine(weights[::-1]) == first[::-1] and registry.version == version
+    other = Demand(registry, [spec_of(rank=6)], ["b"])
+    with pytest.warns(GrassWarning, match="rank 4 -> 6"):
+        (replaced,) = other(weights[1:])
+    with pytest.warns(GrassWarning, match="rank 6 -> 4"):
+        again = mine(weights)
+    assert again[0] is first[0]
+    assert again[1] is registry.get(weights[1]) not in (first[1], replaced)
+
+
+def test_graphs_of_two_dtypes_have_a_scale_as_exact_as_the_weight_is_then():
+    registry, weight = Registry(), parameter()
+    spec = spec_of("uniform", replacement=True)
+    graphs = {dtype: Demand(registry, [spec], ["a"]) for dtype in (torch.float32, torch.float64)}
+    for dtype in (torch.float32, torch.float64, torch.float32, torch.float64, torch.float64):
+        weight.data = weight.data.to(dtype)
+        (subspace,) = graphs[dtype]([weight])
+        assert subspace is registry.get(weight) and subspace.selection.scale.dtype == dtype
+
+
+def test_another_parameter_in_the_place_of_a_deleted_one_has_its_own_subspace():
+    registry, places = Registry(), []
+    mine = Demand(registry, [spec_of()], ["a"])
+    for _ in range(20):
+        weight = parameter()
+        places.append(id(weight))
+        (subspace,) = mine([weight])
+        assert subspace is registry.get(weight) is mine([weight])[0]
+        assert subspace.step == 0
+        take_step(subspace)
+        subspace = weakref.ref(subspace)
+        del weight
+        gc.collect()
+        assert subspace() is None
+    assert len(set(places)) < len(places)
 
 
 def test_the_order_of_the_optimizer_keys_the_streams():

@@ -35,7 +35,7 @@ import grass_fx
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
-from grass_fx.registry import registry
+from grass_fx.registry import Demand, registry
 from grass_fx.runtime import GrassCallable
 from grass_fx.subspace import SubspaceSpec
 from roofline import LARGE, Roofline, Timer
@@ -84,6 +84,7 @@ class Ours(Side):
         found = FoundWeights(
             [LinearWeight(k, f"{k}", (SIZE, SIZE), self.spec) for k in range(len(weights))]
         )
+        self.demand = Demand(registry, [self.spec] * len(weights), [""] * len(weights))
         self.callable = GrassCallable(found, PushReport(), self.compiled, None)
 
     def compiled(self, *inputs: Tensor) -> Tensor:
@@ -94,9 +95,8 @@ class Ours(Side):
 
     def parts(self) -> dict[str, float]:
         """Seconds of what a step consists of, each alone and for all weights."""
-        device, count = self.weights[0].device, len(self.weights)
-        wanted = [self.spec] * count, [""] * count
-        subspaces, demanded = timed(lambda: registry.demand(self.weights, *wanted))
+        device = self.weights[0].device
+        subspaces, demanded = timed(lambda: self.demand(self.weights))
         selections, selected = timed(lambda: [s.selection_on(device) for s in subspaces])
         pairs, shape = list(zip(self.stored, selections, strict=True)), self.weights[0].shape
         made, wrapped = timed(lambda: [grass_fx.CompactGrad(c, s, shape) for c, s in pairs])
@@ -177,7 +177,7 @@ def main() -> None:
     columns = {n: without_compute(n, args.rounds, args.device) for n in counts}
     labels = {
         "forward": "forward, ours minus plain",
-        "demand": "- Registry.demand",
+        "demand": "- Demand",
         "select": "- Subspace.selection_on",
         "forward rest": "- the rest: proxies, node, arguments",
         "backward": "backward, ours minus plain",
