@@ -247,7 +247,13 @@ class _Compiler:
         names = {place: w.name for place, w in indices_of.items()}
         reshard = _reshards(gm.graph)
         make_pass = partial(
-            GrassPasses, report, names, stage=stage, variant=variant, reshard=reshard
+            GrassPasses,
+            report,
+            names,
+            stage=stage,
+            variant=variant,
+            reshard=reshard,
+            keeps=not with_scores,  # a scoring step needs it whole, and both share a forward
         )
         if self.config.compiler == "aot_eager":
             return compile_aot_eager(tapped, extended, make_pass(()))

@@ -92,8 +92,10 @@ class GrassConfig:
     gradient beside them, at the price of one more compact product; "auto" uses tiles for large
     gradients on a GPU."""
     side: str = "in"
-    """"in" selects input features, "out" output features, "auto" the smaller dimension. Of stacks
-    of matrices (experts) the rows of each are selected, whatever it says."""
+    """"in" selects input features, "out" output features, "auto" the smaller dimension. With "in"
+    and a rule without gradient norms the forward keeps only the selected columns of inputs that
+    nothing else needs. Of stacks of matrices (experts) the rows of each are selected, whatever it
+    says."""
     include: tuple[str, ...] | None = None
     """Patterns (fnmatch) of parameter names to take; None means all."""
     exclude: tuple[str, ...] = ()

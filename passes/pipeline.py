@@ -18,6 +18,7 @@ from torch import fx
 
 from grass_fx import _torch_compat
 from grass_fx._torch_compat import CustomGraphPass, input_position
+from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.recompute_gathers import recompute_gathers_pass
@@ -78,13 +79,13 @@ def log_pass(name: str, before: Counter[str], graph: fx.Graph, start: float, not
 
 class GrassPasses(CustomGraphPass):
     """Order: 1. ``push_norms``, which may free a gradient of the need to be whole;
-    2. ``push_selection``; 3. ``recompute_gathers``, if ``reshard``; 4. the passes that the user has
-    configured in Inductor.
+    2. ``push_selection``; 3. ``recompute_gathers``, if ``reshard``; 4. ``keep_selected``, if
+    ``keeps``; 5. the passes that the user has configured in Inductor.
 
     ``indices_of`` names the weight of each indices input, by its position among the inputs;
     ``report`` receives what was pushed, ``stage`` the graphs between the passes, and ``variant`` is
     what the log calls the graph. None of these changes what the passes do to a graph; ``reshard``
-    does.
+    and ``keeps`` do.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class GrassPasses(CustomGraphPass):
         stage: Stage | None = None,
         variant: str = "regular",
         reshard: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.report, self.indices_of, self.users, self.stage = report, indices_of, users, stage
-        self.variant, self.reshard = variant, reshard
+        self.variant, self.reshard, self.keeps = variant, reshard, keeps
 
     def __call__(self, graph: fx.Graph) -> None:
         self._show("joint", graph, "AOTAutograd")
@@ -117,6 +119,12 @@ class GrassPasses(CustomGraphPass):
         self._show("pushed", graph, "push_selection")
         if self.reshard:
             log.debug("recompute_gathers: %d gathered again", recompute_gathers_pass(graph))
+        if self.keeps:
+            start, before = time.perf_counter(), operations(graph)
+            count = keep_selected_pass(graph)
+            log_pass("keep_selected", before, graph, start, f"{self.variant}, {count} kept")
+            if count:
+                self._show("kept", graph, "keep_selected")
         for user_pass in self.users:
             user_pass(graph)
 
@@ -131,12 +139,12 @@ class GrassPasses(CustomGraphPass):
     def uuid(self) -> Any:
         """Everything the passes depend on: our sources, torch, and the user's passes.
 
-        No option of ours is in it but ``reshard``, because no pass on the joint graph reads one:
-        what the others decide is in the graph already. None (no caching) if a user's pass has no
-        uuid.
+        No option of ours is in it but ``reshard`` and ``keeps``, because no pass on the joint graph
+        reads one: what the others decide is in the graph already. None (no caching) if a user's
+        pass has no uuid.
         """
         ids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.users]
         if any(i is None for i in ids):
             return None
-        parts = [source_hash(), self.reshard, *map(repr, ids)]
+        parts = [source_hash(), self.reshard, self.keeps, *map(repr, ids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

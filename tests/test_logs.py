@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
 
 
 def test_torch_logs(trained):
-    for text, levels in zip(trained, ("I", "VVVVI"), strict=False):
+    for text, levels in zip(trained, ("I", "VVVVVI"), strict=False):
         lines = [line for line in text.splitlines() if "[0/0]" in line]
         assert "".join(line[0] for line in lines) == levels
         assert "2 weights taken, 0 left; 2 selections pushed, 0 stopped; " in lines[-1]
@@ -76,7 +76,7 @@ class Block(nn.Module):
 def test_each_pass_logs_the_operations_it_changed(caplog):
     with caplog.at_level(logging.DEBUG, "grass_fx"):
         torch.compile(Block(), backend=Captured(rank=2))(torch.randn(4, 8))
-    find, tap, norms, push, line = ours(caplog.records)
+    find, tap, norms, push, keep, line = ours(caplog.records)
     assert find.startswith("find_linear_weights: no change, ") and "1 taken, 0 left" in find
     assert tap.startswith("tap_weights: +2 placeholder, +1 tap, ") and tap.endswith("(regular)")
     assert norms.startswith("push_norms: no change")
@@ -84,6 +84,7 @@ def test_each_pass_logs_the_operations_it_changed(caplog):
         "push_selection: -1 aten.mm, -2 aten.permute, -1 grass.select, +1 grass.selected_mm, "
     )
     assert push.endswith(" ms (regular, 1 pushed, 0 stopped)")
+    assert keep.startswith("keep_selected: no change, ") and keep.endswith("(regular, 0 kept)")
     number = Block.forward.__code__.co_firstlineno + 1
     assert line.endswith(f"graph 0/0 of forward (test_logs.py:{number})")
 
@@ -122,10 +123,14 @@ def test_torch_trace_receives_the_graph_of_every_stage(trained):
             if name:
                 graphs[name] = []
                 assert (record["frame_id"], record["frame_compile_id"]) == (0, 0)
-    stages = ["dynamo", "tapped_regular", "joint_regular", "pushed_regular"]
+    stages = [
+        "dynamo", "tapped_regular", "joint_regular", "pushed_regular", "kept_regular",
+    ]  # fmt: skip
     assert list(graphs) == [f"grass_{stage}" for stage in stages]
     assert "grass.select.default" in "".join(graphs["grass_joint_regular"])
-    assert "grass.selected_mm.default" in "".join(graphs["grass_pushed_regular"])
+    pushed, kept = ("".join(graphs[f"grass_{stage}"]) for stage in stages[-2:])
+    assert pushed.count("grass.selected_mm.default") == 2 and "grass.select.default" not in pushed
+    assert kept.count("grass.selected_mm.default") == kept.count("grass.select.default") == 1
 
 
 # --- Files ----------------------------------------------------------------------------------------

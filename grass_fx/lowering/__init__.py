@@ -44,6 +44,8 @@ def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 
         size[dim] = indices.get_size()[1]
         rows = call(aten.expand.default, _along(call, indices, dim, len(size)), size)
         return _scaled(call, call(aten.gather.default, g, dim, rows), scale, dim)
+    if len(size) == 2 and dim == 1 and _known_stride(g, 0) is not None:
+        return _scaled(call, _columns(call, g, indices), scale, dim)
     index = [None] * len(size)
     index[dim] = indices
     return _scaled(call, call(aten.index.Tensor, g, index), scale, dim)

@@ -397,7 +397,7 @@ def tapped_backward(
         tapped, extended = tap_weights_pass(
             gm, inputs, found.taken, with_scores=scores, scoring=scoring
         )
-        passes = GrassPasses(PushReport(), {})
+        passes = GrassPasses(PushReport(), {}, keeps=not scores)
         compiled = compile_aot_eager(tapped, extended, passes, on_backward)
         return GrassCallable(found, PushReport(), compiled, compiled if scores else None)
 

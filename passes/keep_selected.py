@@ -1,0 +1,153 @@
+"""Keep X[:, σ] for the backward instead of X: what equation 3 of docs/method.md needs of it."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.passes.push import PRODUCTS, SPLITS
+from grass_fx.passes.push_rules import RESHAPES
+
+aten = torch.ops.aten
+
+TURNS = (aten.permute.default, aten.t.default)
+PARTS = (
+    *SPLITS, operator.getitem, aten.slice.Tensor, aten.select.int, aten.unbind.int,
+    aten.expand.default, aten.alias.default, aten.detach.default,
+)  # fmt: skip
+"""Other views, of more than what is selected from."""
+
+VIEWS = (*TURNS, aten.transpose.int, *RESHAPES)
+
+
+def keep_selected_pass(graph: fx.Graph) -> int:
+    """Gather the factor that the forward makes there, so that only its selected part is kept.
+
+    Before, the backward needs all of x::
+
+        mm = torch.ops.aten.mm.default(x, weight_t)
+        selected_mm = torch.ops.grass.selected_mm.default(d_t, x, indices, None, 1)
+
+    After::
+
+        mm = torch.ops.aten.mm.default(x, weight_t)
+        select = torch.ops.grass.select.default(x, indices, None, 1)
+        mm_1 = torch.ops.aten.mm.default(d_t, select)
+
+    If nothing but products use x in the forward, and nothing but selected products in the backward,
+    which together select less than x has; otherwise x is kept anyway, or is what something else is
+    computed again from. Not with ρ, nor inside of activation checkpointing. For joint graphs that
+    are not partitioned yet. Returns how many products take what is kept.
+    """
+    backward = _backward(graph)
+    products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=SELECTED_MM):
+        factor = _factor(node)
+        sigma, scale = cast("tuple[Any, ...]", node.args)[2:4]
+        if sigma.op == "placeholder" and scale is None and factor not in backward:
+            products[_views(factor)[0]].append(node)
+    count, order = 0, {node: k for k, node in enumerate(graph.nodes)}
+    for x, users in products.items():
+        forward = _forward_products(x, users, backward)
+        if not (forward and _is_less(users)):
+            continue
+        last = max(forward, key=order.__getitem__)
+        if all(order[last] < order[node] for node in users):
+            for node in users:
+                _keep(graph, node, last, order)
+            count += len(users)
+    return count
+
+
+def _backward(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on a gradient of the outputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        if tangent or any(x in found for x in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _factor(node: fx.Node) -> fx.Node:
+    """The factor of a selected product that is gathered from."""
+    a, b, _, _, dim, *_ = node.args
+    factor: Any = a if dim == 0 else b
+    return factor
+
+
+def _views(x: fx.Node) -> list[fx.Node]:
+    """``x`` and what it is a view of, from the tensor itself to ``x``."""
+    views = [x]
+    while x.target in VIEWS:
+        x = x.all_input_nodes[0]
+        views.append(x)
+    return views[::-1]
+
+
+def _forward_products(x: fx.Node, users: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
+    """The products of the forward that use ``x`` or a view of it.
+
+    None of them if anything else does, but ``users``: then it is kept anyway.
+    """
+    if x.op != "call_function" or x.target in PARTS:
+        return []  # an input of the graph is there anyway
+    found, ahead = [], [x]
+    while ahead:
+        node = ahead.pop()
+        if "recompute" in node.meta:
+            return []
+        for user in node.users:
+            if user.target in VIEWS:
+                ahead.append(user)
+            elif user in users:
+                continue
+            elif user in backward or user.target not in PRODUCTS:
+                return []
+            else:
+                found.append(user)
+    return found
+
+
+def _is_less(users: list[fx.Node]) -> bool:
+    """Whether all that is selected is smaller than what it is selected from."""
+    selected: dict[Any, float] = {}
+    for node in users:
+        factor, indices, dim = _factor(node), cast(fx.Node, node.args[2]), cast(int, node.args[4])
+        rank, size = indices.meta["val"].shape[0], factor.meta["val"].shape[dim]
+        selected[factor, indices] = rank / size
+    return sum(selected.values()) < 1
+
+
+def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Replace a selected product by a gather in the forward, after ``last``, and a product."""
+    a, b, indices, _, dim, *block = cast("tuple[Any, ...]", node.args)
+    x, *views = _views(_factor(node))
+    turned = dim == 0 and bool(views) and views[-1].target in TURNS
+    if turned:
+        views.pop()
+    for view in views:
+        if order[view] >= order[last]:  # autograd has made it in the backward
+            if all(order[each] <= order[last] for each in view.all_input_nodes):
+                last.append(view)
+                order[view] = order[last]
+            last = view
+    rows, along = [x, *views][-1], 1 if turned else dim
+    with graph.inserting_after(last):
+        kept = graph.call_function(SELECT, (rows, indices, None, along, *block))
+    kept.meta = {**x.meta, "val": SELECT(rows.meta["val"], indices.meta["val"], None, along)}
+    kept.meta.pop("tensor_meta", None)
+    with graph.inserting_before(node):
+        part = kept
+        if turned:
+            part = graph.call_function(aten.permute.default, (kept, [1, 0]))
+            part.meta["val"] = kept.meta["val"].permute(1, 0)
+        new = graph.call_function(aten.mm.default, (part, b) if dim == 0 else (a, part))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
