@@ -49,7 +49,7 @@ class DeliverGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
         if not delivery.stored:
-            delivery.stored.extend(_proxies(delivery, weights))
+            delivery.stored[:] = _proxies(delivery, weights)  # of two threads: the same twice
         return tuple(
             proxy.detach() for role in zip(*delivery.stored, strict=True) for proxy in role
         )

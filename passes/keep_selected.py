@@ -15,14 +15,13 @@ from grass_fx.passes.push_rules import RESHAPES
 
 aten = torch.ops.aten
 
-TURNS = (aten.permute.default, aten.t.default)
 PARTS = (
     *SPLITS, operator.getitem, aten.slice.Tensor, aten.select.int, aten.unbind.int,
     aten.expand.default, aten.alias.default, aten.detach.default,
 )  # fmt: skip
 """Other views, of more than what is selected from."""
 
-VIEWS = (*TURNS, aten.transpose.int, *RESHAPES)
+VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 
 
 def keep_selected_pass(graph: fx.Graph) -> int:
@@ -49,11 +48,12 @@ def keep_selected_pass(graph: fx.Graph) -> int:
     for node in graph.find_nodes(op="call_function", target=SELECTED_MM):
         factor = _factor(node)
         sigma, scale = cast("tuple[Any, ...]", node.args)[2:4]
-        if sigma.op == "placeholder" and scale is None and factor not in backward:
+        plain = sigma.op == "placeholder" and scale is None
+        if plain and node in backward and factor not in backward:
             products[_views(factor)[0]].append(node)
     count, order = 0, {node: k for k, node in enumerate(graph.nodes)}
     for x, users in products.items():
-        forward = _forward_products(x, users, backward)
+        forward = _forward_products(x, users, backward, order)
         if not (forward and _is_less(users)):
             continue
         last = max(forward, key=order.__getitem__)
@@ -90,7 +90,9 @@ def _views(x: fx.Node) -> list[fx.Node]:
     return views[::-1]
 
 
-def _forward_products(x: fx.Node, users: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
+def _forward_products(
+    x: fx.Node, users: list[fx.Node], backward: set[fx.Node], order: dict[fx.Node, int]
+) -> list[fx.Node]:
     """The products of the forward that use ``x`` or a view of it.
 
     None of them if anything else does, but ``users``: then it is kept anyway.
@@ -107,11 +109,18 @@ def _forward_products(x: fx.Node, users: list[fx.Node], backward: set[fx.Node]) 
                 ahead.append(user)
             elif user in users:
                 continue
-            elif user in backward or user.target not in PRODUCTS:
-                return []
+            elif user in backward or user not in order or user.target not in PRODUCTS:
+                return []  # not in ``order``: made here, for the backward
             else:
                 found.append(user)
     return found
+
+
+def _turns(view: fx.Node) -> bool:
+    """Whether it is the transpose of a matrix."""
+    return view.target is aten.t.default or (
+        view.target is aten.permute.default and view.args[1] == [1, 0]
+    )
 
 
 def _is_less(users: list[fx.Node]) -> bool:
@@ -128,7 +137,7 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, in
     """Replace a selected product by a gather in the forward, after ``last``, and a product."""
     a, b, indices, _, dim, *block = cast("tuple[Any, ...]", node.args)
     x, *views = _views(_factor(node))
-    turned = dim == 0 and bool(views) and views[-1].target in TURNS
+    turned = dim == 0 and bool(views) and _turns(views[-1])
     if turned:
         views.pop()
     for view in views:

@@ -76,7 +76,7 @@ def test_a_model_may_turn_gradients_on_itself(rule, compiler):
     model, backend = Weight(within, 16, 24), Captured(rank=4, selection=rule, compiler=compiler)
     compiled = torch.no_grad()(torch.compile(model, backend=backend))
     assert_exact(model, compiled, numbers(5, 24))
-    assert isinstance(model.w.grad, CompactGrad) and backend.only.report.pushed == ["w"]
+    assert isinstance(model.w.grad, CompactGrad)
     assert (model.w.grad.scores is None) == (rule == "cyclic")
 
 
