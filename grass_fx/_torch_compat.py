@@ -280,6 +280,7 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
         raise OptionError(f'options={{"inductor": ...}}: {message}') from None
 
 
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
 CUDA_GRAPHS = "triton.cudagraphs"
 """Inductor's option that records its code as CUDA graphs (``mode="reduce-overhead"``)."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from grass_fx import lowering
 from grass_fx._torch_compat import (
     CUDA_GRAPHS,
+    SET_GRAD_ENABLED,
     compile_aot_eager,
     compile_inductor,
     current_compilation,
@@ -92,10 +93,8 @@ def grass(
 
 def _turns_gradients_on(gm: fx.GraphModule) -> bool:
     """Whether a part of the graph computes gradients though its caller does not."""
-    return any(
-        node.op == "call_function" and node.target is torch._C._set_grad_enabled and node.args[0]
-        for node in gm.graph.nodes
-    )
+    turned = gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED)
+    return any(node.args[0] for node in turned)
 
 
 def _name_of(graph: fx.Graph) -> str:
