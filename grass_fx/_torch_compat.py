@@ -295,17 +295,17 @@ def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
 def overlapping(patches: Mapping[str, Any], sharded: bool) -> dict[str, Any]:
     """``patches``, and passes of Inductor by which collectives run beside computation.
 
-    Otherwise each is waited for at once. Waits for all-reduces sink as deep as memory allows.
-    Sharded, where gatherings stand in the way, each collective starts beside the product before the
-    one that needs it, in the graph's order; at most two are under way. What the patches or
-    Inductor's configuration say of such passes comes first.
+    Otherwise each is waited for at once. All-reduces start as early and are waited for as late as
+    memory allows; sharded, where gatherings stand between, each collective starts beside the
+    product before the one that needs it, at most two at a time. What a user configures comes first.
     """
     from torch._inductor import config
 
     key = "reorder_for_compute_comm_overlap"
     if key in patches or getattr(config, key):
         return dict(patches)
-    passes = ["raise_comms", "sink_waits"] if sharded else ["sink_waits_iterative"]
+    early = "reorder_communication_preserving_peak_memory"
+    passes = ["raise_comms", "sink_waits"] if sharded else ["sink_waits_iterative", early]
     return {**patches, key: True, f"{key}_passes": passes}
 
 

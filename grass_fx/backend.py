@@ -30,7 +30,6 @@ from grass_fx.config import GrassConfig
 from grass_fx.dump import Dump
 from grass_fx.errors import GrassWarning
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
-from grass_fx.passes.keep_selected import keeps_selected
 from grass_fx.passes.pipeline import (
     GrassPasses,
     PushReport,
@@ -253,7 +252,7 @@ class _Compiler:
             stage=stage,
             variant=variant,
             reshard=reshard,
-            keeps=keeps_selected(found, self.config),
+            keeps=not with_scores,
         )
         if self.config.compiler == "aot_eager":
             return compile_aot_eager(tapped, extended, make_pass(()))

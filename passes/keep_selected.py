@@ -9,9 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from grass_fx.config import GrassConfig
 from grass_fx.ops import SELECT, SELECTED_MM
-from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.push import PRODUCTS, SPLITS
 from grass_fx.passes.push_rules import RESHAPES
 
@@ -43,7 +41,8 @@ def keep_selected_pass(graph: fx.Graph) -> int:
     If nothing but products use x in the forward, and nothing but selected products in the backward,
     which together select less than x has; otherwise x is kept anyway, or is what something else is
     computed again from. Not with ρ, nor inside of activation checkpointing. For joint graphs that
-    are not partitioned yet. Returns how many products take what is kept.
+    are not partitioned yet, of rules without scores: a scoring step needs all of x, and both
+    variants share a forward. Returns how many products take what is kept.
     """
     backward = _backward(graph)
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -64,16 +63,6 @@ def keep_selected_pass(graph: fx.Graph) -> int:
                 _keep(graph, node, last, order)
             count += len(users)
     return count
-
-
-def keeps_selected(found: FoundWeights, config: GrassConfig) -> bool:
-    """Whether the pass runs: for rules without scores, where gradients are not averaged in graphs.
-
-    A scoring step needs all of x, and both variants share a forward. Between collectives Inductor's
-    orders of least memory and of overlap would leave no product to run beside them.
-    """
-    averaged = any(w.spec.group is not None or w.spec.shards is not None for w in found.taken)
-    return not config.needs_scores and not averaged
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:

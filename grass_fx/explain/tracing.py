@@ -20,7 +20,7 @@ from grass_fx.explain.sizes import size_expression, sizes_of_symbols
 from grass_fx.lowering.selected_mm import GATHER, way
 from grass_fx.ops import SELECTED_MM
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight, find_linear_weights_pass
-from grass_fx.passes.keep_selected import keep_selected_pass, keeps_selected
+from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
 from grass_fx.passes.push_norms import wants_tiles
 from grass_fx.passes.tap_weights import added_positions, tap_weights_pass
@@ -153,7 +153,7 @@ class _Tracer:
         self.before = self._measured(graph)
         GrassPasses(self.push, names)(graph)
         self.after = self._measured(graph)
-        if keeps_selected(self.found, self.config):
+        if not self.config.needs_scores:
             keep_selected_pass(graph)
 
     def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
