@@ -21,6 +21,9 @@ PARTS = (
 )  # fmt: skip
 """Other views, of more than what is selected from."""
 
+CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+"""Autocast makes one for each linear layer; the partitioner sees one of those alike."""
+
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 
 
@@ -51,10 +54,10 @@ def keep_selected_pass(graph: fx.Graph) -> int:
         sigma, scale = cast("tuple[Any, ...]", node.args)[2:4]
         plain = sigma.op == "placeholder" and scale is None
         if plain and node in backward and factor not in backward:
-            products[_views(factor)[0]].append(node)
+            products[_alike(_views(factor)[0])[0]].append(node)
     count, order = 0, {node: k for k, node in enumerate(graph.nodes)}
-    for x, users in products.items():
-        forward = _forward_products(x, users, backward, order)
+    for users in products.values():
+        forward = _forward_products(users, backward, order)
         if not (forward and _is_less(users)):
             continue
         last = max(forward, key=order.__getitem__)
@@ -91,16 +94,25 @@ def _views(x: fx.Node) -> list[fx.Node]:
     return views[::-1]
 
 
+def _alike(x: fx.Node) -> list[fx.Node]:
+    """All nodes that are the same tensor as ``x``, in the same order for each of them."""
+    if x.target not in CASTS:
+        return [x]
+    what = x.target, x.args, x.kwargs
+    return [y for y in x.all_input_nodes[0].users if (y.target, y.args, y.kwargs) == what]
+
+
 def _forward_products(
-    x: fx.Node, users: list[fx.Node], backward: set[fx.Node], order: dict[fx.Node, int]
+    users: list[fx.Node], backward: set[fx.Node], order: dict[fx.Node, int]
 ) -> list[fx.Node]:
-    """The products of the forward that use ``x`` or a view of it.
+    """The products of the forward that use the factor of ``users`` or a view of it.
 
     None of them if anything else does, but ``users``: then it is kept anyway.
     """
+    x = _views(_factor(users[0]))[0]
     if x.op != "call_function" or x.target in PARTS:
         return []  # an input of the graph is there anyway
-    found, ahead = [], [x]
+    found, ahead = [], _alike(x)
     while ahead:
         node = ahead.pop()
         if "recompute" in node.meta:

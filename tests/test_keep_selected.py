@@ -140,6 +140,23 @@ def test_weights_that_share_x_keep_their_own_parts_of_it():
         assert count(graph, SELECTED_MM) == 3 - want
 
 
+def test_casts_alike_are_one_tensor():
+    """Autocast makes one for each weight."""
+
+    def cast(x, w, tangents_1, first, second):
+        casts = [aten._to_copy.default(x, dtype=torch.float64) for _ in range(2)]
+        y, d = [aten.mm.default(c, w) for c in casts], aten.permute.default(tangents_1, [1, 0])
+        for c, sigma in zip(casts, (first, second), strict=True):
+            taken = sigma.numel() > 0
+            y.append(SELECTED_MM(d, c, sigma, None, 1) if taken else aten.mm.default(d, c))
+        return y
+
+    inputs = [x.float() for x in tensors((B, N))] + tensors((N, M), (B, M))
+    for sizes, want in (((3, 4), 2), ((4, 4), 0), ((3, 0), 0)):
+        graph, changed = kept(cast, *inputs, *map(torch.arange, sizes))
+        assert changed == want == count(graph, SELECT)
+
+
 def with_rho(x, w, tangents_1, indices):
     hidden = aten.view.default(aten.mul.Tensor(x, 2.0), [B, N])
     d = aten.permute.default(tangents_1, [1, 0])
