@@ -130,8 +130,10 @@ def trace_static(
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode(), torch.no_grad():
+    # Without a ShapeEnv, though no size is a symbol, Inductor does not cache.
+    with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True), torch.no_grad():
         fakes = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)
             for shape, strides, dtype, device in layouts
@@ -321,19 +323,17 @@ def compile_inductor(
     ``make_pass`` gets the passes the user has configured in the slot and returns the one object to
     put there (a list of passes crashes torch 2.11). The slot is the *pre* pass: before Inductor's
     own patterns (padding, noop removal), so that all compilers see one graph. ``cacheable`` maps
-    python functions in the graph to version strings: others keep AOTAutograd from caching.
+    python functions in the graph, of which others keep AOTAutograd from caching, and whatever else
+    the code depends on to version strings: they are a part of what the caches go by.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(patches)
     if make_pass is not None:
-        theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-        if theirs is None:
-            theirs = ()
-        elif not isinstance(theirs, (list, tuple)):
-            theirs = (theirs,)
-        patches["joint_custom_pre_pass"] = make_pass(tuple(theirs))
+        theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
+        theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+        patches["joint_custom_pre_pass"] = make_pass(theirs)
     if cacheable:
         key = "unsafe_marked_cacheable_functions"
         patches[key] = {**patches.get(key, getattr(config, key)), **cacheable}

@@ -35,12 +35,12 @@ from grass_fx.passes.pipeline import (
     PushReport,
     log_pass,
     operations,
-    source_hash,
 )
 from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
 from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
 from grass_fx.sharding import sharding_of
+from grass_fx.sources import source_hash
 
 log = logging.getLogger(__name__)
 

@@ -9,19 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from grass_fx import _torch_compat
 from grass_fx._torch_compat import CustomGraphPass, input_position
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.recompute_gathers import recompute_gathers_pass
+from grass_fx.sources import source_hash
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +33,6 @@ class PushReport:
 
     pushed: list[str] = field(default_factory=list)
     stopped: dict[str, str] = field(default_factory=dict)
-
-
-@cache
-def source_hash() -> str:
-    """A hash of every source file of the package, so that no cache outlives a change of it."""
-    root = Path(_torch_compat.__file__).parent
-    passes = Path(__file__).parent  # beside the package in a checkout, inside it when installed
-    files = sorted({*root.rglob("*.py"), *root.rglob("*.jinja"), *passes.glob("*.py")})
-    digest = hashlib.sha256(torch.__version__.encode())
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def operations(graph: fx.Graph) -> Counter[str]:

@@ -1,6 +1,12 @@
 """Nothing is compiled twice, and what CUDA graphs need of the added inputs: addresses that stay."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import grass_fx
-from grass_fx._torch_compat import compile_aot_eager
+from grass_fx._torch_compat import compile_aot_eager, compile_inductor, trace_static
 from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
@@ -18,6 +24,8 @@ from grass_fx.registry import registry
 from grass_fx.runtime import GrassCallable
 from grass_fx.subspace import graph_inputs
 from helpers import Captured, mlp
+
+RUN = uuid.uuid4()  # no other run's code is found
 
 
 def train(compiled, optimizer, steps, batch=5):
@@ -100,6 +108,61 @@ def test_aot_autograd_takes_the_added_inputs_for_static():
     # x alone is not: the parameters are, and d, indices and scale of two weights.
     static, total = look.seen
     assert total == 1 + 4 + 6 and len(static) == 4 + 6
+
+
+A_PROCESS = """
+import json, sys, torch, grass_fx
+from torch._dynamo.utils import counters
+from helpers import mlp
+device, made = sys.argv[1], {}
+for rule in ("cyclic", "uniform with replacement", "top"):
+    torch._dynamo.reset(), counters.clear(), torch.manual_seed(0)
+    model = mlp(16, 24, 12).to(device)
+    options = {"rank": 4, "selection": rule.split()[0], "refresh_every": 3}
+    options["replacement"] = "with" in rule
+    compiled = torch.compile(model, backend="grass", options=options)
+    optimizer = grass_fx.AdamW(model.parameters(), compile=True)
+    for _ in range(20):
+        compiled(torch.randn(32, 16, device=device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    counts = {**counters["aot_autograd"], **counters["inductor"], **counters["stats"]}
+    kinds = "_miss", "_bypass", "_hit", "unique_graphs"
+    made[rule] = {key: n for key, n in counts.items() if key.endswith(kinds)}
+    made[rule]["weights"] = [p.double().sum().item() for p in model.parameters()]
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_warm_second_process_compiles_nothing(device, tmp_path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    folders = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    variables = {**os.environ, **dict.fromkeys(folders, str(tmp_path))}
+    command, runs = [sys.executable, "-c", A_PROCESS, device], []
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=variables, cwd=Path(__file__).parent
+        )
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    for first, second in zip(*(run.values() for run in runs), strict=True):
+        assert first["fxgraph_cache_miss"] > 0 and first["unique_graphs"] == 1
+        missed = [key for key in second if key.endswith(("_miss", "_bypass"))]
+        assert not missed and second["autograd_cache_hit"] == first["autograd_cache_miss"]
+        assert second["weights"] == first["weights"]
+
+
+def test_code_of_another_version_is_not_found():
+    layout = torch.Size([4]), (1,), torch.float32, torch.device("cpu")
+    for version, kind in (("a", "miss"), ("a", "hit"), ("b", "miss"), ("b", "hit")):
+        graph, fakes = trace_static(lambda x: [x.sin()], [layout])
+        counters.clear()
+        with torch.no_grad():
+            compile_inductor(graph, fakes, {}, cacheable={"grass_fx": f"{version} {RUN}"})
+        assert counters["inductor"][f"fxgraph_cache_{kind}"] == 1
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ FLOORS = {
     "grass_fx.history": 2,
     "grass_fx.replicas": 2,
     "grass_fx.sharding": 2,
+    "grass_fx.sources": 2,
     "grass_fx.transfers": 2,
     "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grass_fx.ops import ADD_ROWS, along
 from grass_fx.optim.rounding import noise
+from grass_fx.sources import source_hash
 from grass_fx.transfers import send
 
 TOGETHER = 8
@@ -120,8 +121,9 @@ def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Cal
     graph, fakes = compat.trace_static(
         update_function([dim for dim, _ in keys], rounds), layouts(keys, dtype, rounds)
     )
+    patches, versions = compat.combined_kernels(TOGETHER), {"grass_fx": source_hash()}
     with torch.no_grad():
-        return compat.compile_inductor(graph, fakes, compat.combined_kernels(TOGETHER))
+        return compat.compile_inductor(graph, fakes, patches, cacheable=versions)
 
 
 def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[Layout]:
