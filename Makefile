@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: demo test slow docs setup typecheck smoke wheel clean
+.PHONY: demo test slow docs setup typecheck smoke wheel gpu clean
 
 # torch first, pinned: the CPU build where pip finds one; a range would take the newest, whatever it pulls.
 $(BIN)/.installed: pyproject.toml
@@ -65,6 +65,10 @@ smoke: setup
 wheel: setup
 	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
 	bash .ci/check-wheel dist/*.whl "$(TORCH)"
+
+## Everything that is measured on a GPU, an hour; TORCH names a build of torch for it.
+gpu: setup
+	$(BIN)/python examples/benchmarks/on_gpu.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

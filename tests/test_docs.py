@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_on_gpu import PLAN
 from test_structure import FLOORS, MODULES, floor_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,10 +140,13 @@ COMMAND = re.compile(
 
 
 def commands():
-    """Everything the documentation tells to run of ours: {"examples/compare.py": its flags}."""
-    told = {}
-    for page in PAGES:
-        for script, arguments in COMMAND.findall(page.read_text(encoding="utf-8")):
+    """Everything the documentation tells to run of ours: {"examples/compare.py": its flags}.
+
+    And all that is measured on a GPU, where there is no time for mistakes.
+    """
+    told, texts = {}, [page.read_text(encoding="utf-8") for page in PAGES]
+    for text in [*texts, *(f"    {each.command}" for each in PLAN)]:
+        for script, arguments in COMMAND.findall(text):
             flags = re.findall(r"(?<!\S)--[\w-]+", arguments)
             told.setdefault(script, set()).update(flags)
     return told

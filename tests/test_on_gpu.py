@@ -1,0 +1,54 @@
+"""The one command that measures on a GPU: what it runs, keeps, leaves out and goes on with."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+from on_gpu import PLAN, Measurement, done, measure_all  # noqa: E402
+
+
+def measurement(name, code, seconds=1):
+    return Measurement(name, seconds, f"what {name} does", shlex.join(["python", "-c", code]))
+
+
+def test_what_fails_is_told_and_the_rest_runs(tmp_path):
+    out = tmp_path / "runs" / "on_gpu.md"
+    plan = [measurement("bad", "print('so far'); 1 / 0"), measurement("good", "print('all of it')")]
+    assert measure_all(plan, out, None) == {"bad": 1, "good": 0}
+    text = out.read_text()
+    assert "so far" in text and "ZeroDivisionError" in text and "predicted: what bad does" in text
+    assert text.index("all of it") > text.index("ended with 1 after") and done(out) == {"good"}
+
+
+def test_a_next_call_goes_on(tmp_path, capsys):
+    out = tmp_path / "on_gpu.md"
+    plan = [measurement("long", "print('long')", seconds=600), measurement("short", "print(1)")]
+    assert measure_all(plan, out, minutes=1) == {"short": 0}
+    assert "long: left out" in capsys.readouterr().out
+    assert measure_all(plan, out, minutes=20) == {"long": 0}
+    assert "short: done before" in capsys.readouterr().out
+    assert measure_all(plan, out, None) == {} and done(out) == {"long", "short"}
+
+
+def test_what_takes_longer_than_it_may_is_stopped_and_tried_again(tmp_path):
+    out = tmp_path / "on_gpu.md"
+    slow = measurement("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=0)
+    assert measure_all([slow], out, minutes=0.05) == {"slow": 124}
+    assert "begun" in out.read_text() and done(out) == set()
+
+
+def test_names_are_unique():
+    assert len({each.name for each in PLAN}) == len(PLAN)
+
+
+@pytest.mark.parametrize("each", PLAN, ids=lambda each: each.name)
+def test_what_it_runs_exists(each):
+    """That scripts know their options is tested with the documentation's commands."""
+    program, *words = shlex.split(each.command)
+    files = [word for word in words if word.endswith(".py")]
+    assert program == "python" and files and all((ROOT / file).exists() for file in files)
