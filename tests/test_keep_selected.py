@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import grass_fx
+from grass_fx.explain import tracing
 from grass_fx.gradient import CompactGrad
+from grass_fx.lowering.selected_mm import GATHER, MEASURED, way
 from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
@@ -292,6 +294,15 @@ def test_a_checkpointed_layer_keeps_nothing_of_it(compiler):
         kept.append(size)
         loss.backward()
     assert kept[0] < kept[1] + 8 * 4 * 3  # but for the indices
+
+
+def test_explain_tells_that_what_is_left_are_plain_products(monkeypatch):
+    monkeypatch.setattr(tracing, "way", lambda _, *rest: way("cuda", *rest))  # as on a GPU
+    x = torch.randn(3, 10, 16)
+    for side, kernel in (("in", GATHER), ("out", MEASURED)):
+        options = {"rank": 4, "side": side, "mode": "max-autotune"}
+        report = grass_fx.explain(Gated(), x, options=options)
+        assert [weight.kernel for weight in report.weights if weight.taken] == [kernel] * 3
 
 
 def test_explain_counts_what_is_kept():

@@ -153,8 +153,9 @@ class _Tracer:
         self.before = self._measured(graph)
         GrassPasses(self.push, names)(graph)
         self.after = self._measured(graph)
-        if not self.config.needs_scores:
-            keep_selected_pass(graph)
+        if not self.config.needs_scores and keep_selected_pass(graph):
+            for place, kept in self._measured(graph).items():  # plain products, where it did
+                self.after[place] = replace(self.after[place], ways=kept.ways)
 
     def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
         """Called with the two halves of the step."""
