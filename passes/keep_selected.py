@@ -13,7 +13,7 @@ from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.push import PRODUCTS, SPLITS
 from grass_fx.passes.push_rules import RESHAPES
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 PARTS = (
     *SPLITS, operator.getitem, aten.slice.Tensor, aten.select.int, aten.unbind.int,
@@ -21,7 +21,7 @@ PARTS = (
 )  # fmt: skip
 """Other views, of more than what is selected from."""
 
-CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 """Autocast makes one for each linear layer; the partitioner sees one of those alike."""
 
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
@@ -43,17 +43,15 @@ def keep_selected_pass(graph: fx.Graph) -> int:
 
     If nothing but products use x in the forward, and nothing but selected products in the backward,
     which together select less than x has; otherwise x is kept anyway, or is what something else is
-    computed again from. Not with ρ, nor inside of activation checkpointing. For joint graphs that
-    are not partitioned yet, of rules without scores: a scoring step needs all of x, and both
-    variants share a forward. Returns how many products take what is kept.
+    computed again from. Not inside of activation checkpointing. ρ scales the product, as it did.
+    For joint graphs that are not partitioned yet, of rules without scores: a scoring step needs all
+    of x, and both variants share a forward. Returns how many products take what is kept.
     """
     backward = _backward(graph)
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=SELECTED_MM):
-        factor = _factor(node)
-        sigma, scale = cast("tuple[Any, ...]", node.args)[2:4]
-        plain = sigma.op == "placeholder" and scale is None
-        if plain and node in backward and factor not in backward:
+        factor, sigma = _factor(node), cast(fx.Node, node.args[2])
+        if sigma.op == "placeholder" and node in backward and factor not in backward:
             products[_alike(_views(factor)[0])[0]].append(node)
     count, order = 0, {node: k for k, node in enumerate(graph.nodes)}
     for users in products.values():
@@ -148,7 +146,7 @@ def _is_less(users: list[fx.Node]) -> bool:
 
 def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> None:
     """Replace a selected product by a gather in the forward, after ``last``, and a product."""
-    a, b, indices, _, dim, *block = cast("tuple[Any, ...]", node.args)
+    a, b, indices, scale, dim, *block = cast("tuple[Any, ...]", node.args)
     x, *views = _views(_factor(node))
     turned = dim == 0 and bool(views) and _turns(views[-1])
     if turned:
@@ -165,11 +163,21 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, in
     kept.meta = {**x.meta, "val": SELECT(rows.meta["val"], indices.meta["val"], None, along)}
     kept.meta.pop("tensor_meta", None)
     with graph.inserting_before(node):
-        part = kept
-        if turned:
-            part = graph.call_function(aten.permute.default, (kept, [1, 0]))
-            part.meta["val"] = kept.meta["val"].permute(1, 0)
-        new = graph.call_function(aten.mm.default, (part, b) if dim == 0 else (a, part))
+        part = _call(graph, aten.permute.default, kept, [1, 0]) if turned else kept
+        new = _call(graph, aten.mm.default, *((part, b) if dim == 0 else (a, part)))
+        if scale is not None:
+            if dim == 0:
+                scale = _call(graph, aten.unsqueeze.default, scale, 1)
+            new = _call(graph, aten.mul.Tensor, new, scale)
+            new = _call(graph, prims.convert_element_type.default, new, node.meta["val"].dtype)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call, and what it returns of fake tensors."""
+    node = graph.call_function(target, args)
+    fakes = (each.meta["val"] if isinstance(each, fx.Node) else each for each in args)
+    node.meta["val"] = target(*fakes)
+    return node

@@ -86,6 +86,23 @@ def test_a_weight_stored_as_in_by_out_is_no_different():
     assert select.meta["val"].shape == (B, 4) and select.args[3:] == (1, 2)
 
 
+def test_rho_scales_the_product():
+    def stored(x, w, tangents_1, indices, scale):
+        hidden = aten.view.default(aten.mul.Tensor(x, 2.0), [B, N])
+        d = aten.permute.default(tangents_1, [1, 0])
+        return aten.mm.default(hidden, w), SELECTED_MM(d, hidden, indices, scale, 1)
+
+    def turned(x, w, tangents_1, indices, scale):
+        hidden = aten.view.default(aten.mul.Tensor(x, 2.0), [B, N])
+        turned = aten.permute.default(hidden, [1, 0])
+        return aten.mm.default(hidden, w), SELECTED_MM(turned, tangents_1, indices, scale, 0)
+
+    for function in (stored, turned):
+        for dtype in (torch.float64, torch.float32):
+            graph, changed = kept(function, *INPUTS, torch.rand(R, dtype=dtype))
+            assert changed == 1 and count(graph, SELECTED_MM) == 0
+
+
 def test_a_permutation_that_turns_nothing_is_none():
     def straight(x, w, tangents_1, indices):
         hidden = aten.mul.Tensor(x, 2.0)
@@ -159,13 +176,6 @@ def test_casts_alike_are_one_tensor():
         assert changed == want == count(graph, SELECT)
 
 
-def with_rho(x, w, tangents_1, indices):
-    hidden = aten.view.default(aten.mul.Tensor(x, 2.0), [B, N])
-    d = aten.permute.default(tangents_1, [1, 0])
-    scale = aten.mul.Tensor(indices, 0.5)
-    return aten.mm.default(hidden, w), SELECTED_MM(d, hidden, indices, scale, 1)
-
-
 def of_an_input(x, w, tangents_1, indices):
     flat = aten.view.default(x, [B, N])
     d = aten.permute.default(tangents_1, [1, 0])
@@ -199,7 +209,7 @@ def of_what_the_backward_makes(x, w, tangents_1, indices):
 
 
 ELSEWHERE = [
-    with_rho, of_an_input, in_the_backward, in_the_forward, returned, of_what_the_backward_makes,
+    of_an_input, in_the_backward, in_the_forward, returned, of_what_the_backward_makes,
 ]  # fmt: skip
 
 
@@ -264,11 +274,12 @@ def test_a_model_keeps_less_and_its_gradients_are_the_same(compiler, dynamic):
     torch.manual_seed(0)
     twin, x, kept = Gated().double(), torch.randn(3, 10, 16, dtype=torch.float64), {}
     twin(x).square().mean().backward()
-    for rule in ("cyclic", "top"):  # whose first step is a scoring step, which keeps all
+    for rule in ("cyclic", "uniform", "top"):  # whose first step scores, which keeps all
         torch._dynamo.reset()
         model = copy.deepcopy(twin)
         model.zero_grad()
-        backend = Captured(rank=4, side="in", selection=rule, compiler=compiler)
+        settings = {"rank": 4, "side": "in", "replacement": rule == "uniform"}
+        backend = Captured(**settings, selection=rule, compiler=compiler)
         compiled = torch.compile(model, backend=backend, dynamic=dynamic)
         kept[rule], loss = saved_for_backward(compiled, x)
         loss.backward()
@@ -278,7 +289,7 @@ def test_a_model_keeps_less_and_its_gradients_are_the_same(compiler, dynamic):
                 torch.testing.assert_close(got.grad.compact, selected)
             else:
                 torch.testing.assert_close(got.grad, want.grad)
-    assert kept["cyclic"] < kept["top"]
+    assert max(kept["cyclic"], kept["uniform"]) < kept["top"]
 
 
 def test_a_checkpointed_layer_keeps_nothing_of_it(compiler):
