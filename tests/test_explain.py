@@ -475,3 +475,20 @@ def test_the_command_line_explains_the_example(capsys, tmp_path):
         assert main(["explain", "--model", wrong]) == 2
         assert f"--model {wrong}" in capsys.readouterr().err
     assert main(["explain", *given[:4], "--inputs", "2xx8"]) == 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_without_a_tensor_among_its_inputs(dynamic):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x):
+            places = torch.ones(x.shape[0]).cumsum(0)
+            torch._dynamo.graph_break()
+            return self.a(x).sum() * places.sum()
+
+    x = torch.randn(5, 16)
+    report = grass_fx.explain(Model(), x, options={"rank": 4}, dynamic=dynamic)
+    assert report.graphs == 1 and report.weights[0].status == "pushed"

@@ -84,6 +84,8 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
 
     The regular variant is traced; what scoring adds is by the formulas of ``grass_fx.cost``.
     """
+    if not any(isinstance(value, Tensor) for value in inputs):
+        return None
     found = find_linear_weights_pass(gm, inputs, config=config)
     graph = TracedGraph({}, sizes_of_symbols(inputs))
 
