@@ -126,13 +126,13 @@ def trace_static(
 ) -> tuple[fx.GraphModule, list[Tensor]]:
     """A function of tensors as a graph of constant sizes, and the fakes it was traced with.
 
-    ``layouts``: (shape, strides, dtype, device) of each tensor.
+    ``layouts``: (shape, strides, dtype, device) of each tensor. Though no size is a symbol, there
+    is a ShapeEnv: Inductor caches nothing without one.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # Without a ShapeEnv, though no size is a symbol, Inductor does not cache.
     with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True), torch.no_grad():
         fakes = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -200,8 +200,7 @@ def compile_aot_eager(
     """AOTAutograd with Inductor's decompositions and partitioner; the graphs run as they are.
 
     ``on_backward`` may look at the backward graph, and returns what is to run for it;
-    ``on_partition`` sees forward and backward as soon as there are two.
-    The joint pass runs as the first act of the partitioner, which works in every version.
+    ``on_partition`` sees both halves. The joint pass is the first act of the partitioner.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -294,21 +293,24 @@ def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
     return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
 
 
-def overlapping(patches: Mapping[str, Any], sharded: bool) -> dict[str, Any]:
-    """``patches``, and passes of Inductor by which collectives run beside computation.
-
-    Otherwise each is waited for at once. All-reduces start as early and are waited for as late as
-    memory allows; sharded, where gatherings stand between, each collective starts beside the
-    product before the one that needs it, at most two at a time. What a user configures comes first.
-    """
+def overlapping(patches: Mapping[str, Any], passes: Sequence[Any]) -> dict[str, Any]:
+    """``patches``, and passes on Inductor's scheduler, of its own by name, for collectives to run
+    beside computation. What a user configures of such passes comes first."""
     from torch._inductor import config
 
     key = "reorder_for_compute_comm_overlap"
     if key in patches or getattr(config, key):
         return dict(patches)
-    early = "reorder_communication_preserving_peak_memory"
-    passes = ["raise_comms", "sink_waits"] if sharded else ["sink_waits_iterative", early]
-    return {**patches, key: True, f"{key}_passes": passes}
+    return {**patches, key: True, f"{key}_passes": list(passes)}
+
+
+def scheduling_of(node: Any) -> tuple[bool, bool, set[str], set[str]]:
+    """Whether a scheduler node starts a collective or waits for one; what it makes; and what it
+    needs, but for what only keeps collectives in order."""
+    from torch._inductor.utils import contains_collective, contains_wait
+
+    needs = {d.name for d in node.unmet_dependencies if not getattr(d, "is_fake", False)}
+    return contains_collective(node), contains_wait(node), {*node.get_buffer_names()}, needs
 
 
 def compile_inductor(
@@ -334,11 +336,9 @@ def compile_inductor(
         theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
         theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
         patches["joint_custom_pre_pass"] = make_pass(theirs)
-    if cacheable:
-        key = "unsafe_marked_cacheable_functions"
-        patches[key] = {**patches.get(key, getattr(config, key)), **cacheable}
-    compiled: Any = compile_fx(gm, inputs, config_patches=patches)
-    return compiled
+    key = "unsafe_marked_cacheable_functions"
+    patches[key] = {**patches.get(key, getattr(config, key)), **(cacheable or {})}
+    return cast("Callable[..., Any]", compile_fx(gm, inputs, config_patches=patches))
 
 
 def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
@@ -394,9 +394,9 @@ def tuning_everything() -> bool:
 
 @cache
 def triton_template(name: str, source: str) -> Any:
-    """A template of Inductor: tiles of (m, n) on the grid's first axis, SPLIT_K on its second.
+    """A template of Inductor, whose names are unique in a process: hence the cache.
 
-    Template names are unique in a process, hence the cache.
+    Tiles of (m, n) are on the grid's first axis, SPLIT_K on its second.
     """
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 

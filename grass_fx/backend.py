@@ -29,6 +29,7 @@ from grass_fx._torch_compat import (
 from grass_fx.config import GrassConfig
 from grass_fx.dump import Dump
 from grass_fx.errors import GrassWarning
+from grass_fx.overlap import all_reduce_early
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.pipeline import (
     GrassPasses,
@@ -262,7 +263,9 @@ class _Compiler:
         patches = dict(self.patches)
         sharded = any(w.spec.shards for w in found.taken)
         if sharded or any(w.spec.group for w in found.taken):
-            patches = overlapping(patches, sharded)
+            # Waits of gatherings cannot sink far: each starts beside the product before its own.
+            passes = ["raise_comms", "sink_waits"] if sharded else [all_reduce_early]
+            patches = overlapping(patches, passes)
         if scoring is not None and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
         return compile_inductor(tapped, extended, patches, make_pass, cacheable)

@@ -1,5 +1,6 @@
 """Collectives run beside the backward's computation, though the forward keeps only what it must."""
 
+import random
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 
 import grass_fx
 from grass_fx.distributed import data_parallel, fully_shard
+from grass_fx.overlap import early_order
 from helpers import mlp
 from ranks import spawn
 
@@ -21,6 +23,37 @@ LETTERS = {  # what generated code does, by a part of the line
     "mm": "m",
 }
 CALLS = re.compile(rf"(?:_c10d_functional\.|extern_kernels\.)({'|'.join(LETTERS)})\w*(?:\.\w+)?\(")
+
+
+def ordered(nodes):
+    """Letters of nodes, each with the places of what it needs, in their new order."""
+    letters, before = zip(*nodes, strict=True)
+    starts, waits = ([each == letter for each in letters] for letter in "rw")
+    return "".join(letters[k] for k in early_order(starts, waits, before))
+
+
+def test_all_reduces_start_early_and_are_waited_for_late():
+    m, n = ("m", set()), ("m", {0})
+    assert ordered([m, n, n, ("r", {0}), ("w", {3}), ("r", {2}), ("w", {5})]) == "mrmmrww"
+    assert ordered([m, ("r", {0}), ("w", {1}), n, ("p", {2}), n]) == "mrmwpm"  # p reads the average
+    twice = [m, ("r", {0}), ("w", {1}), ("r", {2}), ("w", {3}), n, n]  # of an average
+    assert ordered(twice) == "mrwrmmw"
+
+
+def test_a_new_order_keeps_every_dependency_and_the_order_of_collectives():
+    draw = random.Random(0)
+    for _ in range(300):
+        letters = ["m", *draw.choices("mmmrw", k=30)]
+        before = [set()] + [
+            {*draw.sample(range(k), min(k, draw.randint(0, 3)))} for k in range(1, 31)
+        ]
+        starts, waits = ([each == letter for each in letters] for letter in "rw")
+        order = early_order(starts, waits, before)
+        place = {k: at for at, k in enumerate(order)}
+        assert sorted(order) == [*range(31)]
+        assert all(place[other] < place[k] for k in order for other in before[k])
+        begun = [k for k in order if starts[k]]
+        assert begun == sorted(begun)
 
 
 def order(way, **inductor):

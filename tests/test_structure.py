@@ -27,6 +27,7 @@ FLOORS = {
     "grass_fx.transfers": 2,
     "grass_fx.planning": 2,
     "grass_fx._torch_compat": 2,
+    "grass_fx.overlap": 3,
     "grass_fx.registry": 3,
     "grass_fx.subspace": 3,
     "grass_fx.selection": 3,
