@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import SELECT, SELECTED_MM
-from grass_fx.passes.push import PRODUCTS, SPLITS
+from grass_fx.passes.push import PRODUCTS, SPLITS, Push
 from grass_fx.passes.push_rules import RESHAPES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -162,22 +162,13 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, in
         kept = graph.call_function(SELECT, (rows, indices, None, along, *block))
     kept.meta = {**x.meta, "val": SELECT(rows.meta["val"], indices.meta["val"], None, along)}
     kept.meta.pop("tensor_meta", None)
-    with graph.inserting_before(node):
-        part = _call(graph, aten.permute.default, kept, [1, 0]) if turned else kept
-        new = _call(graph, aten.mm.default, *((part, b) if dim == 0 else (a, part)))
-        if scale is not None:
-            if dim == 0:
-                scale = _call(graph, aten.unsqueeze.default, scale, 1)
-            new = _call(graph, aten.mul.Tensor, new, scale)
-            new = _call(graph, prims.convert_element_type.default, new, node.meta["val"].dtype)
+    call = Push({}, graph, node, indices, scale, block).call  # before the product
+    part = call(aten.permute.default, kept, [1, 0]) if turned else kept
+    new = call(aten.mm.default, *((part, b) if dim == 0 else (a, part)))
+    if scale is not None:
+        scale = call(aten.unsqueeze.default, scale, 1) if dim == 0 else scale
+        new = call(aten.mul.Tensor, new, scale)
+        new = call(prims.convert_element_type.default, new, node.meta["val"].dtype)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A call, and what it returns of fake tensors."""
-    node = graph.call_function(target, args)
-    fakes = (each.meta["val"] if isinstance(each, fx.Node) else each for each in args)
-    node.meta["val"] = target(*fakes)
-    return node

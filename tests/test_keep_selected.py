@@ -67,8 +67,8 @@ def forward(self, x_1, w_1, tangents_1_1, indices_1):
     view_1 = torch.ops.aten.view.default(mul, [6, 8])
     select_default = torch.ops.grass.select.default(view_1, indices_1, None, 1)
     permute = torch.ops.aten.permute.default(tangents_1_1, [1, 0])
-    mm_default = torch.ops.aten.mm.default(permute, select_default)
-    return (mm, mm_default)
+    mm_1 = torch.ops.aten.mm.default(permute, select_default)
+    return (mm, mm_1)
 """,
     )
     assert changed == 1
