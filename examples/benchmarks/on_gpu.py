@@ -83,7 +83,7 @@ PLAN = (
     ),
     Measurement(
         "step-1b-graphs", 60, "regular 0.81, scoring 1.05 to 1.08",
-        f"{LAYERS_1B} --mode reduce-overhead",
+        f"{LAYERS_1B} --mode reduce-overhead --variants full regular scoring eager",
     ),
     Measurement(
         "step-1b-autotuned", 400, "as without: the forward gathers, and products are the vendor's",
@@ -119,6 +119,14 @@ PLAN = (
     Measurement(
         "memory-13b", 120, "35.8 GiB at r = 1/8 within 40 GB, scoring as regular",
         f"{MEMORY} --size 13b --limit-gb 40 --methods grass grass_tiles",
+    ),
+    Measurement(
+        "memory-13b-rank-64", 60, "27.7 GiB within 40 GB",
+        f"{MEMORY} --size 13b --limit-gb 40 --rank 64 --methods grass",
+    ),
+    Measurement(
+        "memory-7b-in-24-gb", 90, "19.1 GiB within 24 GB, scoring as regular",
+        f"{MEMORY} --size 7b --limit-gb 24 --methods grass grass_tiles",
     ),
     Measurement(
         "train-60m", 480, "the losses within 0.05 of each other after the same steps",
