@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class GrassError(Exception):
     """Base of every error that grass_fx raises on purpose."""
@@ -41,3 +44,17 @@ class MissingPackageError(GrassError, ImportError):
 
 class DistributedError(GrassError, RuntimeError):
     """Processes that train one model together disagree, or can no longer reach each other."""
+
+
+def warn(message: str) -> None:
+    """Give a GrassWarning at the line that led here: the nearest one outside of torch and grass_fx.
+
+    Python shows a warning once for each such line.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, GrassWarning, stacklevel=level)
+
+
+_INSIDE = ("torch", "grass_fx")
