@@ -55,6 +55,7 @@ class DeliverGradients(torch.autograd.Function):
         )
 
     @staticmethod
+    @torch.compiler.disable  # else Dynamo traces it where a whole training step is compiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         delivery: _Delivery = ctx.delivery
         if torch.is_grad_enabled():  # silently a constant, otherwise
@@ -89,7 +90,14 @@ class DeliverGradients(torch.autograd.Function):
                 compact = subspace.sharding.whole(compact)
             averaged = delivery.averaged and delivery.weights[k].spec.group is not None
             results.append(
-                CompactGrad(compact, selection, ctx.shapes[k], scores, local=not averaged)
+                CompactGrad(
+                    compact,
+                    selection,
+                    ctx.shapes[k],
+                    scores,
+                    local=not averaged,
+                    owner=subspace,
+                )
             )
         return (None, *results)
 

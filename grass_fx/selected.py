@@ -21,8 +21,9 @@ class Selection:
     """One selection of a weight: immutable, so that a gradient kept for later stays true.
 
     ``indices`` σ: (r,) int64 in ascending blocks, of which one that is drawn twice follows itself;
-    ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor dimension they select; ``generation``
-    counts the weight's selections. Of a stack of e matrices they select rows of :func:`matrix`:
+    ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor dimension they select; ``generation``:
+    a number that no other selection of this process has; ``draw`` counts the weight's selections,
+    as checkpoints do. Of a stack of e matrices they select rows of :func:`matrix`:
     (e·r,), r of each, ``dim`` 0.
     """
 
@@ -31,6 +32,7 @@ class Selection:
     dim: int
     generation: int
     name: str = "a weight"
+    draw: int = 0
 
     def to(self, device: torch.device) -> Selection:
         """The same selection on another device."""
@@ -44,10 +46,18 @@ class Selection:
         return replace(self, indices=indices, scale=scale)
 
     def same_as(self, other: Selection) -> bool:
-        """Whether both select the same rows; compares values only where identity does not tell."""
+        """Whether both are one selection; compares values only where identity does not tell."""
         if self is other or self.indices is other.indices:
             return True
         return self.generation == other.generation and torch.equal(self.indices, other.indices)
+
+    def same_rows(self, other: Selection) -> bool:
+        """Whether both select the same rows with the same ρ, by their values."""
+        if not torch.equal(self.indices, other.indices):
+            return False
+        if self.scale is None or other.scale is None:
+            return self.scale is other.scale
+        return bool((self.scale == other.scale).all())
 
     def part(self, rows: Tensor) -> Selection:
         """Some of the selected rows alone: ``rows`` (k,), ascending places in σ."""

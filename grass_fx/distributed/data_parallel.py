@@ -195,7 +195,8 @@ class ModelReplicas:
                     "Build its module with sparse=False."
                 )
             if isinstance(grad, CompactGrad):
-                grad.local, grad = False, grad.compact
+                grad.mark_averaged()
+                grad = grad.compact
             lists = buckets.setdefault((grad.dtype, grad.device), [[]])
             if sum(each.nbytes for each in lists[-1]) >= BUCKET_BYTES:
                 lists.append([])
