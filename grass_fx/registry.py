@@ -9,75 +9,94 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from grass_fx.errors import GrassWarning, OptionError
+from grass_fx.errors import OptionError, warn
 from grass_fx.gradient import CompactGrad
+from grass_fx.records import Record, add_holder, holders, known, place_of, record_of, when_gone
 from grass_fx.replicas import replicas_of
 from grass_fx.sharding import sharding_of
-from grass_fx.subspace import Subspace, SubspaceSpec
+from grass_fx.spec import SubspaceSpec
+from grass_fx.subspace import Subspace
 
 log = logging.getLogger(__name__)
 
 
 class Registry:
-    """From Parameter to Subspace, weakly, and what is known of a Parameter before it has one.
+    """What graphs and optimizers ask of a Parameter's record, and what they put there.
 
-    ``version`` counts what makes an answer of :meth:`demand` untrue.
+    ``version`` increases whenever an earlier answer of :meth:`demand` may be stale.
     """
 
     def __init__(self) -> None:
         self.version = 0
-        self._subspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._announced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._subspaces: weakref.WeakSet[Subspace] = weakref.WeakSet()
         self._first_uses = itertools.count()
 
     def get(self, weight: Tensor) -> Subspace | None:
         """The weight's subspace, or None while no compiled graph has used it."""
-        return self._subspaces.get(weight)
+        record = known(weight)
+        return None if record is None else record.subspace
 
-    def announce(self, weights: Iterable[Tensor], names: Iterable[str | None]) -> None:
-        """An optimizer registers its parameters: their index keys their random streams."""
-        for index, (weight, name) in enumerate(zip(weights, names, strict=True)):
-            if is_traceable_wrapper_subclass(weight) and weight not in sharding_of:
-                continue  # never taken; and torch converts one only if no weak reference knows it
-            self._keys[weight], self._announced[weight] = index, True
+    def announce(
+        self, optimizer: Any, weights: Iterable[Tensor], names: Iterable[str | None]
+    ) -> list[Record]:
+        """An optimizer has these parameters now: their records.
+
+        Their places in it key their random streams. Places are looked up at first use: libraries
+        exchange an optimizer's parameters after its construction.
+        """
+        add_holder(optimizer)
+        records = []
+        for weight, name in zip(weights, names, strict=True):
+            record = record_of(weight)
+            record.key = None
             if name is not None:
-                self._names[weight] = name
-                if (subspace := self.get(weight)) is not None:
-                    subspace.rename(name)
+                record.name = name
+                if record.subspace is not None:
+                    record.subspace.rename(name)
+            records.append(record)
+        return records
 
     def name_of(self, weight: Tensor, default: str = "a parameter") -> str:
         """What reports call the parameter: as its optimizer does, else as the graph does."""
-        subspace = self.get(weight)
-        name: str = self._names.get(weight, default if subspace is None else subspace.name)
-        return name
+        record = known(weight)
+        if record is None:
+            return default
+        return record.name or (default if record.subspace is None else record.subspace.name)
 
     def key_of(self, weight: Tensor) -> int:
         """What keys the parameter's random streams: its index in its optimizer."""
-        if weight not in self._keys:
-            self._keys[weight] = next(self._first_uses)
-        key: int = self._keys[weight]
-        return key
+        record = record_of(weight)
+        if record.key is None:
+            found = place_of(weight)
+            record.key = next(self._first_uses) if found is None else found[1]
+        return record.key
 
     def strays(self) -> list[str]:
         """Names of weights with a compact gradient that are in no optimizer of ours."""
-        return [
-            subspace.name
-            for weight, subspace in self._subspaces.items()
-            if weight not in self._announced and isinstance(weight.grad, CompactGrad)
-        ]
+        held = {id(r.subspace) for optimizer in holders() for r in optimizer.records}
+        return [s.name for s in self._subspaces if s.delivered and id(s) not in held]
+
+    def adopt(self, parameter: Tensor, subspace: Subspace) -> None:
+        """A parameter that no graph uses has got a gradient of ``subspace``, and steps in it.
+
+        So do master weights: ``master.grad = weight.grad.float()``.
+        """
+        record = record_of(parameter)
+        saved, record.saved = record.saved, None
+        if saved is not None:
+            subspace.load(saved)
+            warn(
+                f"{subspace.name}: the loaded state of its subspace was that of another parameter, "
+                "and is known since this step: its gradient is of the selection before."
+            )
+        record.subspace = subspace
 
     def demand(
         self, weights: Sequence[Tensor], specs: Sequence[SubspaceSpec], names: Sequence[str]
@@ -90,13 +109,13 @@ class Registry:
         Raises:
             OptionError: a weight holds a gradient of the old one; none is replaced.
         """
-        known: list[Subspace | None] = [self._subspaces.get(weight) for weight in weights]
-        for weight, subspace, spec, name in zip(weights, known, specs, names, strict=True):
+        found = [self.get(weight) for weight in weights]
+        for weight, subspace, spec, name in zip(weights, found, specs, names, strict=True):
             if subspace is not None and not _serves(subspace, spec):
                 self._check_replaced(weight, subspace.spec, spec, name)
         return [
             self._made(weight, subspace, spec, name)
-            for weight, subspace, spec, name in zip(weights, known, specs, names, strict=True)
+            for weight, subspace, spec, name in zip(weights, found, specs, names, strict=True)
         ]
 
     def _made(
@@ -106,31 +125,29 @@ class Registry:
             if subspace.convert(weight.dtype):
                 self._outdate()
             return subspace
-        name = self._names.get(weight, name)
+        record = record_of(weight)
+        name = record.name or name
         if subspace is not None:
             change = _change(subspace.spec, spec)
             log.warning(
                 "%s: compiled with other options (%s), its subspace starts anew", name, change
             )
-            warnings.warn(  # one text for all weights: shown once
+            warn(  # one text for all weights: shown once
                 f"the model was compiled with other options before ({change}): subspaces start "
                 "anew. If one function uses a weight and another its transpose, compile them as "
-                "one function, or exclude the weight.",
-                GrassWarning,
-                stacklevel=4,
+                "one function, or exclude the weight."
             )
         made = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
-        saved = self._saved.get(weight)
-        if saved is not None:
-            made.load(saved)
-            del self._saved[weight]
-        elif subspace is not None:
-            generation = subspace.selection.generation + 1
-            made.selection = replace(made.selection, generation=generation)
+        if record.saved is not None:
+            made.load(record.saved)
+            record.saved = None
+        elif subspace is not None:  # an optimizer's state of the old one is of an older draw
+            made.selection = replace(made.selection, draw=subspace.selection.draw + 1)
         made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
-        self._subspaces[weight] = made
+        record.subspace = made
+        self._subspaces.add(made)
         self._outdate()
-        weakref.finalize(weight, self._outdate).atexit = False
+        when_gone(weight, self._outdate)
         return made
 
     def _outdate(self) -> None:
@@ -142,7 +159,7 @@ class Registry:
         """Raise OptionError if another graph wants another subspace inside a step."""
         if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
             raise OptionError(
-                f"{self._names.get(weight, name)}: two compiled functions with different options "
+                f"{self.name_of(weight, name)}: two compiled functions with different options "
                 f"share this weight ({_change(old, new)}), and it holds a gradient of the first. "
                 "Compile both with the same options, or call optimizer.zero_grad() before the "
                 "other one takes over."
@@ -150,32 +167,37 @@ class Registry:
 
     def check(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         """Raise StateError if a saved state cannot be restored."""
-        subspace: Subspace | None = self._subspaces.get(weight)
+        subspace = self.get(weight)
         if subspace is not None:
             subspace.check(state)
 
     def restore(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         """Load a saved :meth:`Subspace.state`, now or when a graph first uses the weight."""
-        subspace: Subspace | None = self._subspaces.get(weight)
-        if subspace is None:
-            self._saved[weight] = dict(state)
+        record = record_of(weight)
+        if record.subspace is None:
+            record.saved = dict(state)
         else:
-            subspace.load(state)
+            record.subspace.load(state)
 
     def restart(self, weight: Tensor) -> None:
         """The weight's subspace is as before the first step, and nothing waits for its first use.
 
         One that has not stepped stays as it is: a backward may be under way.
         """
-        self._saved.pop(weight, None)
+        record_of(weight).saved = None
         subspace, key = self.get(weight), self.key_of(weight)
         if subspace is not None and (subspace.step or subspace.key != key):
             subspace.restart(key, subspace.selection.indices.device)
 
     def saved_state(self, weight: Tensor) -> Mapping[str, Tensor]:
         """What a checkpoint must hold of the weight's subspace; empty if it has none."""
-        subspace = self._subspaces.get(weight)
-        return subspace.state() if subspace is not None else self._saved.get(weight, {})
+        record = known(weight)
+        if record is None:
+            return {}
+        if record.subspace is None:
+            return record.saved or {}
+        state: Mapping[str, Tensor] = record.subspace.state()
+        return state
 
 
 def _serves(subspace: Subspace, spec: SubspaceSpec) -> bool:

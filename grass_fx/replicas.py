@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from grass_fx.records import PerParameter
 
 
 class Replicas(Protocol):
@@ -24,5 +25,5 @@ class Replicas(Protocol):
         """The tensors, of one dtype and device, each summed over the processes."""
 
 
-replicas_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Parameter -> its :class:`Replicas`, weakly."""
+replicas_of: PerParameter[Replicas] = PerParameter("replicas")
+"""Parameter -> its :class:`Replicas`."""

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from grass_fx.records import PerParameter
 from grass_fx.selected import Selection
 
 
@@ -85,5 +85,5 @@ def common_parts(shards: Shards, units: int, selected: int) -> int | None:
     return None
 
 
-sharding_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Parameter -> its :class:`Sharding`, weakly."""
+sharding_of: PerParameter[Sharding] = PerParameter("sharding")
+"""Parameter -> its :class:`Sharding`."""

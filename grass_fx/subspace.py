@@ -6,22 +6,25 @@ step (docs/method.md, "Steps, periods, refreshes").
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from grass_fx import selection as rules
-from grass_fx.config import RULES, GrassConfig
+from grass_fx.config import RULES
 from grass_fx.errors import StateError
+from grass_fx.gradient import Owner
 from grass_fx.history import Norms, SelectionHistory
 from grass_fx.replicas import Replicas
 from grass_fx.selected import Selection
-from grass_fx.sharding import Sharding, Shards
+from grass_fx.sharding import Sharding
+from grass_fx.spec import SubspaceSpec, scale_dtype
 from grass_fx.transfers import to_device
 
 log = logging.getLogger(__name__)
@@ -30,87 +33,29 @@ Draw = tuple[Tensor, Tensor | None]
 """Units of one matrix, (r / B,), and ρ per unit with replacement."""
 
 
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """ρ is as exact as the weight, but never less than float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class SubspaceSpec:
-    """What a compiled graph demands of a weight's subspace: shapes, rule and schedule."""
-
-    size: int
-    """The size of the selected dimension, m (side "out") or n (side "in")."""
-    dim: int
-    """The tensor dimension that is selected."""
-    side: str = field(compare=False)
-    """"out" or "in", for reports: of a matrix used both ways, graphs may see different sides."""
-    rank: int
-    """r."""
-    block: int
-    """B, 1 where the configured one does not divide ``size``."""
-    selection: str
-    replacement: bool
-    refresh_every: int | float
-    seed: int
-    group: str | None = field(default=None, compare=False)
-    """The process group by which the graph averages C, by name; graphs may know it or not."""
-    shards: Shards | None = field(default=None, compare=False)
-    """How the graph averages C if dimension 0 of the weight is sharded over processes."""
-    parts: int = 1
-    """A selection of rows that are sharded has as many in each of so many equal parts."""
-    stack: int | None = None
-    """How many matrices a stacked weight holds, each with r rows of its own; None: it is one."""
-
-    @classmethod
-    def of(
-        cls, config: GrassConfig, size: int, dim: int, side: str, stack: int | None = None
-    ) -> SubspaceSpec:
-        """The subspace that ``config`` wants along a dimension of ``size``."""
-        rank, block = config.rank_and_block(size)
-        schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
-        return cls(size, dim, side, rank, block, *schedule, stack=stack)
-
-    @property
-    def indices_shape(self) -> tuple[int, ...]:
-        """The shape of σ, and of ρ, in graphs."""
-        return (self.rank,) if self.stack is None else (self.stack, self.rank)
-
-    @property
-    def pieces(self) -> int:
-        """How many draws make a selection: one for each matrix of a stack, or each part."""
-        return self.stack or self.parts
-
-    @property
-    def piece_size(self) -> int:
-        """The rows that one draw selects from."""
-        return self.size // self.parts
-
-    @property
-    def piece_rank(self) -> int:
-        """The rows that one draw selects."""
-        return self.rank // self.parts
-
-    @property
-    def rows(self) -> int:
-        """How many rows have a score: those of all matrices of a stack."""
-        return self.size * (self.stack or 1)
-
-    def compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of C for a weight of ``shape``."""
-        compact = list(shape)
-        compact[self.dim] = self.rank
-        return tuple(compact)
-
-    def own_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of this process's part of it."""
-        first, *rest = self.compact_shape(shape)
-        return (first // (self.shards.ranks if self.shards else 1), *rest)
+_generations = itertools.count()
+"""Numbers of selections: each is given once in a process, and no load restores one."""
 
 
 def selects_rows(state: Mapping[str, Tensor], weight: Tensor) -> bool:
     """Whether a saved :meth:`Subspace.state` is of rows; of a stack it always is."""
     return weight.dim() == 3 or int(state["subspace_counters"][7]) == 0
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """What a step's end will have made of a subspace: see :meth:`Subspace.become`."""
+
+    step: int
+    retry: bool
+    frozen: bool
+    selection: Selection | None = None
+    """The next one, on the CPU first; None: it stays."""
+    orders: Sequence[Tensor] = ()
+    position: int = 0
+    drawn: Tensor | None = None
+    """Its indices on the CPU, for the history, with the ``norms`` it was drawn by."""
+    norms: Norms = ()
 
 
 class Subspace:
@@ -128,7 +73,7 @@ class Subspace:
     def __init__(
         self, spec: SubspaceSpec, key: int, name: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.owner = spec, name, Owner(self)
         self.rule = RULES[spec.selection]
         self._scale_dtype = scale_dtype(dtype)
         self.compilations: set[tuple[int, int]] = set()
@@ -139,7 +84,7 @@ class Subspace:
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # what the inputs of graphs hold
         dim = spec.dim if spec.stack is None else 0
-        self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name)
+        self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name, -1)
         self.restart(key, device)
 
     def restart(self, key: int, device: torch.device) -> None:
@@ -148,9 +93,10 @@ class Subspace:
         self.delivered = self.frozen = self._retry = False
         units = self.spec.piece_size // self.spec.block
         # Exhausted walks, one of each matrix: the first draw starts the first permutations.
-        self._orders, self._position = [torch.arange(units, device="cpu")] * self.spec.pieces, units
+        self._orders: Sequence[Tensor] = [torch.arange(units, device="cpu")] * self.spec.pieces
+        self._position = units
         self._history = SelectionHistory(self.spec.rows)
-        self._set(self._draw(), ())
+        self.become(self._next(Upcoming(0, False, False), *self._draw()))
         self.selection_on(device)
 
     @property
@@ -175,27 +121,40 @@ class Subspace:
         """Record the last change of the selection in the history."""
         self._history.settle()
 
-    def finish_step(self, scores: Tensor | None) -> None:
-        """:func:`finish_steps` of this subspace alone."""
-        finish_steps([(self, scores)])
+    def upcoming(
+        self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None
+    ) -> Upcoming:
+        """What the end of this step brings, by the norms of all units of each piece; a pure answer.
 
-    def finish(self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None) -> None:
-        """As :func:`finish_steps` says, by the norms of all units of each piece, (pieces, units).
-
-        ``tops``: the units of largest norm of the one piece, ascending, if they are known already.
+        ``norms``: (pieces, units), or None. ``tops``: the units of largest norm of the one piece,
+        ascending, if they are known already.
         """
-        was_due, self.delivered = self.scoring_due, False
-        self.step += 1
+        step = self.step + 1
+        stays = Upcoming(step, self._retry, self.frozen)
         if not self.rule.needs_scores:
-            if self._at_period_end(self.step):
-                self._set(self._draw(), ())
-        elif was_due:
-            drawn = None if norms is None else self._draw_by(norms, tops or [None] * len(norms))
-            self._retry = drawn is None
-            if drawn is None:
-                log.info("%s: no usable scores, the selection stays for another step", self.name)
-            else:
-                self._set(*drawn, ascending=tops is not None and tops[0] is not None)
+            return self._next(stays, *self._draw()) if self._at_period_end(step) else stays
+        if not self.scoring_due:
+            return stays
+        by_scores = None if norms is None else self._draw_by(norms, tops or [None] * len(norms))
+        if by_scores is None:
+            log.info("%s: no usable scores, the selection stays for another step", self.name)
+            return replace(stays, retry=True)
+        drawn, known, frozen = by_scores
+        ascending = tops is not None and tops[0] is not None
+        stays = Upcoming(step, False, frozen)
+        return self._next(stays, drawn, self._orders, self._position, known, ascending)
+
+    def become(self, upcoming: Upcoming) -> None:
+        """Be as :meth:`upcoming` said; this cannot fail."""
+        self.delivered = False
+        self.step, self._retry, self.frozen = upcoming.step, upcoming.retry, upcoming.frozen
+        if upcoming.selection is None:
+            return
+        assert upcoming.drawn is not None
+        self._history.change(upcoming.drawn, self.step, upcoming.norms)
+        self.selection = upcoming.selection
+        self._orders, self._position = upcoming.orders, upcoming.position
+        self.period += 1
 
     def convert(self, dtype: torch.dtype) -> bool:
         """The weight is of this dtype now. Whether that changes anything."""
@@ -242,28 +201,30 @@ class Subspace:
     def _count(self) -> int:
         return self.spec.piece_rank // self.spec.block
 
-    def _draw(self) -> list[Draw]:
-        """Without scores: rule 8, or rule 10 (also every rule's first)."""
+    def _draw(self) -> tuple[list[Draw], Sequence[Tensor], int]:
+        """Without scores: rule 8, or rule 10 (also every rule's first); and the walks after it."""
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
             even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
             for k in range(self.spec.pieces):
                 stream = self._stream(k)
                 drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
-            return drawn
-        before, start = self._orders, self._position
-        self._orders = []
-        for k, order in enumerate(before):
+            return drawn, self._orders, self._position
+        orders, position = [], self._position
+        for k, order in enumerate(self._orders):
             stream = self._stream(k)
-            units, order, self._position = rules.cyclic(order, start, self._count, stream)
-            self._orders.append(order)
+            units, order, position = rules.cyclic(order, self._position, self._count, stream)
+            orders.append(order)
             drawn.append((units, None))
-        return drawn
+        return drawn, orders, position
 
     def _draw_by(
         self, norms: Tensor, tops: Sequence[Tensor | None]
-    ) -> tuple[list[Draw], Norms] | None:
-        """By scores, with the norms that are held and all of them; None if none are usable."""
+    ) -> tuple[list[Draw], Norms, bool] | None:
+        """By scores, with the norms that are held and all of them, and whether they freeze it.
+
+        None if no scores are usable.
+        """
         drawn: list[Draw | None] = []
         known: list[tuple[Tensor, Tensor]] = []
         positive, repeats = self.rule.freezes, self.spec.replacement
@@ -281,10 +242,9 @@ class Subspace:
             positive = positive and bool((held > 0).all())
         if not known:
             return None
-        self.frozen = positive
         if len(known) < len(drawn):  # reads σ back from its device
             drawn = [new or old for new, old in zip(drawn, self._current(), strict=True)]
-        return cast("list[Draw]", drawn), known
+        return cast("list[Draw]", drawn), known, positive
 
     def _current(self) -> list[Draw]:
         """The current selection as it was drawn."""
@@ -296,8 +256,19 @@ class Subspace:
         scales = self.selection.scale.cpu().view(shape)[:, ::block]
         return list(zip(units, scales, strict=True))
 
-    def _set(self, drawn: Sequence[Draw], norms: Norms, ascending: bool = False) -> None:
-        """The next selection, on the CPU; ``ascending``: it has no ρ, and its units are so."""
+    def _next(
+        self,
+        after: Upcoming,
+        drawn: Sequence[Draw],
+        orders: Sequence[Tensor],
+        position: int,
+        norms: Norms = (),
+        ascending: bool = False,
+    ) -> Upcoming:
+        """``after`` with the selection that was drawn, on the CPU.
+
+        ``ascending``: it has no ρ, and its units are in order.
+        """
         rows, scales = [], []
         for k, (units, scale) in enumerate(drawn):
             if not ascending:
@@ -310,19 +281,26 @@ class Subspace:
                 # Rule 10's first selection, in a graph that takes ρ.
                 scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
         indices = torch.cat(rows)
-        self._history.change(indices, self.step, norms)
-        self.selection = replace(
+        selection = replace(
             self.selection,
             indices=indices,
             scale=torch.cat(scales).to(self._scale_dtype) if scales else None,
-            generation=self.selection.generation + 1,
+            generation=next(_generations),
+            draw=self.selection.draw + 1,
         )
-        self.period += 1
+        return replace(
+            after,
+            selection=selection,
+            orders=orders,
+            position=position,
+            drawn=indices,
+            norms=norms,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
         counters = (
-            self.step, self.period, self.selection.generation, self._position, self.key,
+            self.step, self.period, self.selection.draw, self._position, self.key,
             int(self.frozen), int(self._retry), self.spec.dim, self.spec.size, self.spec.parts,
         )  # fmt: skip
         state = {
@@ -362,7 +340,7 @@ class Subspace:
         self.check(state)
         counters = state["subspace_counters"].tolist()
         indices, scale = state["subspace_indices"], state.get("subspace_scale")
-        self.step, self.period, generation, self._position, self.key = counters[:5]
+        self.step, self.period, draw, self._position, self.key = counters[:5]
         self.frozen, self._retry = self.rule.freezes and bool(counters[5]), bool(counters[6])
         orders = state["subspace_order"].cpu().chunk(len(self._orders))
         self._orders = [each.clone() for each in orders]
@@ -372,7 +350,8 @@ class Subspace:
             self.selection,
             indices=indices.to(device),
             scale=None if scale is None else scale.to(device, self._scale_dtype),
-            generation=generation,
+            generation=next(_generations),
+            draw=draw,
         )
 
 
@@ -406,23 +385,28 @@ def graph_inputs(
     return [subspace._inputs for subspace in subspaces]
 
 
-def finish_steps(finished: Iterable[tuple[Subspace, Tensor | None]]) -> None:
+def finish_steps(
+    finished: Iterable[tuple[Subspace, Tensor | None]],
+    check: Callable[[Sequence[tuple[Subspace, Upcoming]]], None] = lambda changed: None,
+) -> None:
     """Tell subspaces that an optimizer step used their selections; refresh those that are due.
 
     With the scores s of each, (size,) float32 as its gradient brought them, or None. Scores that
-    are missing, not finite or all zero keep the selection and make the next step a scoring step. Of
-    a stack, (e·size,), only the matrices of which this is so keep theirs, unless it is so of all.
+    are missing, not finite or all zero keep the selection and make the next step a scoring step. In
+    a stack, (e·size,), only the affected matrices keep their selection; if all are affected, the
+    next step scores again.
+
+    ``check`` sees those that are about to change. If it raises, or anything else does, none has.
     """
-    finished = list(finished)
-    devices = [subspace.selection.indices.device for subspace, _ in finished]
+    upcoming: list[tuple[Subspace, Upcoming]] = []
     alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
     for subspace, scores in finished:
         rule, spec = subspace.rule, subspace.spec
         if scores is None or not subspace.scoring_due:
-            subspace.finish(None)
+            upcoming.append((subspace, subspace.upcoming(None)))
         elif rule.power or spec.replacement or spec.pieces > 1:
             pieces = scores.cpu().view(spec.pieces, -1)
-            subspace.finish(rules.unit_norms(pieces, spec.block))
+            upcoming.append((subspace, subspace.upcoming(rules.unit_norms(pieces, spec.block))))
         else:
             alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
     for (_, rank, block), entries in alike.items():
@@ -430,12 +414,18 @@ def finish_steps(finished: Iterable[tuple[Subspace, Tensor | None]]) -> None:
         norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
         tops = rules.tops(norms, rank // block)
         for (subspace, _), each, top in zip(entries, norms, tops, strict=True):
-            subspace.finish(each.unsqueeze(0), [top])
-    changed: dict[torch.device, list[Subspace]] = {}
-    for (subspace, _), device in zip(finished, devices, strict=True):
-        if subspace.selection.indices.device != device:
-            changed.setdefault(device, []).append(subspace)
-    for device, subspaces in changed.items():
-        moved = to_device([each.selection.indices for each in subspaces], device)
-        for subspace, indices in zip(subspaces, moved, strict=True):
-            subspace.selection = subspace.selection.moved(indices)
+            upcoming.append((subspace, subspace.upcoming(each.unsqueeze(0), [top])))
+    check([(subspace, each) for subspace, each in upcoming if each.selection is not None])
+    changed: dict[torch.device, list[int]] = {}
+    for k, (subspace, each) in enumerate(upcoming):
+        device = subspace.selection.indices.device
+        if each.selection is not None and device.type != "cpu":
+            changed.setdefault(device, []).append(k)
+    for device, ks in changed.items():
+        moved = to_device([cast(Tensor, upcoming[k][1].drawn) for k in ks], device)
+        for k, indices in zip(ks, moved, strict=True):
+            subspace, each = upcoming[k]
+            selection = cast(Selection, each.selection).moved(indices)
+            upcoming[k] = subspace, replace(each, selection=selection)
+    for subspace, each in upcoming:
+        subspace.become(each)

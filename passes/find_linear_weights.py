@@ -15,7 +15,7 @@ from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
 from grass_fx.replicas import replicas_of
 from grass_fx.sharding import Shards, common_parts, sharding_of
-from grass_fx.subspace import SubspaceSpec
+from grass_fx.spec import SubspaceSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
 from grass_fx.ops import SELECT, SQUARED_NORMS
 from grass_fx.passes.find_linear_weights import LinearWeight, gathered
-from grass_fx.subspace import SubspaceSpec, scale_dtype
+from grass_fx.spec import SubspaceSpec, scale_dtype
 
 c10d = torch.ops._c10d_functional
 
@@ -199,6 +199,8 @@ def tap_weights_pass(
                 more = weight.spec.block, scoring or "auto", how, score_sync
             operands = (*fresh.values(), weight.spec.dim, *more)
             taps += [(full, operands) for full in gathered(w)]
+    for node in placeholders:  # Dynamo's own are cleaned up, and a copy would keep what they hold
+        node.meta.pop("grapharg", None)
     body = last.next
     for w, operands in taps:
         with graph.inserting_before(body if w.op == "placeholder" else w.next):

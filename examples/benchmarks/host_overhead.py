@@ -37,7 +37,7 @@ from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
 from grass_fx.registry import Demand, registry
 from grass_fx.runtime import GrassCallable
-from grass_fx.subspace import SubspaceSpec
+from grass_fx.spec import SubspaceSpec
 from roofline import LARGE, Roofline, Timer
 
 SIZE, RANK, BATCH = 16, 4, 4
