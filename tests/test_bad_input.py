@@ -137,7 +137,7 @@ def test_an_empty_batch_gives_zeros_and_keeps_the_selection(options, compiler):
         loss_of(compiled, X[:tokens]).backward()
         grad = model[0].weight.grad
         assert grad.compact.shape == (12, 2) and bool(grad.compact.any()) == (tokens > 0)
-        seen.append((grad.subspace.generation, grad.scores is not None))
+        seen.append((grad.subspace.draw, grad.scores is not None))
         optimizer.step()
     scored = [(0, True), (0, True), (0, True), (1, False), (1, True)]  # twice in vain
     assert seen == (scored if options else [(k, False) for k in (0, 0, 1, 1, 2)])
@@ -163,7 +163,7 @@ def test_scores_that_are_not_finite_cost_no_selection_and_no_weight(options, ski
         y.register_hook(lambda g, extra=extra: g + extra)
         scaler.scale(y.square().mean()).backward()
         grad = model.weight.grad
-        seen.append((grad.subspace.generation, grad.scores is not None))
+        seen.append((grad.subspace.draw, grad.scores is not None))
         before = everything(model, optimizer)
         scaler.step(optimizer)
         scaler.update()

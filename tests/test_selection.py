@@ -19,7 +19,8 @@ from grass_fx.selection import (
     tops,
     unit_norms,
 )
-from grass_fx.subspace import Subspace, SubspaceSpec
+from grass_fx.spec import SubspaceSpec
+from grass_fx.subspace import Subspace, finish_steps
 
 SIGMAS = 5  # every draw is seeded: a statistical test that passes once always passes
 RANDOM_RULES = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
@@ -97,7 +98,7 @@ def test_cyclic_subspaces_visit_all_rows_equally_often(units, count, block):
         assert set((visits - complete).tolist()) <= {0, 1}
         if period == math.ceil(units / count):
             assert bool((visits > 0).all())  # the first cycle covers all rows
-        subspace.finish_step(None)
+        finish_steps([(subspace, None)])
 
 
 @pytest.mark.parametrize(("units", "count"), [(5, 2), (7, 3), (10, 4), (9, 8), (3, 2)])

@@ -298,7 +298,7 @@ def test_a_stack_trains_as_its_matrices_would(rule, on_refresh):
         apart.step()
         for got, want in zip((*model.up, *model.down), parts, strict=True):
             torch.testing.assert_close(got, want)
-    assert registry.get(model.up).selection.generation >= 3
+    assert registry.get(model.up).selection.draw >= 3
 
 
 def test_every_matrix_draws_for_itself():

@@ -109,7 +109,7 @@ def follow_the_reference(compiler, rule, way, shape):
         way(compiled, data)
         grads = [p.grad for p in model.parameters() if p.dim() == 2]
         assert all(isinstance(g, CompactGrad) for g in grads)
-        generations.append(grads[0].subspace.generation)
+        generations.append(grads[0].subspace.draw)
         optimizer.step()
         reference.step([lambda m, b=batch: loss_of(m, b) for batch in data])
         for got, want in zip(model.parameters(), twin.parameters(), strict=True):
@@ -154,7 +154,7 @@ def test_a_gradient_kept_past_a_refresh_still_tells_the_truth():
     optimizer.zero_grad()
     loss_of(compiled, batch).backward()
     (full,) = torch.autograd.grad(loss_of(twin, batch), twin[0].weight)
-    assert model[0].weight.grad.subspace.generation == kept.subspace.generation + 1
+    assert model[0].weight.grad.subspace.draw == kept.subspace.draw + 1
     torch.testing.assert_close(kept.compact, full[kept.subspace.indices])
     torch.testing.assert_close(kept.to_dense()[kept.subspace.indices], kept.compact)
 
@@ -214,7 +214,7 @@ def test_scores_that_are_not_finite_keep_the_selection_and_are_asked_again():
         grad = model[0].weight.grad
         if step == 0:
             grad.scores[3] = float("inf")
-        seen.append((grad.subspace.generation, grad.scores is not None))
+        seen.append((grad.subspace.draw, grad.scores is not None))
         optimizer.step()
     assert seen == [(0, True), (0, True), (1, False), (1, True), (2, False), (2, False)]
 
@@ -230,7 +230,7 @@ def test_a_step_that_grad_scaler_skips_is_no_step():
         loss = compiled(x).square().mean() * (float("inf") if step == 1 else 1.0)
         scaler.scale(loss).backward()
         grad = model[0].weight.grad
-        seen.append((grad.subspace.generation, grad.scores is not None))
+        seen.append((grad.subspace.draw, grad.scores is not None))
         before = model[0].weight.clone()
         scaler.step(optimizer)
         scaler.update()

@@ -18,6 +18,8 @@ FLOORS = {
     "grass_fx.ops": 1,
     "grass_fx.cost": 1,
     "grass_fx.gradient": 2,
+    "grass_fx.records": 2,
+    "grass_fx.spec": 3,
     "grass_fx.selected": 2,
     "grass_fx.config": 2,
     "grass_fx.history": 2,

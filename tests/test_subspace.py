@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import grass_fx
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, StateError
 from grass_fx.registry import Demand, Registry
-from grass_fx.subspace import Subspace, SubspaceSpec, finish_steps
+from grass_fx.spec import SubspaceSpec
+from grass_fx.subspace import Subspace, finish_steps
 
 SIZE = 12
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def scores_of(step):
 
 def take_step(subspace):
     """One optimizer step. Scores that are not asked for must change nothing."""
-    subspace.finish_step(scores_of(subspace.step))
+    finish_steps([(subspace, scores_of(subspace.step))])
 
 
 def history(subspace, steps):
@@ -45,7 +47,7 @@ def history(subspace, steps):
     for _ in range(steps):
         now = subspace.selection
         scale = None if now.scale is None else now.scale.tolist()
-        clock = (subspace.step, subspace.period, now.generation, subspace.scoring_due)
+        clock = (subspace.step, subspace.period, now.draw, subspace.scoring_due)
         seen.append((clock, now.indices.tolist(), scale))
         take_step(subspace)
     return seen
@@ -105,11 +107,11 @@ def test_unusable_scores_keep_the_selection_and_are_asked_for_again(rule, scores
     first = subspace.selection
     for step in range(failures):
         assert subspace.scoring_due
-        subspace.finish_step(scores)
+        finish_steps([(subspace, scores)])
         assert subspace.selection is first
         assert subspace.step == step + 1
     assert scored_steps(subspace, 1) == [failures]
-    assert subspace.selection.generation == first.generation + 1
+    assert subspace.selection.draw == first.draw + 1
     # The grid of K = 3 goes on.
     grid = [step for step in (3, 6, 9) if step > failures and rule != "frozen_top"]
     assert scored_steps(subspace, 10 - subspace.step) == grid
@@ -134,7 +136,7 @@ def test_many_weights_finish_a_step_together_as_each_does_alone():
 
     def alone(finished):
         for subspace, scores in finished:
-            subspace.finish_step(scores)
+            finish_steps([(subspace, scores)])
 
     for together, one_by_one in zip(run(finish_steps), run(alone), strict=True):
         assert together.keys() == one_by_one.keys()
@@ -148,10 +150,10 @@ FREEZING = [(1, [2, 5, 7], [0, 2, 5, 7], [0, 2, 5, 7]), (2, [2, 3], [2, 9], [2, 
 @pytest.mark.parametrize(("block", "few", "enough", "frozen"), FREEZING)
 def test_frozen_top_freezes_once_enough_units_score(block, few, enough, frozen):
     subspace = subspace_of("frozen_top", block=block)
-    subspace.finish_step(torch.zeros(SIZE).index_fill(0, torch.tensor(few), 1.0))
+    finish_steps([(subspace, torch.zeros(SIZE).index_fill(0, torch.tensor(few), 1.0))])
     assert set(few) < set(subspace.selection.indices.tolist())  # the rest is drawn
     history(subspace, 2)
-    subspace.finish_step(torch.zeros(SIZE).index_fill(0, torch.tensor(enough), 1.0))
+    finish_steps([(subspace, torch.zeros(SIZE).index_fill(0, torch.tensor(enough), 1.0))])
     assert scored_steps(subspace, 10) == []
     assert subspace.selection.indices.tolist() == frozen
 
@@ -164,7 +166,7 @@ def test_a_selection_kept_from_before_a_refresh_is_unchanged(rule):
         kept.append((subspace.selection, copy.deepcopy(subspace.selection)))
         take_step(subspace)
     last = 1 if rule == "frozen_top" else 5
-    generations = [selection.generation - kept[0][0].generation for selection, _ in kept]
+    generations = [selection.draw - kept[0][0].draw for selection, _ in kept]
     assert generations == [min(i, last) for i in range(6)]
     for selection, then in kept:
         assert torch.equal(selection.indices, then.indices)
@@ -219,7 +221,7 @@ def test_a_resumed_subspace_continues_exactly(rule, options, steps, failed, tmp_
     subspace = subspace_of(rule, key=1, refresh_every=2, **options)
     history(subspace, steps)
     if failed:
-        subspace.finish_step(None)  # where scores were due they are still
+        finish_steps([(subspace, None)])  # where scores were due they are still
     state = subspace.state()
     expected = history(subspace, 11)  # five refreshes, which leave the state alone
     torch.save(state, tmp_path / "state.pt")
@@ -336,16 +338,29 @@ def test_another_parameter_in_the_place_of_a_deleted_one_has_its_own_subspace():
 
 
 def test_the_order_of_the_optimizer_keys_the_streams():
-    weights = [parameter(), parameter()]
-    runs = [Registry(), Registry(), Registry()]
-    for run, order in ((runs[0], [0, 1]), (runs[1], [1, 0])):
-        run.announce(weights, [None, None])
-        assert [demand(run, weights[index]).key for index in order] == order
-    drawn = [[history(run.get(weight), 7) for weight in weights] for run in runs[:2]]
+    drawn = []
+    for order in ([0, 1], [1, 0]):
+        weights, registry = [parameter(), parameter()], Registry()
+        optimizer = grass_fx.AdamW(weights)  # lives until the keys are known
+        assert [demand(registry, weights[index]).key for index in order] == order
+        drawn.append([history(registry.get(weight), 7) for weight in weights])
+        del optimizer
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[0][1]
     # Without an optimizer, the order of first use.
-    assert [demand(runs[2], weight).key for weight in (*weights[::-1], weights[1])] == [0, 1, 0]
+    weights, registry = [parameter(), parameter()], Registry()
+    assert [demand(registry, weight).key for weight in (*weights[::-1], weights[1])] == [0, 1, 0]
+
+
+def test_an_optimizer_whose_parameters_are_exchanged_draws_the_same():
+    """As libraries do that shard a model after its optimizer was built."""
+    before, registry = [parameter(), parameter(), parameter()], Registry()
+    optimizer = grass_fx.AdamW([(f"w{k}", p) for k, p in enumerate(before)])
+    after = [parameter() for _ in before]
+    optimizer.param_groups[0]["params"] = list(after)
+    subspaces = [demand(registry, weight) for weight in after[::-1]]
+    assert [subspace.key for subspace in subspaces] == [2, 1, 0]
+    assert [subspace.name for subspace in subspaces] == ["w2", "w1", "w0"]
 
 
 @pytest.mark.parametrize("used_before", [False, True])
@@ -353,20 +368,21 @@ def test_names_come_from_the_optimizer(used_before):
     registry, weight = Registry(), parameter()
     if used_before:
         assert demand(registry, weight).name == "traced.name"
-    registry.announce([weight], ["layer.weight"])
+    optimizer = grass_fx.AdamW([("layer.weight", weight)])
     subspace = demand(registry, weight)
     assert subspace.name == "layer.weight"
     assert subspace.selection.name == "layer.weight"  # what errors of its gradients say
+    del optimizer
 
 
 def test_a_state_restored_before_the_first_use_waits_for_it():
-    run, resumed, weight = Registry(), Registry(), parameter()
-    history(demand(run, weight), 7)
-    assert resumed.saved_state(weight) == {}
-    resumed.restore(weight, run.saved_state(weight))
-    assert resumed.get(weight) is None
-    assert resumed.saved_state(weight).keys() == run.saved_state(weight).keys()
-    assert history(demand(resumed, weight), 7) == history(run.get(weight), 7)
-    for load in (resumed.check, resumed.restore):
+    registry, before, weight = Registry(), parameter(), parameter()
+    history(demand(registry, before), 7)
+    assert registry.saved_state(weight) == {}
+    registry.restore(weight, registry.saved_state(before))
+    assert registry.get(weight) is None
+    assert registry.saved_state(weight).keys() == registry.saved_state(before).keys()
+    assert history(demand(registry, weight), 7) == history(registry.get(before), 7)
+    for load in (registry.check, registry.restore):
         with pytest.raises(StateError):
             load(weight, OTHERS["rank"].state())

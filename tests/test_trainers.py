@@ -76,7 +76,7 @@ def assert_linear_weights_are_compact(model, optimizer, refreshes=STEPS // 2):
         if p in linear:
             selection = registry.get(p).selection
             shape[selection.dim] = RANK
-            assert state["indices"].shape == (RANK,) and selection.generation >= refreshes, name
+            assert state["indices"].shape == (RANK,) and selection.draw >= refreshes, name
         assert {*moments.values()} == {torch.Size(shape)}, name
 
 

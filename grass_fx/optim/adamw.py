@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.carry import Move, carried, carried_rows
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
+from grass_fx.optim.stepping import Operation
 from grass_fx.optim.telemetry import adam_update_norm
-from grass_fx.optim.update import CompactStep, adam_update_, in_code
+from grass_fx.optim.update import CompactStep, adam_operations, in_code
 from grass_fx.registry import registry
 from grass_fx.selected import Selection, matrix
 from grass_fx.sharding import local
@@ -121,7 +122,8 @@ class AdamW(SubspaceOptimizer):
         if foreach and isinstance(lr, Tensor):
             raise OptionError(f"{self._kind}: foreach=True does not take lr as a tensor.")
 
-    def _carry_out(self, plan: Plan) -> None:
+    def _prepare(self, plan: Plan) -> list[Operation]:
+        operations: list[Operation] = []
         for group, entries in zip(self.param_groups, plan, strict=True):
             taken = [(p, g) for p, g in entries if g is not None]
             self._follow(taken, group["on_refresh"])
@@ -135,17 +137,60 @@ class AdamW(SubspaceOptimizer):
                 **{k: group[k] for k in ("eps", "scale", "warmup_steps")},
             }
             whole = {k: group[k] for k in ("weight_decay", "compile")}
-            adam_update_(compact, **whole, **settings)
             for (p, _), step in zip(taken, compact, strict=True):
-                if not in_code(group["compile"], step.selection, lr, p.device):
-                    common = None if step.common_age is None else step.common_age + 1
-                    self._common_ages[p] = step.age, common
                 self._applied[p] = step.selection, settings
+            of = {id(step): p for (p, _), step in zip(taken, compact, strict=True)}
+            for run, ended in adam_operations(compact, **whole, **settings):
+                moved = [(of[id(step)], step) for step in ended]
+                operations.append(self._compact_operation(run, moved, lr, group["compile"]))
             dense = [p for p, g in entries if g is None]
             rounded = [p for p in dense if self._rounds(p, group)]
-            self._step_dense([p for p in dense if not self._rounds(p, group)], group)
+            operations += self._dense_operations(
+                [p for p in dense if not self._rounds(p, group)], group, self._step_dense
+            )
             for p in rounded:
-                self._step_dense_rounded(p, group)
+                operations += self._dense_operations([p], group, self._step_dense_rounded)
+        return operations
+
+    def _compact_operation(
+        self,
+        run: Callable[[], None],
+        moved: Sequence[tuple[Tensor, CompactStep]],
+        lr: float,
+        compile: bool | None,
+    ) -> Operation:
+        """``run``, and then what is noted of the weights that have moved with it."""
+
+        def operation() -> None:
+            run()
+            for p, step in moved:
+                if not in_code(compile, step.selection, lr, p.device):
+                    common = None if step.common_age is None else step.common_age + 1
+                    self._common_ages[p] = step.age, common
+
+        return Operation(operation, tuple(p for p, _ in moved))
+
+    def _dense_operations(
+        self,
+        params: Sequence[Tensor],
+        group: Mapping[str, Any],
+        step: Callable[[Sequence[Tensor], Mapping[str, Any]], None],
+    ) -> list[Operation]:
+        """torch's step of dense parameters; if it fails their counts are as before."""
+        if not params:
+            return []
+
+        def operation() -> None:
+            counts = [self._dense_state(p, bool(group["fused"]))["step"] for p in params]
+            before = torch._foreach_add(counts, 0)
+            try:
+                step(params, group)
+            except BaseException:
+                for count, old in zip(counts, before, strict=True):
+                    count.copy_(old)
+                raise
+
+        return [Operation(operation, tuple(params))]
 
     def _lay_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
@@ -246,15 +291,14 @@ class AdamW(SubspaceOptimizer):
     # --- dense parameters -------------------------------------------------------------------------
 
     def _step_dense(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        if not params:
-            return
         states = [self._dense_state(p, bool(group["fused"])) for p in params]
         firsts, seconds = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))
         steps = [s["step"] for s in states]
         _torchs_adamw(params, [p.grad for p in params], firsts, seconds, steps, group)
 
-    def _step_dense_rounded(self, p: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_dense_rounded(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
+        (p,) = params
         state = self._dense_state(p, fused=False)
         assert p.grad is not None
         held = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]

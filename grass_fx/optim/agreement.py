@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from grass_fx.replicas import Replicas
-from grass_fx.subspace import Subspace
-from grass_fx.transfers import to_host
+from grass_fx.subspace import Subspace, Upcoming
 
 Finished = list[tuple[Subspace, "Tensor | None"]]
 """The subspaces that were stepped in, with the scores their gradients brought."""
@@ -43,15 +42,15 @@ def with_common_scores(finished: Finished) -> Finished:
     return result
 
 
-def check_selections(changed: Sequence[Subspace]) -> None:
-    """Raise DistributedError on every process unless all have selected alike."""
-    by_replicas: dict[Replicas, list[Subspace]] = {}
-    for subspace in changed:
+def check_selections(changed: Sequence[tuple[Subspace, Upcoming]]) -> None:
+    """Raise DistributedError on every process unless all are about to select alike."""
+    by_replicas: dict[Replicas, list[str]] = {}
+    for subspace, upcoming in changed:
         if subspace.replicas is not None:
-            by_replicas.setdefault(subspace.replicas, []).append(subspace)
-    for replicas, subspaces in by_replicas.items():
-        selected = zip(subspaces, to_host([s.selection.indices for s in subspaces]), strict=True)
-        mine = [f"{s.name}: step {s.step}, {_hash(indices)}" for s, indices in selected]
+            assert upcoming.drawn is not None
+            told = f"{subspace.name}: step {upcoming.step}, {_hash(upcoming.drawn)}"
+            by_replicas.setdefault(subspace.replicas, []).append(told)
+    for replicas, mine in by_replicas.items():
         replicas.agree("selections", mine, _REMEDY)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
-from grass_fx.errors import GrassWarning, OptionError, SelectionChangedError, StateError
+from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
+from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
 from grass_fx.registry import registry
 from grass_fx.selected import Selection
@@ -39,9 +39,17 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     _met_compact = _warned_dense = _warned_projected = False
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have stepped already, inside backward (in_backward.py)."""
+    steps_in_backward = False
+    """Whether :func:`~grass_fx.step_in_backward` was called with it."""
+    _under_way: Step | None = None
+    """A step that an exception has interrupted."""
 
-    def _carry_out(self, plan: Plan) -> None:
-        """Update the parameters of ``plan``, their state included."""
+    def _prepare(self, plan: Plan) -> list[Operation]:
+        """The operations that will update the parameters of ``plan``, their state included.
+
+        Here state follows the gradients' selections, weight by weight: if it fails for one, those
+        before it have followed, no parameter has moved, and another call goes on.
+        """
         raise NotImplementedError
 
     def _lay_out(self, plan: Plan) -> None:
@@ -63,7 +71,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """As torch's; the parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._announce()
+        self.records = [*self.records, *self._announce(self.param_groups[-1:])]
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -89,27 +97,34 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if self._is_layout_step():
             self._lay_out(self._layout_plan())
             return loss
-        plan = self._plan([p for p in self._parameters() if p not in self._early])
-        finished, early, self._early = _finished(plan), self._early, {}
-        for p, earlier in early.items():
-            finished += earlier
-            p.grad = None
-        on_host = _to_host(with_common_scores(finished))
-        self._carry_out(plan)
-        for subspace, _ in finished:
-            subspace.settle()  # of the step before: a GPU is still busy with this one
-        finished = on_host()
-        before = [subspace.selection for subspace, _ in finished]
-        finish_steps(finished)  # here, and nowhere else, selections change
-        check_selections(
-            [
-                subspace
-                for (subspace, _), old in zip(finished, before, strict=True)
-                if subspace.selection is not old
-            ]
-        )
+        interrupted, self._under_way = self._under_way, None
+        if interrupted is None or not interrupted.goes_on():
+            interrupted = self._begin()
+        self._under_way = interrupted
+        interrupted.apply()
+        interrupted.commit()
+        self._under_way = None
         self._warn_if_none()
         return loss
+
+    def _begin(self) -> Step:
+        """The next step, prepared. Whatever can fail for the user's doing has not: see _plan."""
+        plan = self._plan([p for p in self._parameters() if p not in self._early])
+        operations = self._prepare(plan)
+        finished = self._finished(plan)
+        for earlier in self._early.values():
+            finished += earlier
+        on_host = _to_host(with_common_scores(finished))
+
+        def end() -> None:
+            for subspace, _ in finished:
+                subspace.settle()  # of the step before: a GPU is still busy with this one
+            finish_steps(on_host(), check_selections)  # here, and nowhere else, selections change
+            for p in self._early:
+                p.grad = None
+            self._early = {}
+
+        return Step(operations, end, self._used)
 
     @torch.no_grad()
     def step_early(self, p: Tensor) -> None:
@@ -117,8 +132,20 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.step_early)(p)
         plan = self._plan([p])
-        self._carry_out(plan)
-        self._early = {**self._early, p: _finished(plan)}
+        operations, finished = self._prepare(plan), self._finished(plan)
+        Step(operations, lambda: None, self._used).apply()
+        self._early = {**self._early, p: finished}
+
+    def _finished(self, plan: Plan) -> Finished:
+        """Whose steps end with ``plan``, with their scores: once for each gradient that arrived."""
+        return [
+            (grad.owner, grad.scores)
+            for group in plan
+            for p, grad in group
+            if grad is not None
+            and grad.owner is not None
+            and not (isinstance(p.grad, CompactGrad) and p.grad.used)
+        ]
 
     def _plan(self, params: list[Tensor]) -> Plan:
         """What a step of ``params`` has to do."""
@@ -146,6 +173,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
+            if subspace is None and grad.owner is not None:
+                registry.adopt(p, subspace := grad.owner)
             if grad.projected:
                 self._warn_projected(p)
                 self._check_projected(grad, subspace)
@@ -157,7 +186,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
                 shape, compact = subspace.spec.own_compact_shape(p.shape), grad.compact
                 if compact.shape != shape:  # of another rank or side
                     compact = compact.new_zeros(shape)
-                return CompactGrad(compact, selection, p.shape, zeroed=True)
+                return CompactGrad(compact, selection, p.shape, zeroed=True, owner=subspace)
             return grad
         known = "indices" in self.state.get(p, {})
         # A dense gradient may have met a compact one, which cannot change its type.
@@ -172,19 +201,17 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             )
         self._warn_projected(p)
         selection = subspace.own(subspace.selection_on(p.device))
-        return CompactGrad(selection.project(local(grad)), selection, p.shape)
+        return CompactGrad(selection.project(local(grad)), selection, p.shape, owner=subspace)
 
     def _warn_projected(self, p: Tensor) -> None:
         if self._warned_projected:
             return
         self._warned_projected = True
-        warnings.warn(
+        warn(
             f"{registry.name_of(p)} is stepped in a subspace, but its gradient came dense, at "
             "least in part, from code outside the compiled graph or from a graph that leaves it "
             "dense: it was projected. Run all of the training step through the compiled model, or "
-            "exclude the weight; to train it dense from here on, make a new optimizer.",
-            GrassWarning,
-            stacklevel=6,
+            "exclude the weight; to train it dense from here on, make a new optimizer."
         )
 
     def _check_projected(self, grad: CompactGrad, subspace: Subspace | None) -> None:
@@ -200,7 +227,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
         """This process's part of a sharded weight's gradient: what it steps with."""
         selection, compact = subspace.own(grad.subspace), local(grad.compact)
-        return CompactGrad(compact, selection, grad.shape, grad.scores, grad.zeroed)
+        return CompactGrad(
+            compact, selection, grad.shape, grad.scores, grad.zeroed, owner=grad.owner
+        )
 
     def _check_shards(self, subspace: Subspace) -> None:
         """Raise if the optimizer cannot step with a sharded weight."""
@@ -259,18 +288,16 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """p's first step in a subspace: state it may have is of the whole weight, and goes."""
         if self.state[p]:
             self.state[p].clear()
-            warnings.warn(
+            warn(
                 f"{selection.name} has trained dense until now: its optimizer state starts anew in "
-                "the subspace.",
-                GrassWarning,
-                stacklevel=6,
+                "the subspace."
             )
 
     def _keep_selection(self, p: Tensor, selection: Selection) -> None:
         """Note the selection that p's state belongs to."""
         state = self.state[p]
         state["indices"] = selection.indices
-        state["generation"] = torch.tensor(selection.generation, device="cpu")
+        state["generation"] = torch.tensor(selection.draw, device="cpu")
         state.pop("scale", None)
         if selection.scale is not None:
             state["scale"] = selection.scale
@@ -278,8 +305,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     def _old_selection(self, p: Tensor, new: Selection) -> Selection | None:
         """The selection that p's state belongs to, or None if ``new`` is still the same."""
         state = self.state[p]
-        old = Selection(state["indices"], state.get("scale"), new.dim, int(state["generation"]))
-        return None if old.generation == new.generation and _equal(old, new) else old
+        draw = int(state["generation"])
+        old = Selection(state["indices"], state.get("scale"), new.dim, -1, new.name, draw)
+        return None if old.draw == new.draw and old.same_rows(new) else old
 
     # --- telemetry --------------------------------------------------------------------------------
 
@@ -303,13 +331,11 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             return
         if any(p.grad is not None for p in self._parameters()):
             self._warned_dense = True
-            warnings.warn(
+            warn(
                 "no compact gradient has arrived: every parameter trains dense. Call the compiled "
                 'model (torch.compile(model, backend="grass")) in the training step, and see '
                 'TORCH_LOGS="+grass_fx" for the weights that were not taken. module.compile() '
-                "compiles nothing if the module's class is torch's own, such as nn.Sequential.",
-                GrassWarning,
-                stacklevel=4,
+                "compiles nothing if the module's class is torch's own, such as nn.Sequential."
             )
 
     # --- the step by which torch.distributed.checkpoint lays out an empty optimizer ---------------
@@ -348,16 +374,6 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         return plan
 
 
-def _finished(plan: Plan) -> Finished:
-    """What is left to do when ``plan`` is carried out: their subspaces are to be told."""
-    return [
-        (subspace, grad.scores)
-        for group in plan
-        for p, grad in group
-        if grad is not None and (subspace := registry.get(p)) is not None
-    ]
-
-
 def _to_host(finished: Finished) -> Callable[[], Finished]:
     """Begins to copy the scores that are due; what it returns waits for them, on the CPU then."""
     scored = [
@@ -381,9 +397,3 @@ def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
     for name, value, good in values:
         if not good:
             raise OptionError(f"{kind}: {name}={value!r} is out of range.")
-
-
-def _equal(old: Selection, new: Selection) -> bool:
-    if (old.scale is None) != (new.scale is None) or not torch.equal(old.indices, new.indices):
-        return False
-    return old.scale is None or new.scale is None or torch.equal(old.scale, new.scale)

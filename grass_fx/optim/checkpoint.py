@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grass_fx.errors import GrassWarning, StateError
+from grass_fx.errors import StateError, warn
+from grass_fx.gradient import Used
+from grass_fx.records import Record
 from grass_fx.registry import registry
 from grass_fx.sharding import local, sharding_of
 from grass_fx.subspace import selects_rows
@@ -27,6 +28,8 @@ _PAST = "selection_history"  # where a checkpoint has those: beside "state", and
 class CheckpointedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state dict, pickle and copy hold its weights' subspaces."""
 
+    records: Sequence[Record] = ()
+    """Those of its parameters, in their order: see grass_fx.records."""
     _own: Mapping[str, Any] = {}
     """Options of groups that are not among ``defaults``."""
     _layout_unknown = False
@@ -35,17 +38,23 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Begin without what is known beside the state: it is found out again."""
         self._layouts: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
+        self._used = Used()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _announce(self) -> None:
-        names = [
-            name
-            for group in self.param_groups
-            for name in group.get("param_names", [None] * len(group["params"]))
+    def _announce(self, groups: Sequence[Mapping[str, Any]]) -> list[Record]:
+        """The records of the groups' parameters, which this optimizer has from now on."""
+        named = [
+            (p, name)
+            for group in groups
+            for p, name in zip(
+                group["params"],
+                group.get("param_names", [None] * len(group["params"])),
+                strict=True,
+            )
         ]
-        registry.announce(self._parameters(), names)
+        return registry.announce(self, [p for p, _ in named], [name for _, name in named])
 
     def __getstate__(self) -> dict[str, Any]:
         # Subspaces belong to Parameter objects: those that a copy or a pickle has are others.
@@ -61,7 +70,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 if name != "differentiable":  # which torch has just put into the defaults
                     group.setdefault(name, value)
         if saved is not None:  # else torch's load_state_dict calls
-            self._announce()
+            self.records = self._announce(self.param_groups)
             for p, theirs in zip(self._parameters(), saved, strict=True):
                 if theirs:
                     registry.restore(p, theirs)
@@ -72,12 +81,10 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         Plain tensors and numbers: ``torch.load(weights_only=True)`` reads it.
         """
         if self._layout_unknown and not self.state:
-            warnings.warn(
+            warn(
                 "the optimizer's state cannot be laid out before the compiled model has run: run "
                 "one forward with gradients enabled first, or torch.distributed.checkpoint loads "
-                "no state into it.",
-                GrassWarning,
-                stacklevel=2,
+                "no state into it."
             )
         result: dict[str, Any] = super().state_dict()
         past = {}

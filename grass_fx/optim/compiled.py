@@ -88,26 +88,29 @@ def update_(
     rows: Sequence[Rows],
     gains: Sequence[Tensor],
     floors: Sequence[Tensor],
-    beta1: float,
-    beta2: float,
+    decay: Tensor,
     seeds: Sequence[Tensor],
 ) -> None:
-    """Moments, then the selected rows, in place and in the dtype of ``gains``. No row repeats.
+    """Moments, then the selected rows, of at most :data:`TOGETHER` weights. No row repeats.
 
+    In place, and in the dtype of ``gains``.
     Δ = m / (√v · gain + floor), with one gain and floor for each selected row. ``seeds``, one of
     ``draw_seed`` for each weight or none at all: bfloat16 weights are rounded stochastically.
     """
-    dtype, device = gains[0].dtype, gains[0].device
-    decay = send(torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu"), device)
-    for places in together([each.key for each in rows]):
-        inputs = [t.detach() for k in places for t in rows[k].tensors]
-        inputs += [torch.cat([v[k].flatten() for k in places]) for v in (gains, floors)]
-        inputs.append(decay)
-        if seeds:
-            inputs.append(send(torch.stack([seeds[k] for k in places]), device))
-        function = compiled(tuple(rows[k].key for k in places), dtype, bool(seeds))
-        with torch.no_grad():
-            function(*inputs)
+    device = gains[0].device
+    inputs = [t.detach() for each in rows for t in each.tensors]
+    inputs += [torch.cat([v.flatten() for v in values]) for values in (gains, floors)]
+    inputs.append(decay)
+    if seeds:
+        inputs.append(send(torch.stack(list(seeds)), device))
+    function = compiled(tuple(each.key for each in rows), gains[0].dtype, bool(seeds))
+    with torch.no_grad():
+        function(*inputs)
+
+
+def decay_rates(beta1: float, beta2: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1 − β₁, β₂, 1 − β₂), (3,), as :func:`update_` takes them."""
+    return send(torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu"), device)
 
 
 @lru_cache(maxsize=FUNCTIONS)

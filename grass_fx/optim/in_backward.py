@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from grass_fx.errors import CompactGradError, OptionError
 from grass_fx.optim.base import SubspaceOptimizer
+from grass_fx.registry import registry
 from grass_fx.replicas import replicas_of
 from grass_fx.sharding import sharding_of
 
@@ -69,7 +71,8 @@ def step_in_backward(optimizer: Optimizer) -> None:
 
     Raises:
         OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace, or
-            its parameters are those of a ``data_parallel``, which averages after the backward.
+            its parameters are those of a ``data_parallel``, which averages after the backward, or
+            it was called before with this optimizer.
     """
     if not isinstance(optimizer, SubspaceOptimizer):
         raise OptionError(
@@ -80,8 +83,22 @@ def step_in_backward(optimizer: Optimizer) -> None:
     if any(p in replicas_of and p not in sharding_of for p in optimizer._parameters()):
         raise OptionError(NOT_AVERAGED)
 
+    if optimizer.steps_in_backward:
+        raise OptionError(
+            "step_in_backward: it was called with this optimizer before. Call it once: parameters "
+            "would step twice in each backward."
+        )
+    optimizer.steps_in_backward = True
+    # A parameter holds its hooks, and an optimizer its parameters: held strongly, none would end.
+    held = weakref.ref(optimizer)
+
     def on_gradient(p: Tensor) -> None:
-        optimizer.step_early(p)
+        if (alive := held()) is None:
+            raise OptionError(
+                f"{registry.name_of(p)}: the optimizer that was to step it in backward is gone. "
+                "Keep the optimizer for as long as the model is trained."
+            )
+        alive.step_early(p)
         p.grad = SpentGrad(p)
 
     for group in optimizer.param_groups:

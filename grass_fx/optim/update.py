@@ -8,8 +8,10 @@ temporary of W's shape.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,17 @@ def warmup(age: Tensor, warmup_steps: int) -> Tensor:
     return torch.ones_like(age) if warmup_steps == 0 else (age / warmup_steps).clamp(max=1)
 
 
-def adam_update_(
+Part = tuple[Callable[[], None], Sequence[CompactStep]]
+"""A part of an update that changes nothing if it fails, and the weights that are done with it."""
+
+
+def adam_update_(steps: Iterable[CompactStep], **settings: Any) -> None:
+    """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place; settings: of :func:`adam_operations`."""
+    for run, _ in adam_operations(steps, **settings):
+        run()
+
+
+def adam_operations(
     steps: Iterable[CompactStep],
     *,
     lr: float,
@@ -63,14 +75,14 @@ def adam_update_(
     scale: float,
     warmup_steps: int,
     compile: bool | None = False,
-) -> None:
-    """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place (equation 4; repeated rows add).
+) -> Iterator[Part]:
+    """The update W[σ] −= lr · α · ρ · warm-up · Adam(C) (equation 4; repeated rows add), in parts.
 
     Bias correction counts from each row's own start. Weight decay is decoupled: lr · λ on the whole
     W, without α and warm-up. The ages advance by one. Weights are stepped together, by dtype and
     device: by compiled code, if ``compile`` says so and no row repeats; else, if their rows have
-    one age, by torch's fused kernel; else by :func:`_update`, which handles weights of less than 32
-    bits one by one, in float32.
+    one age, by torch's fused kernel; else by :func:`_advance`, which handles weights of less than
+    32 bits one by one, in float32.
     """
     batches = defaultdict(list)
     for step in steps:
@@ -80,26 +92,46 @@ def adam_update_(
         rounds = generated and step.rounding is not None
         batches[step.w.dtype, step.w.device, age, generated, rounds].append(step)
     for (dtype, _, age, generated, _), batch in batches.items():
-        torch._foreach_add_([step.age for step in batch], 1)
-        if lr != 0 and weight_decay != 0:
-            _decay(batch, 1 - lr * weight_decay)
+        decay = 1 - lr * weight_decay
         if age is not None:
             warm = min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0
-            _update_fused(batch, age, lr * scale * warm, beta1, beta2, eps)
+            fused = partial(_advance_fused, age, lr * scale * warm, beta1, beta2, eps)
+            yield from _advance_and_move(batch, fused, decay)
             continue
-        gains, floors = _row_factors(batch, lr, beta1, beta2, eps, scale, warmup_steps)
+        factors = partial(_row_factors, lr, beta1, beta2, eps, scale, warmup_steps)
         if generated:
-            _update_compiled(batch, gains, floors, beta1, beta2)
+            yield from _compiled(batch, factors, beta1, beta2, decay)
             continue
         exact = dtype in (torch.float32, torch.float64)
         size = len(batch) if exact else 1
+        advance = partial(_advance, factors, beta1, beta2, lr != 0)
         for k in range(0, len(batch), size):
-            part = slice(k, k + size)
-            _update(batch[part], gains[part], floors[part], beta1, beta2, moves=lr != 0)
+            yield from _advance_and_move(batch[k : k + size], advance, decay)
+
+
+def _advance_and_move(
+    batch: Sequence[CompactStep],
+    advance: Callable[[Sequence[CompactStep]], list[Tensor]],
+    decay: float,
+) -> Iterator[Part]:
+    """Moments and ages of all first, which gives each weight's Δ; then weight by weight W."""
+    changes: list[Tensor] = []
+
+    def move(step: CompactStep) -> None:
+        if changes:
+            add_rows_(step.w, step.selection, changes[0], step.rounding)
+            del changes[0]
+
+    yield lambda: changes.extend(advance(batch)), ()
+    yield partial(_decay, batch, decay), ()
+    for step in batch:
+        yield partial(move, step), (step,)
 
 
 def _decay(batch: Sequence[CompactStep], factor: float) -> None:
     """W · ``factor`` for each of the batch, stochastically rounded where the step is."""
+    if factor == 1:
+        return
     if plain := [step.w for step in batch if step.rounding is None]:
         torch._foreach_mul_(plain, factor)
     for step in batch:
@@ -110,9 +142,9 @@ def _decay(batch: Sequence[CompactStep], factor: float) -> None:
             part.copy_(round_stochastically(part.float() * factor, step.rounding))
 
 
-def _update_fused(
-    batch: Sequence[CompactStep], age: int, lr: float, beta1: float, beta2: float, eps: float
-) -> None:
+def _advance_fused(
+    age: int, lr: float, beta1: float, beta2: float, eps: float, batch: Sequence[CompactStep]
+) -> list[Tensor]:
     """Rows of one age: torch's AdamW on zeros of C's shape leaves Δ there."""
     changes = [torch.zeros_like(step.compact) for step in batch]
     steps = torch.full(
@@ -134,27 +166,28 @@ def _update_fused(
         eps=eps,
         maximize=False,
     )
+    torch._foreach_add_([step.age for step in batch], 1)
     for step, change in zip(batch, changes, strict=True):
         if step.selection.scale is not None:
             change.mul_(along(step.selection.scale, step.selection.dim, change.dim()))
-        add_rows_(step.w, step.selection, change)
+    return changes
 
 
 def _row_factors(
-    batch: Sequence[CompactStep],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     scale: float,
     warmup_steps: int,
+    batch: Sequence[CompactStep],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each row's gain and floor, where Δ = m / (√v · gain + floor).
+    """Each row's gain and floor: Δ = m / (√v · gain + floor); ages do not count this step yet.
 
     With f = −lr · α · ρ · warm-up / (1 − β₁^age), Adam's Δ = f · m / (√v / √(1 − β₂^age) + ε) has
     gain = 1 / (f √(1 − β₂^age)) and floor = ε / f. All rows of the batch are computed at once.
     """
-    ages = torch.cat([step.age for step in batch]).double()
+    ages = torch.cat([step.age for step in batch]).double().add_(1)
     f = warmup(ages, warmup_steps) / (1 - beta1**ages) * (-lr * scale)
     if any(step.selection.scale is not None for step in batch):
         f = f * torch.cat([
@@ -172,35 +205,54 @@ def _row_factors(
     return per_weight((1 - beta2**ages).rsqrt() / f), per_weight(eps / f)
 
 
-def _update_compiled(
-    batch: Sequence[CompactStep],
-    gains: Sequence[Tensor],
-    floors: Sequence[Tensor],
-    beta1: float,
-    beta2: float,
-) -> None:
-    """As :func:`_update`, by compiled code; all are rounded stochastically or none."""
+Factors = Callable[[Sequence[CompactStep]], tuple[list[Tensor], list[Tensor]]]
+""":func:`_row_factors` of some weights."""
+
+
+def _compiled(
+    batch: Sequence[CompactStep], factors: Factors, beta1: float, beta2: float, decay: float
+) -> Iterator[Part]:
+    """As :func:`_advance` and W, by compiled code; all are rounded stochastically or none."""
     rows = [
         compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, s.selection.indices, s.compact, s.selection.dim)
         for s in batch
     ]
-    seeds = [draw_seed(step.rounding) for step in batch if step.rounding is not None]
-    compiled.update_(rows, gains, floors, beta1, beta2, seeds)
+    known: dict[str, Any] = {}
+
+    def prepare() -> None:
+        gains, floors = factors(batch)
+        rates = compiled.decay_rates(beta1, beta2, gains[0].dtype, gains[0].device)
+        known.update(gains=gains, floors=floors, rates=rates)
+
+    def draw() -> None:
+        known["seeds"] = [draw_seed(s.rounding) for s in batch if s.rounding is not None]
+
+    def update(places: Sequence[int]) -> None:
+        def of(name: str) -> list[Tensor]:
+            return [known[name][k] for k in places] if known[name] else []
+
+        chosen = [rows[k] for k in places]
+        compiled.update_(chosen, of("gains"), of("floors"), known["rates"], of("seeds"))
+
+    yield prepare, ()
+    yield partial(_decay, batch, decay), ()
+    yield draw, ()
+    for places in compiled.together([each.key for each in rows]):
+        yield partial(update, places), ()
+    yield lambda: torch._foreach_add_([step.age for step in batch], 1), batch
 
 
-def _update(
-    batch: Sequence[CompactStep],
-    gains: Sequence[Tensor],
-    floors: Sequence[Tensor],
-    beta1: float,
-    beta2: float,
-    moves: bool,
-) -> None:
-    """Moments, then the selected rows, in the dtype of ``gains``; ``moves`` is False at lr = 0."""
+def _advance(
+    factors: Factors, beta1: float, beta2: float, moves: bool, batch: Sequence[CompactStep]
+) -> list[Tensor]:
+    """Moments and ages of the batch; each weight's Δ, none where nothing ``moves`` (lr = 0)."""
+    gains, floors = factors(batch)
     dtype = gains[0].dtype
     compacts = [step.compact.to(dtype) for step in batch]
     firsts = [step.exp_avg.to(dtype) for step in batch]
     seconds = [step.exp_avg_sq.to(dtype) for step in batch]
+    changes = [torch.empty_like(each) for each in seconds] if moves else []
+    # From here on nothing takes memory, and nothing fails for the want of it.
     torch._foreach_lerp_(firsts, compacts, 1 - beta1)
     torch._foreach_mul_(seconds, beta2)
     torch._foreach_addcmul_(seconds, compacts, compacts, 1 - beta2)
@@ -208,13 +260,15 @@ def _update(
         if step.exp_avg.dtype != dtype:
             step.exp_avg.copy_(first)
             step.exp_avg_sq.copy_(second)
-    if not moves:
-        return
-    changes = torch._foreach_sqrt(seconds)
-    torch._foreach_mul_(changes, list(gains))
-    torch._foreach_add_(changes, list(floors))
-    for step, first, change in zip(batch, firsts, changes, strict=True):
-        add_rows_(step.w, step.selection, torch.div(first, change, out=change), step.rounding)
+    torch._foreach_add_([step.age for step in batch], 1)
+    for second, change in zip(seconds, changes, strict=False):
+        torch.sqrt(second, out=change)
+    if moves:
+        torch._foreach_mul_(changes, list(gains))
+        torch._foreach_add_(changes, list(floors))
+    for first, change in zip(firsts, changes, strict=False):
+        torch.div(first, change, out=change)
+    return changes
 
 
 def add_rows_(

@@ -37,6 +37,7 @@ from grass_fx.optim.rowwise import (
     with_rows,
     without_equal_rows,
 )
+from grass_fx.optim.stepping import Operation
 from grass_fx.optim.update import add_rows_, warmup
 from grass_fx.selected import Selection, matrix
 
@@ -164,6 +165,10 @@ class _Wrapped(SubspaceOptimizer):
             self.state[p] = without_equal_rows(state)
 
     # --- one step ---------------------------------------------------------------------------------
+
+    def _prepare(self, plan: Plan) -> list[Operation]:
+        ends = tuple(p for entries in plan for p, _ in entries)
+        return [Operation(lambda: self._carry_out(plan), ends)]
 
     def _carry_out(self, plan: Plan) -> None:
         made = self._step_inner(plan)

@@ -1,0 +1,92 @@
+"""An optimizer step as operations, so that an exception in its middle can be gone on from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from grass_fx.errors import warn
+from grass_fx.gradient import CompactGrad, Used
+from grass_fx.registry import registry
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A part of a step: if it fails, nothing of it has happened.
+
+    So everything in it that takes memory comes before everything that changes a weight or its
+    state. ``ends``: the parameters that have made their step with it.
+    """
+
+    run: Callable[[], None]
+    ends: tuple[Tensor, ...] = ()
+
+
+class Step:
+    """A step that is prepared: :meth:`apply` moves the parameters, :meth:`commit` ends it.
+
+    If either fails, calling both again goes on where it stopped, as long as :meth:`goes_on`.
+    """
+
+    def __init__(
+        self, operations: Iterable[Operation], end: Callable[[], None], used: Used
+    ) -> None:
+        self._left = deque(operations)
+        self._end, self._used = end, used
+        self._moved: list[tuple[Tensor, object]] = []
+        self._begun = False
+
+    def apply(self) -> None:
+        """Move the parameters."""
+        try:
+            while self._left:
+                self._left[0].run()
+                self._begun = True
+                for p in self._left.popleft().ends:
+                    if isinstance(p.grad, CompactGrad):
+                        p.grad.mark_used(self._used)
+                    self._moved.append((p, _gradient_of(p)))
+        except BaseException as error:
+            if self._begun:
+                self._tell(error)
+            raise
+
+    def commit(self) -> None:
+        """End the step: subspaces count it, and change where that is due."""
+        self._end()
+
+    def goes_on(self) -> bool:
+        """Whether this interrupted step can be finished: its gradients are still there."""
+        if not self._begun:
+            return False
+        if all(_gradient_of(p) == gradient for p, gradient in self._moved):
+            return True
+        warn(
+            f"the step before was interrupted when {self._names()} had moved, and was not finished "
+            "before the next backward: the other parameters are one step behind."
+        )
+        return False
+
+    def _names(self) -> str:
+        names = [registry.name_of(p) for p, _ in self._moved]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more if names else "no parameter"
+
+    def _tell(self, error: BaseException) -> None:
+        left = sum(len(operation.ends) for operation in self._left)
+        warn(
+            f"optimizer.step() was interrupted ({type(error).__name__}): {self._names()} moved, "
+            f"{left} parameters have not. Calling step() again, before the next backward, goes on "
+            "from there: no parameter is stepped twice."
+        )
+
+
+def _gradient_of(p: Tensor) -> object:
+    """What tells whether p still has the gradient that it was stepped with."""
+    grad = p.grad
+    if isinstance(grad, CompactGrad):
+        return grad.used
+    return None if grad is None else (grad.data_ptr(), grad._version)
