@@ -3,7 +3,8 @@
     pip install lightning
     python examples/lightning_module.py                # a few minutes on two CPU cores
     python examples/lightning_module.py --precision bf16-mixed --selection top
-    python examples/lightning_module.py --resume runs/lightning/epoch=0-step=75.ckpt
+    python examples/lightning_module.py --save-every 50
+    python examples/lightning_module.py --resume runs/lightning/epoch=0-step=50.ckpt
     python examples/lightning_module.py --smoke        # only to see that it runs
 
 The module compiles its network in `__init__` and returns grass_fx.AdamW from
@@ -11,7 +12,9 @@ The module compiles its network in `__init__` and returns grass_fx.AdamW from
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -54,6 +57,24 @@ class Training(lightning.LightningModule):
             self.bytes = bytes_held(list(self.net.parameters()), optimizer)
 
 
+class Resumable(DataLoader):
+    """A loader that goes on where a checkpoint was written: Lightning saves its state_dict."""
+
+    done = skip = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self.skip = self.skip, 0
+        for self.done, batch in enumerate(super().__iter__(), 1):
+            if self.done > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["done"]
+
+
 def batches(text: Tensor, args: argparse.Namespace) -> DataLoader:
     """An epoch: as many windows as `--steps` steps need, the same ones in every epoch."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -61,7 +82,7 @@ def batches(text: Tensor, args: argparse.Namespace) -> DataLoader:
     starts = torch.randint(len(text) - args.seq, (count,), generator=generator)
     pieces = text[starts[:, None] + torch.arange(args.seq + 1)].long()
     data = TensorDataset(pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous())
-    return DataLoader(data, batch_size=args.batch)
+    return Resumable(data, batch_size=args.batch)
 
 
 def main() -> None:
@@ -80,7 +101,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", default="", help="a file to train on")
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
-    parser.add_argument("--resume", type=Path, help="a checkpoint, the end of some epoch")
+    parser.add_argument("--resume", type=Path, help="a checkpoint")
+    parser.add_argument("--save-every", type=int, help="steps; default: at each epoch's end")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a very small model")
     args = parser.parse_args()
     if args.smoke:
@@ -96,7 +118,7 @@ def main() -> None:
         precision=args.precision,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        callbacks=[ModelCheckpoint(args.out, save_top_k=-1)],
+        callbacks=[ModelCheckpoint(args.out, save_top_k=-1, every_n_train_steps=args.save_every)],
         devices=1,
         logger=False,
         enable_model_summary=False,
