@@ -9,7 +9,9 @@
     subspace.py     each weight's selection and schedule
     selection.py    the selection rules: numbers in, numbers out
     history.py      which rows a weight has had selected
-    gradient.py     CompactGrad, the gradient on weight.grad
+    gradient/       CompactGrad, the gradient on weight.grad
+    records.py      what is known of a Parameter
+    spec.py         what a graph demands of a weight's subspace
     selected.py     Selection, which rows of a weight it holds
     distributed/    several processes: data_parallel
     pictures.py     coverage_plot

@@ -1,7 +1,7 @@
 """From a Parameter to its subspace: the objects that graphs and optimizers share.
 
-A weight's subspace is found by the Parameter that arrives at call time, weakly: no graph and no
-checkpoint owns it.
+A weight's subspace is found by the Parameter that arrives at call time: no graph and no checkpoint
+owns it.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx._torch_compat import averaged_by, running_ddp
-from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError
+from grass_fx._torch_compat import averaged_by, current_backward, running_ddp
+from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError, warn
 from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
@@ -19,6 +19,19 @@ from grass_fx.passes.tap_weights import proxies
 from grass_fx.registry import Demand, registry
 from grass_fx.selected import Selection
 from grass_fx.subspace import Subspace, graph_inputs
+
+
+PATIENCE = 1000
+"""So many backwards of a weight without an optimizer step are a warning."""
+
+
+def _warn_unfinished(name: str) -> None:
+    warn(
+        f"{name}: {PATIENCE} backwards have brought it gradients since an optimizer of grass_fx last "
+        "stepped with one, and without such a step its selection never changes. A step written by "
+        "hand, or by another optimizer with weight.grad.to_dense(), trains the first selection "
+        "only: use grass_fx.AdamW, or grass_fx.subspace(X) for a torch optimizer class X."
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class DeliverGradients(torch.autograd.Function):
                 "graph is differentiated once: compute this loss with the model itself, which is "
                 "not compiled."
             )
-        count = len(delivery.weights)
+        count, backward = len(delivery.weights), current_backward()
         results: list[Tensor | None] = []
         for k in range(count):
             compact, subspace, selection = grads[k], delivery.subspaces[k], delivery.selections[k]
@@ -79,11 +92,15 @@ class DeliverGradients(torch.autograd.Function):
             if subspace.selection.generation != selection.generation:
                 raise SelectionChangedError(
                     f"{subspace.name}: its selection changed between a forward and its backward "
-                    f"(from {selection.generation} to {subspace.selection.generation}). Call "
+                    f"(from {selection.draw} to {subspace.selection.draw}). Call "
                     "backward before optimizer.step(), and compile every graph that uses the "
                     "weight with the same options."
                 )
             subspace.delivered = True
+            if subspace.backward != backward:
+                subspace.backward, subspace.unfinished = backward, subspace.unfinished + 1
+                if subspace.unfinished == PATIENCE:
+                    _warn_unfinished(subspace.name)
             # A graph scores all its weights if one is due; the others' scores are dropped.
             scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
             if subspace.sharding is not None:

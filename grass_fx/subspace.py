@@ -63,7 +63,8 @@ class Subspace:
 
     ``selection`` is the current :class:`~grass_fx.gradient.Selection`; ``step`` counts optimizer
     steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
-    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it;
+    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it, ``unfinished`` in how many backwards,
+    the last of which was ``backward``;
     ``history`` records selections for reports, and decides nothing; ``compilations`` are those
     that the weight has met since (frame, number), for a warning. ``replicas``: with which other
     processes it is trained, ``agreed``: whether they have compared options, ``sharding``: how it is
@@ -79,6 +80,7 @@ class Subspace:
         self.compilations: set[tuple[int, int]] = set()
         self.replicas: Replicas | None = None
         self.agreed = False
+        self.backward = self.unfinished = 0
         self.sharding: Sharding | None = None
         self._own: tuple[Selection, Selection] | None = None
         self._inputs: list[Tensor] = []
@@ -146,7 +148,7 @@ class Subspace:
 
     def become(self, upcoming: Upcoming) -> None:
         """Be as :meth:`upcoming` said; this cannot fail."""
-        self.delivered = False
+        self.delivered, self.unfinished = False, 0
         self.step, self._retry, self.frozen = upcoming.step, upcoming.retry, upcoming.frozen
         if upcoming.selection is None:
             return

@@ -56,7 +56,8 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        DistributedError: there is no process group, or models of the processes differ.
+        DistributedError: there is no process group, models of the processes differ, or a part of
+            the model is averaged already, or over another group. A second call is none at all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DistributedError(
@@ -69,6 +70,16 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
             "weights in buckets. Call data_parallel(model) first."
         )
     group: Any = dist.group.WORLD if process_group is None else process_group
+    already = {replicas_of.get(p) for p in model.parameters()}
+    if already == {next(iter(already), None)} and None not in already:
+        (known,) = already
+        if known.group is group:
+            return model  # frameworks call their hooks more than once
+    if already - {None}:
+        raise DistributedError(
+            "data_parallel: parameters of this model are averaged over processes already, by "
+            "another call or another group. Call it once, with the whole model."
+        )
     replicas = ModelReplicas(model, group)
     named = dict(model.named_parameters())
     described = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]

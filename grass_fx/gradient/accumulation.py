@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx._torch_compat import current_backward
 from grass_fx.errors import CompactGradError, SelectionChangedError, warn
 from grass_fx.gradient.compact import CompactGrad, Used, bare, handles, times
 
@@ -36,7 +35,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
         total = left.clone()
         total._cell.used = left._cell.used
         return _add_compact(total, right, alpha)
-    if current_backward() < 0:
+    if not _in_backward():
         raise _mixed(left, right)
     # Autograd adds gradients of one weight, in any order; its sum may stay compact.
     if isinstance(left, CompactGrad):
@@ -52,7 +51,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not isinstance(left, CompactGrad):
         # Autograd adds gradients, with no factor: never to a parameter.
-        if current_backward() < 0 or alpha != 1 or left.requires_grad:
+        if not _in_backward() or alpha != 1 or left.requires_grad:
             raise _mixed(left, right)
         return left.add_(right.subspace.lift(right.compact, right.shape))
     if isinstance(right, CompactGrad):
@@ -68,6 +67,11 @@ def _sub(func: Any, args: Any, kwargs: Any) -> Any:
 @handles(aten.sub_.Tensor)
 def _sub_(func: Any, args: Any, kwargs: Any) -> Any:
     return _add_(aten.add_.Tensor, args, {"alpha": -kwargs.get("alpha", 1)})
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work: what is added then is gradients of one weight."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def _mixed(left: Tensor, right: Tensor) -> CompactGradError:
@@ -113,10 +117,10 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
         return grad
     if not left.zeroed and left.used is None:
         raise SelectionChangedError(
-            f"{other.subspace.name}: a compact gradient of selection {right.selection.generation} "
-            f"cannot be added to one of selection {left.selection.generation}. The selection "
-            "changes at optimizer.step(): call optimizer.zero_grad() after it, before the next "
-            "backward."
+            f"{other.subspace.name}: a compact gradient of selection {right.selection.draw} cannot "
+            f"be added to one of selection {left.selection.draw}. The selection changes at "
+            "optimizer.step(): call optimizer.zero_grad() after it, before the next backward. An "
+            "average of gradients that is kept over steps starts anew with each selection."
         )
     left.compact = (right.compact * alpha).to(grad.dtype)
     left.scores, left.selection = times(right.scores, alpha), right.selection

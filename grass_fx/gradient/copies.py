@@ -26,7 +26,7 @@ def _itself(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @handles(aten.clone)
-def clone(func: Any, args: Any, kwargs: Any) -> Any:
+def _clone(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     scores = None if grad.scores is None else grad.scores.clone()
     return grad.derived(grad.compact.clone(), scores)

@@ -209,8 +209,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         self._warned_projected = True
         warn(
             f"{registry.name_of(p)} is stepped in a subspace, but its gradient came dense, at "
-            "least in part, from code outside the compiled graph or from a graph that leaves it "
-            "dense: it was projected. Run all of the training step through the compiled model, or "
+            "least in part, from code outside the compiled graph, from a graph that leaves it "
+            "dense, or from weight.grad.add_(a dense tensor), such as noise: it was projected. Run "
+            "all of the training step through the compiled model, or "
             "exclude the weight; to train it dense from here on, make a new optimizer."
         )
 
