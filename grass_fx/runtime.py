@@ -20,17 +20,16 @@ from grass_fx.registry import Demand, registry
 from grass_fx.selected import Selection
 from grass_fx.subspace import Subspace, graph_inputs
 
-
 PATIENCE = 1000
 """So many backwards of a weight without an optimizer step are a warning."""
 
 
 def _warn_unfinished(name: str) -> None:
     warn(
-        f"{name}: {PATIENCE} backwards have brought it gradients since an optimizer of grass_fx last "
-        "stepped with one, and without such a step its selection never changes. A step written by "
-        "hand, or by another optimizer with weight.grad.to_dense(), trains the first selection "
-        "only: use grass_fx.AdamW, or grass_fx.subspace(X) for a torch optimizer class X."
+        f"{name}: {PATIENCE} backwards have brought it gradients since an optimizer of grass_fx "
+        "last stepped with one, and without such a step its selection never changes. A step "
+        "written by hand, or by another optimizer with weight.grad.to_dense(), trains the first "
+        "selection only: use grass_fx.AdamW, or grass_fx.subspace(X) for a torch optimizer class X."
     )
 
 

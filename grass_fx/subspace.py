@@ -61,14 +61,13 @@ class Upcoming:
 class Subspace:
     """A weight's selection and its schedule. One optimizer step uses one selection.
 
-    ``selection`` is the current :class:`~grass_fx.gradient.Selection`; ``step`` counts optimizer
-    steps taken with it, ``period`` the draws made; ``scoring_due`` tells whether this step's
-    gradients must carry scores; ``delivered``, whether a compact gradient has arrived in it, ``unfinished`` in how many backwards,
-    the last of which was ``backward``;
-    ``history`` records selections for reports, and decides nothing; ``compilations`` are those
-    that the weight has met since (frame, number), for a warning. ``replicas``: with which other
-    processes it is trained, ``agreed``: whether they have compared options, ``sharding``: how it is
-    spread over them.
+    ``selection`` is the current :class:`~grass_fx.Selection`; ``step`` counts optimizer steps,
+    ``period`` the draws made; ``scoring_due`` tells whether this step's gradients must carry
+    scores; ``delivered``, whether a compact gradient has arrived in it, ``unfinished`` in how many
+    backwards, the last of which was ``backward``; ``history`` records selections for reports, and
+    decides nothing; ``compilations`` are those that the weight has met since (frame, number), for a
+    warning. ``replicas``: with which other processes it is trained, ``agreed``: whether they have
+    compared options, ``sharding``: how it is spread over them. ``owner`` is what gradients carry.
     """
 
     def __init__(
