@@ -34,8 +34,9 @@ def train(model, compiled, optimizer, steps, seed=0):
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("settings", [{}, {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6,
-                                           "weight_decay": 0.3}])  # fmt: skip
+@pytest.mark.parametrize("settings", [{}, {"maximize": True},
+                                      {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6,
+                                       "weight_decay": 0.3}])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:no compact gradient")
 def test_dense_parameters_step_as_torchs_to_the_last_bit(settings, foreach):
     ours, theirs = mlp(8, 12, 6), None
@@ -316,7 +317,8 @@ def test_a_closure_is_evaluated_and_its_loss_returned():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1e-8), ("weight_decay", -0.1), ("scale", 0.0),
+    [("lr", -1.0), ("lr", "fast"), ("betas", (1.0, 0.9)), ("betas", 0.9), ("eps", -1e-8),
+     ("eps", None), ("maximize", 2), ("weight_decay", -0.1), ("scale", 0.0),
      ("warmup_steps", -1), ("on_refresh", "forget")],
 )  # fmt: skip
 def test_impossible_hyper_parameters_are_errors(name, value):
@@ -339,6 +341,85 @@ def test_what_torchs_adamw_refuses_is_refused_before_any_step(options, message):
         torch.optim.AdamW([nn.Parameter(torch.ones(2))], **options)
     with pytest.raises(OptionError, match=message):
         grass_fx.AdamW([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "options"),
+    [
+        (torch.float32, {}, {}),
+        (torch.float32, {}, {"selection": "uniform", "replacement": True}),
+        (torch.float32, {"compile": True}, {}),
+        (torch.bfloat16, {"stochastic_rounding": True}, {}),
+    ],
+    ids=["eager", "replacement", "generated code", "rounded"],
+)
+def test_to_maximize_is_to_minimize_the_negative(dtype, settings, options):
+    """To the last bit, of compact and dense parameters; in one group of two."""
+    finals = []
+    for up in (True, False):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = mlp(8, 12, 6).to(dtype)
+        backend = Captured(**{"rank": 4, "refresh_every": 2, **options})
+        compiled = torch.compile(model, backend=backend)
+        groups = [
+            {"params": model[0].parameters(), "maximize": up},
+            {"params": model[2].parameters()},
+        ]
+        optimizer = grass_fx.AdamW(groups, lr=1e-2, warmup_steps=2, **settings)
+        gen = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            compiled(torch.randn(7, 8, generator=gen).to(dtype)).square().mean().backward()
+            if not up:
+                for p in model[0].parameters():
+                    p.grad.mul_(-1)
+            optimizer.step()
+        finals.append([*model.parameters(), *(optimizer.state[p]["exp_avg"] for p in
+                                              model.parameters())])  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("amsgrad", r"grass_fx\.subspace\(torch\.optim\.AdamW\) takes amsgrad=True"),
+        ("capturable", "reduce-overhead"),
+        ("differentiable", r"torch\.optim\.AdamW on a model that is not compiled"),
+    ],
+)
+def test_what_it_lacks_of_torchs_adamw_says_why_and_what_to_use(name, instead):
+    parameter = nn.Parameter(torch.ones(2))
+    for value in (False, None):
+        grass_fx.AdamW([parameter], **{name: value})
+    message = f"AdamW does not take {name}=True: .*{instead}"
+    with pytest.raises(OptionError, match=message):
+        grass_fx.AdamW([parameter], **{name: True})
+    with pytest.raises(OptionError, match=message):
+        grass_fx.AdamW([{"params": [parameter], name: True}])
+    optimizer = grass_fx.AdamW([parameter])
+    with pytest.raises(OptionError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], name: True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_wrapped_adamw_has_the_maximum_that_ours_lacks():
+    """What the message of amsgrad=True promises: full rank is torch's."""
+    model = mlp(8, 6, bias=False).double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=Captured(rank=8, refresh_every=2))
+    settings = {"lr": 1e-2, "amsgrad": True}
+    optimizer = grass_fx.subspace(torch.optim.AdamW)(model.parameters(), warmup_steps=0, **settings)
+    train(model, compiled, optimizer, 5)
+    train(twin, twin, torch.optim.AdamW(twin.parameters(), **settings), 5)
+    torch.testing.assert_close(model[0].weight, twin[0].weight)
+
+
+def test_amsgrad_by_its_place_is_not_taken_for_a_scale():
+    arguments = 1e-3, (0.9, 0.999), 1e-8, 0.01, True
+    torch.optim.AdamW([nn.Parameter(torch.ones(2))], *arguments)
+    with pytest.raises(OptionError, match="where torch.optim.AdamW has amsgrad"):
+        grass_fx.AdamW([nn.Parameter(torch.ones(2))], *arguments)
 
 
 class FullSized(TorchDispatchMode):

@@ -193,6 +193,11 @@ def test_equals_the_reference_with_reset(rule, replacement, side, block):
     compare("mlp", "aot_eager", torch.float64, options, 1e-10, **adamw)
 
 
+def test_equals_the_reference_where_it_maximizes():
+    options = options_of("multinomial_norm", True, "in", 1)
+    compare("shared", "aot_eager", torch.float64, options, 1e-10, maximize=True, weight_decay=0.1)
+
+
 @pytest.mark.parametrize(("name", "compiler"), by_both("llama", "shared"))
 def test_full_rank_is_torchs_adamw(name, compiler):
     """r = m for every weight, no warm-up, K = ∞: AdamW on the same compiled model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ class AdamW(SubspaceOptimizer):
         stochastic_rounding: round updated bfloat16 parameters, compact and dense, up or down at
             random, without bias, instead of to nearest. Other dtypes are not affected.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
+        maximize: go up the gradient, compact and dense.
+        amsgrad, capturable, differentiable: as arguments of ``torch.optim.AdamW``, False or None
+            alone. True is an OptionError that says why, and what to use.
         compile: step taken weights by code that Inductor generates: on a GPU one Triton kernel for
             up to 8 weights, rounding included. None: on CUDA devices where Triton is installed;
             True: on every device, a CPU too; False: nowhere. Compiled once for each set of shapes.
@@ -74,10 +78,14 @@ class AdamW(SubspaceOptimizer):
         on_refresh: str = ON_REFRESH,
         stochastic_rounding: bool = False,
         *,
+        maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         compile: bool | None = None,
         seed: int = 0,
+        amsgrad: bool | None = False,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
     ) -> None:
         self._forget()
         defaults = {
@@ -89,10 +97,14 @@ class AdamW(SubspaceOptimizer):
             "warmup_steps": warmup_steps,
             "on_refresh": on_refresh,
             "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
             "compile": compile,
             "seed": seed,
+            "amsgrad": amsgrad,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -102,18 +114,37 @@ class AdamW(SubspaceOptimizer):
         self._common_ages: dict[Tensor, tuple[Tensor, int | None]] = {}
         self._applied: dict[Tensor, tuple[Selection, dict[str, Any]]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # as torch's AdamW does
+            for p in group["params"]:
+                if "step" in (own := self.state.get(p, {})):
+                    own["step"] = _count(own["step"], p, bool(group["fused"]))
+
+    def _check_switches(self, group: Mapping[str, Any]) -> None:
+        for name, why in _NOT_HERE.items():
+            if group.get(name):
+                raise OptionError(f"{self._kind} does not take {name}={group[name]!r}: {why}")
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_switches(group)
+        if isinstance(group["scale"], bool):
+            raise OptionError(
+                f"{self._kind}: scale={group['scale']!r} is no number. The sixth argument is "
+                "scale, where torch.optim.AdamW has amsgrad: name the arguments."
+            )
         super()._check_group(group)
-        beta1, beta2 = group["betas"]
-        lr, foreach = group["lr"], group["foreach"]
+        lr, betas, foreach = group["lr"], group["betas"], group["foreach"]
+        pair = isinstance(betas, Sequence) and len(betas) == 2
         check_ranges(
             self._kind,
-            ("lr", lr, (not isinstance(lr, Tensor) or lr.numel() == 1) and bool(lr >= 0)),
-            ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-            ("eps", group["eps"], group["eps"] >= 0),
-            ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+            ("lr", lr, _is_least_zero(lr)),
+            ("betas", betas, pair and all(_is_least_zero(beta) and beta < 1 for beta in betas)),
+            ("eps", group["eps"], _is_least_zero(group["eps"])),
+            ("weight_decay", group["weight_decay"], _is_least_zero(group["weight_decay"])),
             ("stochastic_rounding", group["stochastic_rounding"],
              isinstance(group["stochastic_rounding"], bool)),
+            ("maximize", group["maximize"], isinstance(group["maximize"], bool | None)),
             ("compile", group["compile"], isinstance(group["compile"], bool | None)),
         )  # fmt: skip
         # Torch's step of the dense parameters would find out, when the others have stepped.
@@ -231,9 +262,10 @@ class AdamW(SubspaceOptimizer):
             self._common_ages.pop(p, None)  # which such code does not ask for
         else:
             common = self._common_age(p, ages)
+        compact = matrix(grad.compact)
         return CompactStep(
             matrix(local(p)),
-            matrix(grad.compact),
+            -compact if group["maximize"] else compact,
             grad.subspace,
             first,
             second,
@@ -339,6 +371,34 @@ class AdamW(SubspaceOptimizer):
         return rounding_stream(group["seed"], registry.key_of(p), step)
 
 
+_NOT_HERE = {
+    "amsgrad": "its maximum of second moments is not kept here. "
+    "grass_fx.subspace(torch.optim.AdamW) takes amsgrad=True.",
+    "capturable": "the step looks at ages and selections on the host, which no CUDA graph can "
+    'record. torch.compile(model, backend="grass", mode="reduce-overhead") records the model.',
+    "differentiable": "selected rows change in place, outside autograd. Differentiate through "
+    "steps of torch.optim.AdamW on a model that is not compiled.",
+}
+"""Arguments of torch.optim.AdamW that are refused, with the reason and what to use instead."""
+
+
+def _is_least_zero(value: Any) -> bool:
+    """Whether it is one number, in a tensor or not, of 0 or more."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value >= 0)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value >= 0
+
+
+def _count(steps: Any, p: Tensor, fused: bool) -> Tensor:
+    """``steps`` as torch's AdamW has them: in a tensor, where and as exact as its kernels ask."""
+    if fused:
+        return torch.as_tensor(steps, dtype=torch.float32, device=p.device)
+    if isinstance(steps, Tensor):
+        return steps
+    exact = torch.get_default_dtype() == torch.float64
+    return torch.tensor(float(steps), dtype=torch.float64 if exact else torch.float32, device="cpu")
+
+
 def _torchs_adamw(
     params: Any, grads: Any, firsts: Any, seconds: Any, steps: Any, group: Mapping[str, Any]
 ) -> None:
@@ -351,7 +411,7 @@ def _torchs_adamw(
         [],
         steps,
         amsgrad=False,
-        maximize=False,
+        maximize=bool(group["maximize"]),
         has_complex=any(map(torch.is_complex, params)),
         beta1=beta1,
         beta2=beta2,

@@ -35,6 +35,7 @@ class Reference:
     scale: float = SCALE
     warmup_steps: int = WARMUP_STEPS
     on_refresh: str = ON_REFRESH
+    maximize: bool = False
 
     def __post_init__(self) -> None:
         self.t, self.weights = 0, dict[str, Weight]()
@@ -45,7 +46,8 @@ class Reference:
                 self.refresh(self.weights[name], None)
         self.dense = [p for n, p in self.model.named_parameters() if n not in self.weights]
         options = (self.lr, self.betas, self.eps, self.weight_decay)
-        self.adamw = torch.optim.AdamW(self.dense, *options) if self.dense else None
+        up = self.maximize
+        self.adamw = torch.optim.AdamW(self.dense, *options, maximize=up) if self.dense else None
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
         """One optimizer step on the sum of ``losses``, one backward for each."""
@@ -81,6 +83,7 @@ class Reference:
         """W ← (1 − lr λ) W − lr α P (warm-up · Adam(C)), bias-corrected by each row's age."""
         c, (beta1, beta2) = weight.compact, self.betas
         assert c is not None
+        c = -c if self.maximize else c
         first, second = weight.moments or (torch.zeros_like(c), torch.zeros_like(c))
         weight.moments = [beta1 * first + (1 - beta1) * c, beta2 * second + (1 - beta2) * c * c]
         weight.age = [age + 1 for age in weight.age]
