@@ -22,6 +22,7 @@ from grass_fx.errors import StateError
 from grass_fx.gradient import Owner
 from grass_fx.history import Norms, SelectionHistory
 from grass_fx.replicas import Replicas
+from grass_fx.saved import check_saved, sound_history
 from grass_fx.selected import Selection
 from grass_fx.sharding import Sharding
 from grass_fx.spec import SubspaceSpec, scale_dtype
@@ -307,14 +308,15 @@ class Subspace:
         state = {
             "subspace_counters": torch.tensor(counters, device="cpu"),
             "subspace_order": torch.cat(self._orders),
-            "subspace_indices": self.selection.indices,
+            "subspace_indices": self.selection.indices.clone(),
         }
         if self.selection.scale is not None:
-            state["subspace_scale"] = self.selection.scale
+            state["subspace_scale"] = self.selection.scale.clone()
         return {**state, **self.history.state()}
 
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """Raise StateError if :meth:`state` of another run does not fit this subspace."""
+        """Raise StateError if :meth:`state` of another run is damaged or does not fit this one."""
+        check_saved(self.name, state, self.spec.stack)
         counters = state["subspace_counters"].tolist()
         indices, order = state["subspace_indices"], state["subspace_order"]
         scale = state.get("subspace_scale")
@@ -337,20 +339,29 @@ class Subspace:
             )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from :meth:`state`. If it does not fit: StateError, and nothing changed."""
+        """Continue from :meth:`state`, of which nothing is kept, only copies.
+
+        If it does not fit: StateError, and nothing changed. A history that is damaged starts anew.
+        """
         self.check(state)
         counters = state["subspace_counters"].tolist()
-        indices, scale = state["subspace_indices"], state.get("subspace_scale")
+        past = {name: value for name, value in state.items() if name.startswith("history_")}
+        if not sound_history(past, self.spec.rows, counters[0]):
+            past = {}
+        device, scale = self.selection.indices.device, state.get("subspace_scale")
+        indices = state["subspace_indices"].to(device, copy=True)
+        if scale is not None:
+            scale = scale.to(device, self._scale_dtype, copy=True)
+        orders = state["subspace_order"].to("cpu", copy=True).chunk(len(self._orders))
+        history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), counters[0], past)
+        # From here on nothing can fail.
         self.step, self.period, draw, self._position, self.key = counters[:5]
         self.frozen, self._retry = self.rule.freezes and bool(counters[5]), bool(counters[6])
-        orders = state["subspace_order"].cpu().chunk(len(self._orders))
-        self._orders = [each.clone() for each in orders]
-        self._history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), self.step, state)
-        device = self.selection.indices.device
+        self._orders, self._history = list(orders), history
         self.selection = replace(
             self.selection,
-            indices=indices.to(device),
-            scale=None if scale is None else scale.to(device, self._scale_dtype),
+            indices=indices,
+            scale=scale,
             generation=next(_generations),
             draw=draw,
         )

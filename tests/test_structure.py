@@ -24,6 +24,7 @@ FLOORS = {
     "grass_fx.config": 2,
     "grass_fx.history": 2,
     "grass_fx.replicas": 2,
+    "grass_fx.saved": 2,
     "grass_fx.sharding": 2,
     "grass_fx.sources": 2,
     "grass_fx.transfers": 2,
