@@ -11,6 +11,7 @@ from grass_fx import errors
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("grass_fx/**/*.py"), *ROOT.glob("passes/*.py")])
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+WARNING = "GrassWarning"
 CLASSES = [name for name, value in vars(errors).items() if isinstance(value, type)]
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 QUOTED = re.findall(r"^(Grass\w+|\w+Error): (.*)$", PAGE, re.M)
@@ -33,8 +34,13 @@ def said() -> list[tuple[str, str, str]]:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = ast.unparse(node.func).rpartition(".")[2]
+<<<<<<< HEAD
             if name == "warn" and path.name != "errors.py":
                 name = "GrassWarning"
+=======
+            if name == "warn":  # ours, or that of the module warnings
+                name = ast.unparse(node.args[1]).rpartition(".")[2] if node.args[1:] else WARNING
+>>>>>>> 969bf05 (Load an optimizer's own state, whole or not at all)
             if name in CLASSES:
                 found.append((name, pattern(node.args[0]), f"{path.name}:{node.lineno}"))
     return found

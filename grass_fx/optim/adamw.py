@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from grass_fx.errors import OptionError, StateError, UnsupportedGradError
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.carry import Move, carried, carried_rows
+from grass_fx.optim.entries import Kept
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.telemetry import adam_update_norm
@@ -345,22 +346,27 @@ class AdamW(SubspaceOptimizer):
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
-            exact = torch.get_default_dtype() == torch.float64 and not fused
-            dtype = torch.float64 if exact else torch.float32
             state.clear()
-            state["step"] = torch.zeros((), dtype=dtype, device=p.device if fused else "cpu")
+            state["step"] = _count(0, p, fused)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    def _check_loaded(self, p: Tensor, state: Mapping[str, Any]) -> None:
-        super()._check_loaded(p, state)
+    def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:
+        super()._check_shape(p, state, name)
         moment = state.get("exp_avg")
-        if moment is not None and "indices" not in state and moment.shape != p.shape:
+        if isinstance(moment, Tensor) and "indices" not in state and moment.shape != p.shape:
             raise StateError(
-                f"{registry.name_of(p)} has shape {tuple(p.shape)}, but its state was saved for "
+                f"{name} has shape {tuple(p.shape)}, but its state was saved for "
                 f"shape {tuple(moment.shape)}. Load it into the model that it was saved from."
             )
+
+    def _kept(
+        self, p: Tensor, shape: tuple[int, ...], compact: bool, groups: Any, asked: Any
+    ) -> Iterator[Kept]:
+        shapes = {"exp_avg": shape, "exp_avg_sq": shape}
+        dtypes = dict.fromkeys(shapes, p.dtype)
+        yield Kept(shapes if compact else {**shapes, "step": ()}, dtypes)
 
     # --- stochastic rounding ----------------------------------------------------------------------
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from grass_fx.errors import StateError, warn
+from grass_fx.errors import OptionError, StateError, warn
 from grass_fx.gradient import Used
+from grass_fx.optim.entries import COUNT, Kept, recounted
+from grass_fx.optim.loading import (
+    OWN,
+    SUBSPACE,
+    check_selection,
+    check_subspace,
+    compact_shape,
+    copied,
+    own_part,
+    past_of,
+    viewed,
+)
+from grass_fx.optim.rowwise import PER_ROW
 from grass_fx.records import Record
 from grass_fx.registry import registry
-from grass_fx.sharding import local, sharding_of
+from grass_fx.sharding import sharding_of
 from grass_fx.subspace import selects_rows
 
-_SUBSPACE = "subspace_"  # keys of Subspace.state(), which live in the registry between checkpoints
 _SHAPE = "weight_shape"
 _OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
 _HISTORY = "history_"  # keys of SelectionHistory.state()
@@ -30,6 +43,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     records: Sequence[Record] = ()
     """Those of its parameters, in their order: see grass_fx.records."""
+    _kind = "grass_fx"
     _own: Mapping[str, Any] = {}
     """Options of groups that are not among ``defaults``."""
     _layout_unknown = False
@@ -106,6 +120,33 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """A taken weight's state as a checkpoint holds it."""
         return state
 
+    def _unsaved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Undoes :meth:`_saved`."""
+        return state
+
+    def _kept(
+        self,
+        p: Tensor,
+        shape: tuple[int, ...],
+        compact: bool,
+        groups: Sequence[Mapping[str, Any]],
+        asked: Any,
+    ) -> Iterator[Kept]:
+        """What the optimizer may keep of ``p``, or of C in its place; nothing: it is not known.
+
+        ``groups``: the options to be loaded, and those of now; ``asked``: :meth:`_asking`'s.
+        """
+        yield from ()
+
+    def _asking(self) -> Any:
+        """What :meth:`_kept` remembers its answers in, for the time of one load."""
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise OptionError for a hyper-parameter that is impossible."""
+
+    def _check_switches(self, group: Mapping[str, Any]) -> None:
+        """Raise OptionError for a feature that is asked for and that the optimizer lacks."""
+
     def _entries(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any, str]]:
         """Each parameter with its key in a state dict and its name there."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -116,43 +157,146 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, each tensor in its own dtype; selections go to the weights' subspaces.
 
-        Raises StateError, naming the weight, if names, shapes or a selection do not fit. Then
-        nothing has changed.
+        ``grass_fx.AdamW`` and ``grass_fx.subspace(torch.optim.AdamW)`` read each other's. Of
+        ``state_dict`` nothing is kept, only copies.
+
+        Raises:
+            StateError: names, shapes or a selection do not fit, the state is another optimizer's,
+                or it is damaged. The message names the weight.
+            OptionError: a group has options that this optimizer cannot have.
+        After any exception nothing has changed, neither here nor in the weights' subspaces.
         """
-        own, subspaces = dict(state_dict["state"]), {}
-        past = state_dict.get(_PAST, {})
-        for p, key, name in self._entries(state_dict):
-            self._check_name(p, name)
-            if key in own:
-                self._check_loaded(p, own[key])
-                ours = {k: v for k, v in own[key].items() if k.startswith(_SUBSPACE)}
-                own[key] = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
-                own[key] = _own_part(p, own[key])
-                if "indices" in own[key] and not ours:
-                    raise StateError(
-                        f"{registry.name_of(p)}: its state is of a subspace, and without the "
-                        f"entries {_SUBSPACE}* that tell which. flatten_optimizer_state_dict of "
-                        "torch.distributed.checkpoint drops them at loading: save and load "
-                        "without it."
-                    )
-                if ours:
-                    registry.check(p, ours)
-                    subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
-                    subspaces[p] |= {k: v.cpu() for k, v in past.get(key, {}).items()}
-        super().load_state_dict({**state_dict, "state": own})
-        for p, key, _ in self._entries(state_dict):
-            for k, v in own.get(key, {}).items():
-                # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
-                # leaves alone, and puts it on the device where it belongs.
-                if isinstance(v, Tensor) and k in self.state[p]:
-                    device = self.state[p][k].device if k == "step" else p.device
-                    if k == "generation":  # read by the host
-                        device = torch.device("cpu")
-                    self.state[p][k] = v.to(device, copy=True)
+        load, before = super().load_state_dict, dict(self.__dict__)
+        given: dict[str, Any] = {}
+        subspaces: dict[Tensor, dict[str, Tensor]] = {}
+
+        def prepare(_: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+            given.update(self._prepared(raw, subspaces))
+            return dict(given)
+
+        def settle(_: Any) -> None:
+            for p, key, _ in self._entries(given):
+                if key in given["state"]:
+                    self._settle(p, given["state"][key])
+
+        with ExitStack() as undone:
+            undone.callback(self._become, before)
+            with ExitStack() as hooks:
+                if getattr(load, "__func__", None) is torch.optim.Optimizer.load_state_dict:
+                    # After hooks that bring the state dict into shape, before those that look.
+                    first = self.register_load_state_dict_pre_hook(prepare)
+                    hooks.callback(first.remove)
+                    second = self.register_load_state_dict_post_hook(settle, prepend=True)
+                    hooks.callback(second.remove)
+                    load(state_dict)
+                else:  # a class with a way of its own, which may run no hooks
+                    load(prepare(self, state_dict))
+                    settle(self)
+            undone.pop_all()
+        for p in self._parameters():  # all of it has been checked
             if p in subspaces:
                 registry.restore(p, subspaces[p])
             else:  # it had not stepped in its subspace
                 registry.restart(p)
+
+    def _become(self, attributes: Mapping[str, Any]) -> None:
+        self.__dict__.clear()
+        self.__dict__.update(attributes)
+
+    def _prepared(
+        self, state_dict: Mapping[str, Any], subspaces: dict[Tensor, dict[str, Tensor]]
+    ) -> dict[str, Any]:
+        """A state dict as torch's load takes it: checked, converted, and without ``subspaces``."""
+        groups = [{**self.defaults, **self._own, **g} for g in state_dict["param_groups"]]
+        for place, group in enumerate(groups):
+            _of_group(place, self._check_switches, group)
+        own, past = dict(state_dict["state"]), state_dict.get(_PAST)
+        asked, seen = self._asking(), set()
+        for now, group in zip(self.param_groups, groups, strict=False):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for p, key, name in zip(now["params"], group["params"], names, strict=False):
+                seen.add(key)
+                self._check_name(p, name)
+                if key not in own:
+                    continue
+                name = registry.name_of(p, default=f"parameter {key}")
+                if not isinstance(own[key], Mapping):
+                    raise StateError(f"{name}: its saved state is no mapping of entries.")
+                self._check_shape(p, own[key], name)
+                ours = {k: v for k, v in own[key].items() if k.startswith(SUBSPACE)}
+                state = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
+                if ours or "indices" in state:
+                    check_subspace(p, ours, name)
+                    state = own_part(p, state)
+                    check_selection(p, state, ours, name)
+                    subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
+                    subspaces[p] |= past_of(p, ours, past, key, name)
+                own[key] = self._fitting(p, state, ours, name, (group, now), asked)
+        for place, group in enumerate(groups):
+            if isinstance(group.get("lr"), int | float):  # a schedule may end just below 0
+                group["lr"] = abs(group["lr"])
+            _of_group(place, self._check_group, group)
+        own = {k: v if k in seen else copy.deepcopy(v) for k, v in own.items()}
+        return {**state_dict, "state": own}
+
+    def _fitting(
+        self,
+        p: Tensor,
+        state: Mapping[str, Any],
+        ours: Mapping[str, Tensor],
+        name: str,
+        groups: Sequence[Mapping[str, Any]],
+        asked: Any,
+    ) -> dict[str, Any]:
+        """A parameter's saved state as this optimizer has it; StateError if it is not such."""
+        if not state:
+            return {}
+        rows = state["indices"].numel() if ours else None
+        shape = compact_shape(p, ours) if ours else tuple(p.shape)
+        about = {k: v for k, v in state.items() if ours and k in OWN}
+        inner = {k: v for k, v in state.items() if k not in about}
+        first: Kept | None = None
+        problem = None
+        for kept in self._kept(p, shape, bool(ours), groups, asked):
+            theirs = recounted(inner, about["age"], kept) if ours else inner
+            if ours:
+                theirs = {k: viewed(v, kept.shapes.get(k), shape) for k, v in theirs.items()}
+            if kept.has_entries(theirs, rows):
+                problem = kept.misfit(theirs, rows)
+                if problem is None:
+                    return {**theirs, **about}
+            first = first or kept
+        if first is None:
+            return dict(state)
+        if problem is not None:
+            raise StateError(
+                f"{name} has shape {tuple(p.shape)}, and {problem}. Load the state into the model "
+                "and the optimizer that it was saved from; without this weight's entry in the "
+                "state dict's state the weight starts anew."
+            )
+        found = ", ".join(sorted(k for k in inner if not k.startswith(PER_ROW))) or "nothing"
+        raise StateError(
+            f"{name}: the state is another optimizer's: it holds {found}, and {self._kind} "
+            f"keeps {first}. Load it into an optimizer of the class and options that saved it; "
+            "without this weight's entry in the state dict's state the weight starts anew."
+        )
+
+    def _settle(self, p: Tensor, saved: Mapping[str, Any]) -> None:
+        """Make p's loaded state copies of ``saved``, each of its own dtype."""
+        loaded = self.state[p]
+        for k, v in saved.items():
+            # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
+            # leaves alone, and puts it on the device where it belongs.
+            there = loaded.get(k)
+            if k == COUNT:
+                loaded[k] = there.clone() if isinstance(there, Tensor) else there
+            elif k == "generation":  # read by the host
+                loaded[k] = v.to("cpu", copy=True)
+            elif k.startswith(PER_ROW):
+                loaded[k] = _like(v, loaded.get(k.removeprefix(PER_ROW)))
+            elif type(there) is type(v) or (isinstance(there, Tensor) and isinstance(v, Tensor)):
+                loaded[k] = copied(v, p.device)
+        self.state[p] = self._unsaved(loaded)
 
     def _check_name(self, p: Tensor, saved: str) -> None:
         name = registry.name_of(p, default="")
@@ -162,14 +306,32 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 "the same parameters in the same order as in the saved run."
             )
 
-    def _check_loaded(self, p: Tensor, state: Mapping[str, Any]) -> None:
+    def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:
         """Raise StateError if a saved state is of a weight of another shape."""
         shape = state.get(_SHAPE)
-        if shape is not None and shape.tolist() != list(p.shape):
+        if shape is not None and torch.as_tensor(shape).tolist() != list(p.shape):
             raise StateError(
-                f"{registry.name_of(p)} has shape {tuple(p.shape)}, but its state was saved for "
-                f"shape {tuple(shape.tolist())}. Load it into the model that it was saved from."
+                f"{name} has shape {tuple(p.shape)}, but its state was saved for "
+                f"shape {tuple(torch.as_tensor(shape).tolist())}. Load it into the model that it "
+                "was saved from."
             )
+
+
+def _like(each: Any, count: Any) -> Any:
+    """Each row's count as that of the weight is: a tensor beside it, or a list of numbers."""
+    if isinstance(count, Tensor):
+        each = torch.as_tensor(each, device=count.device)
+        return each.to(count.dtype, copy=True)
+    return each.tolist() if isinstance(each, Tensor) else list(each)
+
+
+def _of_group(
+    place: int, check: Callable[[Mapping[str, Any]], None], group: Mapping[str, Any]
+) -> None:
+    try:
+        check(group)
+    except OptionError as error:
+        raise OptionError(f"param_groups[{place}] of the state dict: {error}") from None
 
 
 def _plain(name: str) -> str:
@@ -192,17 +354,6 @@ def _spread(p: Tensor, state: Mapping[str, Any], saved: Mapping[str, Tensor]) ->
             v = sharding.whole(v + sharding.first(math.prod(p.shape[:-1])) if k == "indices" else v)
         spread[k] = v
     return spread
-
-
-def _own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`_spread` made, back to what this process steps with."""
-    sharding = sharding_of.get(p)
-    if sharding is None or "indices" not in state:
-        return dict(state)  # a dense parameter is stepped as a DTensor
-    own = {k: local(v) for k, v in state.items()}
-    if isinstance(state["indices"], DTensor):
-        own["indices"] = own["indices"] - sharding.first(math.prod(p.shape[:-1]))
-    return own
 
 
 def _apart(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -26,6 +26,8 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.ops import along, select
 from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
 from grass_fx.optim.carry import places
+from grass_fx.optim.entries import Asked, Kept
+from grass_fx.optim.loading import OWN
 from grass_fx.optim.rowwise import (
     Cohort,
     State,
@@ -40,9 +42,6 @@ from grass_fx.optim.rowwise import (
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.update import add_rows_, warmup
 from grass_fx.selected import Selection, matrix
-
-OWN = ("indices", "generation", "age", "scale")
-"""Entries of a taken weight's state that are ours; all others are X's."""
 
 
 @functools.cache
@@ -158,11 +157,21 @@ class _Wrapped(SubspaceOptimizer):
         own = {name: value for name, value in state.items() if name in OWN}
         return {**with_rows(inner, own["age"].numel()), **own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped class's and :meth:`SubspaceOptimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        for p, state in self.state.items():
-            self.state[p] = without_equal_rows(state)
+    def _unsaved(self, state: State) -> State:
+        return without_equal_rows(state)
+
+    def _asking(self) -> Asked:
+        def make(p: Tensor, group: Mapping[str, Any]) -> Optimizer:
+            return self._inner_for(p, group)
+
+        return Asked(make, lambda inner: _unhooked(type(inner).step)(inner))
+
+    def _kept(
+        self, p: Tensor, shape: tuple[int, ...], compact: bool, groups: Any, asked: Asked
+    ) -> Iterator[Kept]:
+        if compact:  # X sees a stack of matrices as one
+            shape = (math.prod(shape[:-1]), shape[-1])
+        return asked.answers(p, shape, groups)
 
     # --- one step ---------------------------------------------------------------------------------
 

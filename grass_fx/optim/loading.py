@@ -1,0 +1,143 @@
+"""The parts of a saved state: what is checked and converted before any of it is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from grass_fx.errors import StateError, warn
+from grass_fx.registry import registry
+from grass_fx.saved import check_saved, pieces_of, selection_damage, sound_history
+from grass_fx.sharding import local, sharding_of
+from grass_fx.subspace import selects_rows
+
+SUBSPACE = "subspace_"
+"""With it begin the keys of ``Subspace.state()``, which are the registry's between checkpoints."""
+
+OWN = ("indices", "generation", "age", "scale")
+"""Entries of a taken weight's state that are ours; all others are the optimizer's."""
+
+
+def copied(value: Any, device: torch.device) -> Any:
+    """A copy with all tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(copied(each, device) for each in value)
+    if type(value) is dict:
+        return {k: copied(each, device) for k, each in value.items()}
+    return value
+
+
+def viewed(value: Any, wanted: tuple[int, ...] | None, compact: tuple[int, ...]) -> Any:
+    """A moment of a stack as ``wanted``: three-dimensional, or as one matrix."""
+    flat = (math.prod(compact[:-1]), *compact[-1:])
+    if isinstance(value, Tensor) and wanted in (compact, flat):
+        return value.reshape(wanted) if tuple(value.shape) in (compact, flat) else value
+    return value
+
+
+def _stack_of(p: Tensor) -> int | None:
+    return p.shape[0] if p.dim() == 3 else None
+
+
+def check_subspace(p: Tensor, ours: Mapping[str, Any], name: str) -> None:
+    """Raise StateError if the entries of a subspace are not those of one of ``p``."""
+    if not ours:
+        raise StateError(
+            f"{name}: its state is of a subspace, and without the "
+            f"entries {SUBSPACE}* that tell which. flatten_optimizer_state_dict of "
+            "torch.distributed.checkpoint drops them at loading: save and load "
+            "without it."
+        )
+    if registry.get(p) is not None:
+        registry.check(p, ours)
+    else:
+        check_saved(name, ours, _stack_of(p))
+    dim, size = ours["subspace_counters"].tolist()[7:9]
+    if p.dim() not in (2, 3) or dim != (1 if p.dim() == 3 else dim) or size != p.shape[dim]:
+        raise StateError(
+            f"{name} has shape {tuple(p.shape)}, but its saved selection is of {size} rows along "
+            f"dimension {dim}. Load it into the model that it was saved from."
+        )
+
+
+def check_selection(
+    p: Tensor, state: Mapping[str, Any], ours: Mapping[str, Tensor], name: str
+) -> None:
+    """Raise StateError if the selection that p's moments belong to, or the ages, are damaged."""
+    pieces, size, block = pieces_of(ours, _stack_of(p))
+    ranks = _ranks(p) if selects_rows(ours, p) else 1
+    problem = None
+    for entry in ("indices", "age"):
+        value = state.get(entry)
+        if not isinstance(value, Tensor) or value.dtype != torch.int64:
+            problem = f"{entry} is {'no list of integers' if entry in state else 'missing'}"
+        elif value.shape != (ours["subspace_indices"].numel() // ranks,):
+            problem = f"{entry} has shape {tuple(value.shape)}"
+        if problem is not None:
+            break
+    else:
+        scale, generation = state.get("scale"), state.get("generation")
+        single = isinstance(generation, Tensor) and generation.numel() == 1
+        if not single or int(cast("Tensor", generation)) < 0:
+            problem = f"generation is {'negative' if single else 'missing'}"
+        elif int(state["age"].min()) < 0:
+            problem = "an age is negative"
+        elif (scale is None) != ("subspace_scale" not in ours):
+            problem = f"scale is {'missing' if scale is None else 'not of its selection'}"
+        else:
+            problem = selection_damage(state["indices"], scale, pieces // ranks, size, block)
+    if problem is not None:
+        raise StateError(
+            f"{name}: its saved state is damaged: {problem}. Load another "
+            "checkpoint, or delete this weight's entry from the state dict's state: the weight "
+            "then starts anew."
+        )
+
+
+def _ranks(p: Tensor) -> int:
+    sharding = sharding_of.get(p)
+    return 1 if sharding is None else sharding.shards.ranks
+
+
+def compact_shape(p: Tensor, ours: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of this process's part of C."""
+    shape = list(p.shape)
+    shape[int(ours["subspace_counters"][7])] = ours["subspace_indices"].numel() // (
+        _stack_of(p) or 1
+    )
+    return (shape[0] // _ranks(p), *shape[1:])
+
+
+def past_of(
+    p: Tensor, ours: Mapping[str, Tensor], past: Any, key: Any, name: str
+) -> dict[str, Tensor]:
+    """What reports need of a weight's history; none, with a warning, if it is damaged."""
+    saved = past.get(key, {}) if isinstance(past, Mapping) else past
+    if saved is None or saved == {}:
+        return {}
+    step, size = (int(ours["subspace_counters"][k]) for k in (0, 8))
+    if not sound_history(saved, size * (_stack_of(p) or 1), step):
+        warn(
+            f"{name}: the saved history of its selections is damaged, and starts "
+            "anew. It is for reports alone: training is not affected."
+        )
+        return {}
+    return {k: v.to("cpu", copy=True) for k, v in saved.items()}
+
+
+def own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is spread over processes in a checkpoint, as this process steps with it."""
+    sharding = sharding_of.get(p)
+    if sharding is None or "indices" not in state:
+        return dict(state)  # a dense parameter is stepped as a DTensor
+    own = {k: local(v) for k, v in state.items()}
+    if isinstance(state["indices"], DTensor):
+        own["indices"] = own["indices"] - sharding.first(math.prod(p.shape[:-1]))
+    return own
