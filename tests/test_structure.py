@@ -105,7 +105,7 @@ def test_every_package_is_installed():
 
 @every_module
 def test_only_torch_compat_touches_private_torch(module):
-    if module in ("grass_fx._torch_compat", "grass_fx.testing.virtual_gpu"):
+    if module.startswith("grass_fx._torch_compat") or module == "grass_fx.testing.virtual_gpu":
         return  # the virtual GPU is nothing but private torch, and no part of what users run
     touched = imported_by(module)
     touched |= {ast.unparse(n) for n in ast.walk(tree_of(module)) if isinstance(n, ast.Attribute)}
@@ -137,6 +137,7 @@ def test_importing_grass_fx_loads_no_inductor():
 
 LIMITS = {
     **dict.fromkeys(SOURCES, 500),
+    **dict.fromkeys(sorted(ROOT.glob("grass_fx/_torch_compat/*.py")), 300),
     **dict.fromkeys(sorted(ROOT.glob("tests/**/*.py")), 600),
     ROOT / "grass_fx/testing/reference.py": 150,
     ROOT / "examples/llama.py": 150,

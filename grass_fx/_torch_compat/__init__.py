@@ -1,0 +1,105 @@
+"""The only place that touches private torch; each function says what it uses.
+
+    dynamo.py     Dynamo's graphs, and what it knows of the frame that it compiles
+    aot.py        AOTAutograd: joint graphs, and compilation without Inductor
+    inductor.py   Inductor's options, compiler, scheduler and table of lowerings
+    kernels.py    kernels, for use inside a lowering
+    backward.py   the running backward, and DistributedDataParallel
+
+Imports of Inductor and AOTAutograd stand inside functions, so that importing this loads neither.
+Checked with torch 2.11 to 2.15; features are probed, versions are not compared.
+"""
+
+from grass_fx._torch_compat.aot import (
+    GraphPass,
+    argument_counts,
+    compile_aot_eager,
+    gradient_of_input,
+    input_position,
+    trace_static,
+)
+from grass_fx._torch_compat.backward import (
+    at_end_of_backward,
+    averaged_by,
+    current_backward,
+    ignore_in_ddp,
+    running_ddp,
+)
+from grass_fx._torch_compat.dynamo import (
+    SET_GRAD_ENABLED,
+    compiled_apart,
+    copy_dynamo_graph,
+    current_compilation,
+    fake_mode_of,
+    managed_by_fsdp,
+    mark_added_placeholder,
+    parameter_name,
+    real_value,
+    trace_artifact,
+)
+from grass_fx._torch_compat.inductor import (
+    CUDA_GRAPHS,
+    CustomGraphPass,
+    combined_kernels,
+    compile_inductor,
+    has_triton,
+    inductor_patches,
+    overlapping,
+    register_inductor_lowering,
+    scheduling_of,
+    uses_cuda_graphs,
+)
+from grass_fx._torch_compat.kernels import (
+    choose_kernel,
+    extern_kernel,
+    is_multiple,
+    library_call,
+    put_rows,
+    realized,
+    size_hint,
+    triton_template,
+    tuning_everything,
+)
+
+__all__ = [
+    "CUDA_GRAPHS",
+    "SET_GRAD_ENABLED",
+    "CustomGraphPass",
+    "GraphPass",
+    "argument_counts",
+    "at_end_of_backward",
+    "averaged_by",
+    "choose_kernel",
+    "combined_kernels",
+    "compile_aot_eager",
+    "compile_inductor",
+    "compiled_apart",
+    "copy_dynamo_graph",
+    "current_backward",
+    "current_compilation",
+    "extern_kernel",
+    "fake_mode_of",
+    "gradient_of_input",
+    "has_triton",
+    "ignore_in_ddp",
+    "inductor_patches",
+    "input_position",
+    "is_multiple",
+    "library_call",
+    "managed_by_fsdp",
+    "mark_added_placeholder",
+    "overlapping",
+    "parameter_name",
+    "put_rows",
+    "real_value",
+    "realized",
+    "register_inductor_lowering",
+    "running_ddp",
+    "scheduling_of",
+    "size_hint",
+    "trace_artifact",
+    "trace_static",
+    "triton_template",
+    "tuning_everything",
+    "uses_cuda_graphs",
+]

@@ -1,0 +1,101 @@
+"""AOTAutograd: joint graphs, their inputs and outputs, and compilation without Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+GraphPass = Callable[[fx.Graph], None]
+
+
+def trace_static(
+    function: Callable[..., Any],
+    layouts: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype, torch.device]],
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A function of tensors as a graph of constant sizes, and the fakes it was traced with.
+
+    ``layouts``: (shape, strides, dtype, device) of each tensor. Though no size is a symbol, there
+    is a ShapeEnv: Inductor caches nothing without one.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True), torch.no_grad():
+        fakes = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in layouts
+        ]
+        return make_fx(function)(*fakes), fakes
+
+
+def argument_counts(gm: fx.GraphModule) -> list[int] | None:
+    """How many placeholders each argument of a joint graph holds, in a list; None: all are flat."""
+    from torch.utils._pytree import tree_unflatten
+
+    if not hasattr(gm, "_in_spec"):
+        return None
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [len(argument) for argument in tree_unflatten(placeholders, gm._in_spec)]
+
+
+def input_position(node: fx.Node) -> int | None:
+    """Which of the backend's inputs a joint graph's placeholder is (``meta["desc"]``), if known."""
+    return getattr(node.meta.get("desc"), "idx", None)
+
+
+def gradient_of_input(graph: fx.Graph, position: int) -> fx.Node | None:
+    """The node of a joint graph that is the gradient of one of the backend's inputs."""
+    output = graph.output_node()
+    (values,) = output.args
+    for value, desc in zip(cast("Sequence[Any]", values), output.meta["desc"], strict=True):
+        if getattr(getattr(desc, "grad_of", None), "idx", None) == position:
+            return value if isinstance(value, fx.Node) else None
+    return None
+
+
+def compile_aot_eager(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    joint_pass: GraphPass | None,
+    on_backward: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
+    on_partition: Callable[[fx.GraphModule, fx.GraphModule], None] | None = None,
+) -> Callable[..., Any]:
+    """AOTAutograd with Inductor's decompositions and partitioner; the graphs run as they are.
+
+    ``on_backward`` may look at the backward graph, and returns what is to run for it;
+    ``on_partition`` sees both halves. The joint pass is the first act of the partitioner.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+            joint.graph.lint()
+            joint.recompile()
+        parts = min_cut_rematerialization_partition(
+            joint, joint_inputs, **{**kwargs, "compiler": "inductor"}
+        )
+        if on_partition is not None:
+            on_partition(*parts)
+        return parts
+
+    def run(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    def run_backward(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward if on_backward is None else on_backward(graph))
+
+    backend = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run_backward,
+        decompositions=select_decomp_table(),
+        partition_fn=partition,
+    )
+    return backend(gm, inputs)

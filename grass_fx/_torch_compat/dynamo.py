@@ -1,0 +1,134 @@
+"""Dynamo: its graphs, their placeholders, and what it knows of the frame that it compiles."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx
+
+from grass_fx.errors import UnsupportedTorchError
+
+SET_GRAD_ENABLED = getattr(torch._C, "_set_grad_enabled", None)
+"""What a Dynamo graph calls where gradients are turned on or off."""
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that AOTAutograd takes: Dynamo still reads its own.
+
+    AOTAutograd looks for ``_param_name_to_source`` and every placeholder's ``_dynamo_source``,
+    which a copy of the nodes does not carry.
+    """
+    result = copy.deepcopy(gm)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source
+    old, new = (g.graph.find_nodes(op="placeholder") for g in (gm, result))
+    for ours, theirs in zip(new, old, strict=True):
+        ours._dynamo_source = getattr(theirs, "_dynamo_source", None)
+    return result
+
+
+@contextmanager
+def compiled_apart(
+    function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
+) -> Iterator[Callable[..., Any]]:
+    """``torch.compile(function)`` that leaves no trace in what is compiled before or after it.
+
+    It teaches Dynamo no dynamic sizes. Dynamo's cache of a function that it compiled here and never
+    before, be it a copy of ``function`` or one called after a graph break, is emptied at the end:
+    its entries would count towards the limit of recompilations.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    fresh: dict[CodeType, bool] = {}
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        code = InstructionTranslator.current_tx().f_code
+        fresh.setdefault(code, not torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
+        return backend(*args, **kwargs)
+
+    settings: dict[str, Any] = {"automatic_dynamic_shapes": False}
+    settings |= dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 16)
+    try:
+        with config.patch(settings):
+            yield torch.compile(function, backend=watching, dynamic=dynamic)
+    finally:
+        for code in (code for code, new in fresh.items() if new):
+            torch._C._dynamo.eval_frame.reset_code(code)
+
+
+def mark_added_placeholder(node: fx.Node) -> None:
+    """A placeholder of ours has no source in the user's frame, and a value of one address.
+
+    CUDA graphs read such an input where it lies, as they do parameters, instead of copying it.
+    """
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def parameter_name(node: fx.Node) -> str:
+    """The name of a placeholder's parameter, relative to the compiled region.
+
+    Dynamo's source of a parameter reads ``L['self']._modules['layers']...._parameters['weight']``;
+    other spellings fall back to what the placeholder is called.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    text = "" if source is None else source.name
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+    return ".".join(parts) if parts else re.sub(r"^[lLgG]_", "", node.name).rstrip("_")
+
+
+def managed_by_fsdp(node: fx.Node) -> bool:
+    """Whether a placeholder's parameter belongs to a module that FSDP gathers and shards by hooks.
+
+    What arrives is an ordinary Parameter; its module is marked, and Dynamo's source leads there.
+    """
+    from torch._dynamo import symbolic_convert
+
+    translator = getattr(symbolic_convert.tls, "current_tx", None)
+    source = getattr(node, "_dynamo_source", None)
+    if translator is None or source is None:
+        return False
+    frame, owner = translator.output.root_tx, source.name.rpartition("._parameters[")[0]
+    try:
+        module = eval(owner, {"L": frame.f_locals, "G": frame.f_globals})
+    except Exception:  # no name of a module's parameter, or another spelling
+        return False
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The FakeTensorMode of a backend's example inputs."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(values)
+    if mode is None:
+        raise UnsupportedTorchError("the backend was called without torch.compile's fake inputs.")
+    return mode
+
+
+def current_compilation() -> tuple[int, int] | None:
+    """Which frame is being compiled, and its how many-th compilation; torch writes ``3/0``."""
+    from torch._guards import CompileContext
+
+    found: Any = CompileContext.current_compile_id()
+    return None if found is None else (found.frame_id, found.frame_compile_id)
+
+
+def real_value(node: fx.Node) -> Any:
+    """What arrived for a placeholder of a Dynamo graph; None where Dynamo no longer knows it."""
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add ``text()`` to torch's structured trace (``TORCH_TRACE``); not called without one."""
+    from torch._logging._internal import trace_structured
+
+    about = {"name": name, "encoding": "string"}
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)

@@ -1,0 +1,122 @@
+"""Inductor: its options, its compiler, its scheduler and its table of lowerings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from grass_fx._torch_compat.aot import GraphPass
+from grass_fx.errors import OptionError
+
+try:
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+except ImportError:  # selfcheck names it, with all else that is missing
+    CustomGraphPass = object  # type: ignore[misc, assignment]
+
+CUDA_GRAPHS = "triton.cudagraphs"
+"""Inductor's option that records its code as CUDA graphs (``mode="reduce-overhead"``)."""
+
+
+def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Config patches for ``mode`` and Inductor's ``options``, checked as torch.compile does."""
+    wrapper = torch._TorchCompileInductorWrapper
+    try:
+        return dict(wrapper(mode=mode, options=dict(options), dynamic=None).config)
+    except RuntimeError as error:
+        message = str(error).split(", known options are")[0]
+        raise OptionError(f'options={{"inductor": ...}}: {message}') from None
+
+
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether what is compiled under ``patches`` runs as CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
+
+
+def overlapping(patches: Mapping[str, Any], passes: Sequence[Any]) -> dict[str, Any]:
+    """``patches``, and passes on Inductor's scheduler, of its own by name, for collectives to run
+    beside computation. What a user configures of such passes comes first."""
+    from torch._inductor import config
+
+    key = "reorder_for_compute_comm_overlap"
+    if key in patches or getattr(config, key):
+        return dict(patches)
+    return {**patches, key: True, f"{key}_passes": list(passes)}
+
+
+def scheduling_of(node: Any) -> tuple[bool, bool, set[str], set[str]]:
+    """Whether a scheduler node starts a collective or waits for one; what it makes; and what it
+    needs, but for what only keeps collectives in order."""
+    from torch._inductor.utils import contains_collective, contains_wait
+
+    needs = {d.name for d in node.unmet_dependencies if not getattr(d, "is_fake", False)}
+    return contains_collective(node), contains_wait(node), {*node.get_buffer_names()}, needs
+
+
+def compile_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    patches: Mapping[str, Any],
+    make_pass: Callable[[tuple[GraphPass, ...]], CustomGraphPass] | None = None,
+    cacheable: Mapping[str, str] | None = None,
+) -> Callable[..., Any]:
+    """Inductor's ``compile_fx`` under ``patches``.
+
+    ``make_pass`` gets the passes the user has configured in the slot and returns the one object to
+    put there (a list of passes crashes torch 2.11). The slot is the *pre* pass: before Inductor's
+    own patterns (padding, noop removal), so that all compilers see one graph. ``cacheable`` maps
+    python functions in the graph, of which others keep AOTAutograd from caching, and whatever else
+    the code depends on to version strings: they are a part of what the caches go by.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(patches)
+    if make_pass is not None:
+        theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
+        theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+        patches["joint_custom_pre_pass"] = make_pass(theirs)
+    key = "unsafe_marked_cacheable_functions"
+    patches[key] = {**patches.get(key, getattr(config, key)), **(cacheable or {})}
+    return cast("Callable[..., Any]", compile_fx(gm, inputs, config_patches=patches))
+
+
+def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
+    """``lower`` gets a function that lowers an aten call, then the operator's own arguments."""
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+        return lowerings[target](*args, **kwargs)
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        return lower(call, *args, **kwargs)
+
+    register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def combined_kernels(count: int) -> dict[str, Any]:
+    """Config patches: up to ``count`` independent loops become one Triton kernel, unmeasured.
+
+    Measuring would copy every tensor that the kernel changes. What a version does not know is left
+    out; 2.13 simulates memory, and counts as growth that inputs live until their kernel.
+    """
+    from torch._inductor import config
+
+    wanted = {
+        "combo_kernels": True,
+        "combo_kernels_autotune": 0,
+        "combo_kernel_max_num_nodes": count,
+        "combo_kernel_peak_memory_pct_threshold": None,
+    }
+    return {k: v for k, v in wanted.items() if hasattr(config, k)}
+
+
+def has_triton() -> bool:
+    """Whether Inductor can generate Triton code here."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
