@@ -24,6 +24,7 @@ from grass_fx._torch_compat import (
     inductor_patches,
     overlapping,
     real_value,
+    selfcheck,
     uses_cuda_graphs,
 )
 from grass_fx.config import GrassConfig
@@ -44,6 +45,8 @@ from grass_fx.sharding import sharding_of
 from grass_fx.sources import source_hash
 
 log = logging.getLogger(__name__)
+
+selfcheck()  # what this torch lacks is told here, and not in the middle of a compilation
 
 TOO_OFTEN = 5
 """Compilations of one frame for the same weights that are a warning; Dynamo gives up after 8."""

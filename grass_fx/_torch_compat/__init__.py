@@ -5,6 +5,7 @@
     inductor.py   Inductor's options, compiler, scheduler and table of lowerings
     kernels.py    kernels, for use inside a lowering
     backward.py   the running backward, and DistributedDataParallel
+    selfcheck.py  the list of all these interfaces, and an error that names those that are missing
 
 Imports of Inductor and AOTAutograd stand inside functions, so that importing this loads neither.
 Checked with torch 2.11 to 2.15; features are probed, versions are not compared.
@@ -60,6 +61,7 @@ from grass_fx._torch_compat.kernels import (
     triton_template,
     tuning_everything,
 )
+from grass_fx._torch_compat.selfcheck import selfcheck
 
 __all__ = [
     "CUDA_GRAPHS",
@@ -96,6 +98,7 @@ __all__ = [
     "register_inductor_lowering",
     "running_ddp",
     "scheduling_of",
+    "selfcheck",
     "size_hint",
     "trace_artifact",
     "trace_static",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from grass_fx._torch_compat.selfcheck import selfcheck
 from grass_fx.errors import UnsupportedTorchError
 
 SET_GRAD_ENABLED = getattr(torch._C, "_set_grad_enabled", None)
@@ -42,7 +43,11 @@ def compiled_apart(
     It teaches Dynamo no dynamic sizes. Dynamo's cache of a function that it compiled here and never
     before, be it a copy of ``function`` or one called after a graph break, is emptied at the end:
     its entries would count towards the limit of recompilations.
+
+    Raises:
+        UnsupportedTorchError: this torch lacks a private interface that grass_fx needs.
     """
+    selfcheck()
     from torch._dynamo import config
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
