@@ -116,5 +116,14 @@ def options_of(tile: Tile, itemsize: int, **given: Any) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k(itemsize), "GROUP_M": 8,
         "num_stages": tile.stages, "num_warps": tile.warps,
-        "ALLOW_TF32": torch.get_float32_matmul_precision() != "highest", **given,
+        "ALLOW_TF32": allows_tf32(), **given,
     }  # fmt: skip
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products on a GPU may round their factors to TF32, as torch's own do.
+
+    Either setting of torch says so: ``torch.set_float32_matmul_precision`` writes this one too.
+    Its getter raises once a user has set the precision of a backend, which is torch's newer way.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
