@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from grass_fx._torch_compat import (
 )
 from grass_fx.config import GrassConfig
 from grass_fx.dump import Dump
-from grass_fx.errors import GrassWarning
+from grass_fx.errors import warn
 from grass_fx.overlap import all_reduce_early
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.pipeline import (
@@ -80,12 +79,10 @@ def grass(
     log_pass("find_linear_weights", before, gm.graph, start, note)
     if not found.taken:
         if found.left:
-            warnings.warn(
+            warn(
                 f"grass took no weight of this graph, it trains dense. {_some(found.left)}. If one "
                 "should train compact, change what its reason names, such as the options rank, "
-                f"side, include or exclude. The graph: {name}.",
-                GrassWarning,
-                stacklevel=2,
+                f"side, include or exclude. The graph: {name}."
             )
         return compiler.plain(gm, example_inputs)
     _warn_if_compiled_too_often(gm.graph, found, name)
@@ -132,13 +129,11 @@ def _warn_if_compiled_too_often(graph: fx.Graph, found: FoundWeights, name: str)
         known.add(compilation)
         again.append(sum(frame == compilation[0] for frame, _ in known) if new else 0)
     if min(again) == TOO_OFTEN - 1:
-        warnings.warn(
+        warn(
             f"grass compiles the same weights for the {TOO_OFTEN}th time, in graph {name}. Dynamo "
             "gives up after a few more, and then they train dense. TORCH_LOGS=recompiles says what "
             "changes. If it is a size, use torch.compile(dynamic=True), or call "
-            "torch._dynamo.mark_dynamic(input, dim) before the first step.",
-            GrassWarning,
-            stacklevel=3,
+            "torch._dynamo.mark_dynamic(input, dim) before the first step."
         )
 
 

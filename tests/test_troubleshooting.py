@@ -34,13 +34,8 @@ def said() -> list[tuple[str, str, str]]:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = ast.unparse(node.func).rpartition(".")[2]
-<<<<<<< HEAD
             if name == "warn" and path.name != "errors.py":
                 name = "GrassWarning"
-=======
-            if name == "warn":  # ours, or that of the module warnings
-                name = ast.unparse(node.args[1]).rpartition(".")[2] if node.args[1:] else WARNING
->>>>>>> 969bf05 (Load an optimizer's own state, whole or not at all)
             if name in CLASSES:
                 found.append((name, pattern(node.args[0]), f"{path.name}:{node.lineno}"))
     return found
