@@ -39,7 +39,7 @@ from grass_fx.passes.pipeline import (
 )
 from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
 from grass_fx.registry import registry
-from grass_fx.runtime import GrassCallable
+from grass_fx.runtime import GrassCallable, LeftWeights
 from grass_fx.sharding import sharding_of
 from grass_fx.sources import source_hash
 
@@ -84,7 +84,7 @@ def grass(
                 "should train compact, change what its reason names, such as the options rank, "
                 f"side, include or exclude. The graph: {name}."
             )
-        return compiler.plain(gm, example_inputs)
+        return _telling(compiler.plain(gm, example_inputs), found)
     _warn_if_compiled_too_often(gm.graph, found, name)
     compiled = compiler.tapped(gm, example_inputs, found, name)
     _log(found, compiled.report, time.perf_counter() - start, name)
@@ -95,6 +95,19 @@ def _turns_gradients_on(gm: fx.GraphModule) -> bool:
     """Whether a part of the graph computes gradients though its caller does not."""
     turned = gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED)
     return any(node.args[0] for node in turned)
+
+
+def _telling(compiled: Callable[..., Any], found: FoundWeights) -> Callable[..., Any]:
+    """What was compiled without us, and tells of the weights that it leaves dense."""
+    if not found.left:
+        return compiled
+    left = LeftWeights(found)
+
+    def run(*args: Any) -> Any:
+        left.note(args)
+        return compiled(*args)
+
+    return run
 
 
 def _name_of(graph: fx.Graph) -> str:

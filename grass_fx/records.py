@@ -26,7 +26,7 @@ class Record:
     ``subspace``: its Subspace, once a compiled graph has taken it. ``key``: what keys its random
     streams, once one was drawn from. ``name``: what its optimizer calls it. ``saved``: a loaded
     ``Subspace.state()`` that waits for the first graph.
-    ``left``: why the last graph that used it left it dense. ``replicas``, ``sharding``: how it is
+    ``left``: why the last graph that used it left it dense, a registry.Left. ``replicas``, ``sharding``: how it is
     spread over processes.
     """
 
@@ -35,7 +35,7 @@ class Record:
         self.key: int | None = None
         self.name: str | None = None
         self.saved: Mapping[str, Tensor] | None = None
-        self.left: str | None = None
+        self.left: Any = None
         self.replicas: Any = None
         self.sharding: Any = None
 

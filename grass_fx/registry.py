@@ -27,6 +27,17 @@ from grass_fx.subspace import Subspace
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """Why a compiled graph leaves a weight dense."""
+
+    name: str
+    """Its name, relative to the compiled region."""
+    reason: str
+    unwanted: bool
+    """Whether ``include``/``exclude`` say so."""
+
+
 class Registry:
     """What graphs and optimizers ask of a Parameter's record, and what they put there.
 
@@ -77,6 +88,15 @@ class Registry:
             found = place_of(weight)
             record.key = next(self._first_uses) if found is None else found[1]
         return record.key
+
+    def note_left(self, weight: Tensor, left: Left) -> None:
+        """A compiled graph that uses the weight leaves it dense; the latest one's reason counts."""
+        record_of(weight).left = left
+
+    def left(self, weight: Tensor) -> Left | None:
+        """Why a graph leaves the weight dense, or None while no graph of ours has said so."""
+        record = known(weight)
+        return None if record is None else record.left
 
     def strays(self) -> list[str]:
         """Names of weights with a compact gradient that are in no optimizer of ours."""

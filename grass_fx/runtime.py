@@ -16,9 +16,12 @@ from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
 from grass_fx.passes.tap_weights import proxies
-from grass_fx.registry import Demand, registry
+from grass_fx.registry import Demand, Left, registry
 from grass_fx.selected import Selection
 from grass_fx.subspace import Subspace, graph_inputs
+
+MANY_CALLS = 1000
+"""As many sets of weights a graph remembers that it has told of."""
 
 PATIENCE = 1000
 """So many backwards of a weight without an optimizer step are a warning."""
@@ -130,6 +133,31 @@ def _proxies(delivery: _Delivery, weights: Sequence[Tensor]) -> list[list[Tensor
     return made
 
 
+class LeftWeights:
+    """Tells the registry which weights a graph leaves dense, and why.
+
+    They are known when they arrive: one graph can serve many layers.
+    """
+
+    def __init__(self, found: FoundWeights) -> None:
+        self._left = {
+            place: Left(name, found.left[name], name in found.unwanted)
+            for name, place in found.positions.items()
+        }
+        self._known: set[tuple[int, ...]] = set()
+
+    def note(self, args: Sequence[Any]) -> None:
+        """A call of the graph with these inputs; weights that it has met are no work."""
+        ids = tuple(id(args[place]) for place in self._left)
+        if ids in self._known:
+            return
+        if len(self._known) > MANY_CALLS:  # each with weights of its own, which are long gone
+            self._known.clear()
+        self._known.add(ids)
+        for place, left in self._left.items():
+            registry.note_left(args[place], left)
+
+
 class GrassCallable:
     """A compiled training graph with its taken weights.
 
@@ -154,6 +182,7 @@ class GrassCallable:
         self.regular, self.scoring, self.local = regular, scoring, local
         specs, names = [w.spec for w in found.taken], [w.name for w in found.taken]
         self._demand = Demand(registry, specs, names)
+        self._left = LeftWeights(found) if found.left else None
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()
         self._stored: list[list[Tensor]] = []
@@ -162,6 +191,8 @@ class GrassCallable:
         weights = self.found.taken
         params = [args[weight.position] for weight in weights]
         subspaces = self._demand(params)
+        if self._left is not None:
+            self._left.note(args)
         replicas = subspaces[0].replicas
         self._check_ddp(params, subspaces)
         # Asked of subspaces, not of graphs: one process alone may compile again, for another size.

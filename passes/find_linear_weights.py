@@ -37,6 +37,10 @@ class FoundWeights:
     taken: list[LinearWeight] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     """Trainable, of two dimensions or more, and not taken: name -> reason."""
+    positions: dict[str, int] = field(default_factory=dict)
+    """Of those that are left, their positions among the graph's inputs."""
+    unwanted: set[str] = field(default_factory=set)
+    """Those that ``include``/``exclude`` leave."""
     unfit: dict[str, str] = field(default_factory=dict)
     """No candidates, frozen or a vector: name -> reason."""
 
@@ -69,11 +73,14 @@ def find_linear_weights_pass(
             found.unfit[name] = f"{value.dim()} dimension, only matrices are taken"
         else:
             try:
-                spec = _spec(node, value, name, config)
+                if reason := config.wants(name):
+                    found.unwanted.add(name)
+                    raise NotLinear(reason)
+                spec = _spec(node, value, config)
                 spec = replace(spec, group=_group_of(node, config))
                 found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
             except NotLinear as reason:
-                found.left[name] = str(reason)
+                found.left[name], found.positions[name] = str(reason), position
     return found
 
 
@@ -95,9 +102,7 @@ def _unique_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:
     return {node: name if counts[name] == 1 else node.name for node, name in names.items()}
 
 
-def _spec(node: fx.Node, weight: Tensor, name: str, config: GrassConfig) -> SubspaceSpec:
-    if reason := config.wants(name):
-        raise NotLinear(reason)
+def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
     if weight.dim() not in (2, 3):
         raise NotLinear(f"{weight.dim()} dimensions, only matrices and stacks of them are taken")
     if not weight.is_floating_point():
