@@ -4,6 +4,7 @@
     aot.py        AOTAutograd: joint graphs, and compilation without Inductor
     inductor.py   Inductor's options, compiler, scheduler and table of lowerings
     kernels.py    kernels, for use inside a lowering
+    frames.py     what Dynamo did with the frames that it met, for warnings
     backward.py   the running backward, and DistributedDataParallel
     selfcheck.py  the list of all these interfaces, and an error that names those that are missing
 
@@ -38,6 +39,12 @@ from grass_fx._torch_compat.dynamo import (
     real_value,
     trace_artifact,
 )
+from grass_fx._torch_compat.frames import (
+    Uncompiled,
+    compilation_is_off,
+    other_backends,
+    uncompiled_frames,
+)
 from grass_fx._torch_compat.inductor import (
     CUDA_GRAPHS,
     CustomGraphPass,
@@ -68,11 +75,13 @@ __all__ = [
     "SET_GRAD_ENABLED",
     "CustomGraphPass",
     "GraphPass",
+    "Uncompiled",
     "argument_counts",
     "at_end_of_backward",
     "averaged_by",
     "choose_kernel",
     "combined_kernels",
+    "compilation_is_off",
     "compile_aot_eager",
     "compile_inductor",
     "compiled_apart",
@@ -90,6 +99,7 @@ __all__ = [
     "library_call",
     "managed_by_fsdp",
     "mark_added_placeholder",
+    "other_backends",
     "overlapping",
     "parameter_name",
     "put_rows",
@@ -104,5 +114,6 @@ __all__ = [
     "trace_static",
     "triton_template",
     "tuning_everything",
+    "uncompiled_frames",
     "uses_cuda_graphs",
 ]

@@ -107,6 +107,14 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 """What for -> the names, each with the keywords that it is called with, in brackets."""
 
+FOR_WORDS = (
+    "torch._dynamo.utils.get_compilation_metrics",
+    "torch._dynamo.convert_frame.input_codes",
+    "torch._dynamo.config.disable",
+    "torch._dynamo.eval_frame._stance",
+)
+"""What warnings are worded with (frames.py). A torch that lacks it only has less to tell."""
+
 
 @cache
 def selfcheck() -> None:

@@ -13,6 +13,7 @@ from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
+from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
 from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
 from grass_fx.registry import registry
@@ -36,7 +37,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     """
 
     _kind = "grass_fx"
-    _met_compact = _warned_dense = _warned_projected = False
+    _met_compact = _warned_dense = _warned_little = _warned_projected = False
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have stepped already, inside backward (in_backward.py)."""
     steps_in_backward = False
@@ -328,16 +329,14 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         return None
 
     def _warn_if_none(self) -> None:
-        if self._met_compact or self._warned_dense:
-            return
-        if any(p.grad is not None for p in self._parameters()):
+        """Once, at the first step with gradients: what trains dense though it might not."""
+        if self._met_compact:
+            if not self._warned_little:
+                self._warned_little = True
+                warn_if_little_is_taken(self)
+        elif not self._warned_dense and any(p.grad is not None for p in self._parameters()):
             self._warned_dense = True
-            warn(
-                "no compact gradient has arrived: every parameter trains dense. Call the compiled "
-                'model (torch.compile(model, backend="grass")) in the training step, and see '
-                'TORCH_LOGS="+grass_fx" for the weights that were not taken. module.compile() '
-                "compiles nothing if the module's class is torch's own, such as nn.Sequential."
-            )
+            warn_if_none_is_taken(self)
 
     # --- the step by which torch.distributed.checkpoint lays out an empty optimizer ---------------
 

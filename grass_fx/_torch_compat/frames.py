@@ -1,0 +1,131 @@
+"""What Dynamo did with the frames it met: which it ran uncompiled and why, and who compiled others.
+
+It serves the words of warnings alone. What a version of torch does not record is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Uncompiled:
+    """A frame of which Dynamo made no graph."""
+
+    frame: str
+    """The name of its function, with its file: "forward (model.py:12)"."""
+    reason: str
+    """Torch's own words, and its first hint."""
+    whole: bool
+    """Whether all of the frame ran as plain Python. Else it broke before its first operation, and
+    what came after the break may be compiled."""
+
+
+def uncompiled_frames() -> list[Uncompiled]:
+    """The frames of which Dynamo made no graph since it was reset, the latest of them."""
+    return _recorded(_uncompiled, [])
+
+
+def other_backends(ours: str) -> dict[str, list[str]]:
+    """Who has compiled frames, apart from the backend ``ours``: name -> frames outside of torch."""
+    return _recorded(lambda: _by_backend(ours), {})
+
+
+def compilation_is_off() -> bool:
+    """Whether ``torch.compile`` compiles nothing now: TORCH_COMPILE_DISABLE, or a stance."""
+
+    def is_off() -> bool:
+        from torch._dynamo import config, eval_frame
+
+        return bool(config.disable) or eval_frame._stance.stance == "force_eager"
+
+    return _recorded(is_off, False)
+
+
+def _recorded(read: Callable[[], Value], default: Value) -> Value:
+    """What ``read`` finds in torch's records; ``default`` where a version keeps none such."""
+    if "torch._dynamo" not in sys.modules:
+        return default  # nothing was compiled, which importing it would not change
+    try:
+        return read()
+    except (ImportError, AttributeError):
+        return default
+
+
+def _uncompiled() -> list[Uncompiled]:
+    from torch._dynamo.utils import get_compilation_metrics
+
+    met = {_key(code): code for code in _codes()}
+    latest: dict[CodeType, Any] = {}  # which may have gone better than an earlier one
+    for metrics in get_compilation_metrics():
+        key = (metrics.co_name, metrics.co_filename, metrics.co_firstlineno)
+        if key in met:  # else it is of another kind, or from before a reset
+            latest[met[key]] = metrics
+    found: dict[Uncompiled, None] = {}
+    for code, metrics in latest.items():
+        if metrics.fail_type is not None and not _entries(code):
+            found[Uncompiled(_name(code), _in_short(metrics.fail_reason or ""), True)] = None
+        elif metrics.fail_type is None and not metrics.graph_op_count:
+            for reason in metrics.restart_reasons or ():
+                found[Uncompiled(_name(code), _in_short(reason), False)] = None
+    return list(found)
+
+
+def _by_backend(ours: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for code in _codes():
+        for entry in _entries(code):
+            name = getattr(entry.backend, "compiler_name", None)
+            name = name or getattr(entry.backend, "__name__", type(entry.backend).__name__)
+            if name != ours:
+                frames = found.setdefault(name, [])
+                if not _is_torchs(code) and _name(code) not in frames:
+                    frames.append(_name(code))
+    return found
+
+
+def _codes() -> Iterator[CodeType]:
+    """The code of every frame that Dynamo has met since it was reset."""
+    from torch._dynamo.convert_frame import input_codes
+
+    return (code for ref in list(input_codes.seen) if (code := ref()) is not None)
+
+
+def _entries(code: CodeType) -> list[Any]:
+    """What Dynamo has compiled of a frame."""
+    return torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+
+
+def _key(code: CodeType) -> tuple[str, str, int]:
+    return code.co_name, code.co_filename, code.co_firstlineno
+
+
+def _name(code: CodeType) -> str:
+    return f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def _is_torchs(code: CodeType) -> bool:
+    return Path(torch.__file__).parent in Path(code.co_filename).parents
+
+
+def _in_short(reason: str) -> str:
+    """The first line of torch's message, what it is about, and its first hint."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    if not lines:
+        return "torch does not say why"
+    hint = next((line[5:].strip() for line in lines if line.startswith("Hint:")), "")
+    about = re.search(r"^\s*Developer debug context: (.{1,80})$", reason, re.M)
+    if not hint and about is None:  # an exception of a backend: its name, and then its words
+        return " ".join(lines[:2])
+    first = lines[0].rstrip(".") + (f": {about[1].strip()}" if about else "")
+    return f"{first}. {hint}".rstrip(" .")
