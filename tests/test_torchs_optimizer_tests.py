@@ -1,0 +1,98 @@
+"""The checks that torch makes of its own optimizers, made of ours.
+
+Torch is installed without its tests, so they are written anew, after its test_optim: each runs on
+``grass_fx.subspace(X)`` for every class X of torch.optim, and on ``grass_fx.AdamW``, once with
+parameters that train dense and once with weights that a compiled model moves in their subspace. X
+itself is the control: what it fails is skipped, with its error as the reason.
+"""
+
+import inspect
+
+import pytest
+import torch
+
+import grass_fx
+from optimizer_checks import CHECKS, OURS, Case
+from optimizer_database import REFUSED, SOME, every, names, some
+
+pytestmark = pytest.mark.filterwarnings("ignore:no compact gradient")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh():
+    """In place of the one for every test: all models here share their compiled code."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+PROBED = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adamax", "Muon", "RMSprop", "SGD")
+"""Classes that do not tell how they decay, and are asked."""
+
+
+def fault(each, name, kind):
+    """What the package does wrong today, or None."""
+    if each == "hooks_of_load_state_dict_see_and_change_it" and name != OURS:
+        return "load_state_dict takes what a post hook puts into the state for a weight's state"
+    if each == "hooks_of_steps_run_once_a_step_and_in_order" and kind == "compact":
+        return "global step hooks run for the probes of decay" if name in PROBED else None
+    if each == "a_count_that_is_a_number_loads" and name == OURS:
+        return "a loaded count that is a number is not made a tensor"
+    if each == "implementations_are_alike" and (name, kind) == ("SGD", "compact"):
+        return "fused SGD gets weights without a momentum beside parameters with one"
+    return None
+
+
+def cases():
+    found = []
+    for name in [*SOME, OURS]:
+        for kind in ("dense", "compact"):
+            for each in CHECKS:
+                why = fault(each, name, kind)
+                marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
+                found.append(pytest.param(each, name, kind, marks=marks))
+    return pytest.mark.parametrize(("each", "name", "kind"), found)
+
+
+def options_of(name, configurations):
+    """Those of the class, without arguments that grass_fx.AdamW has not."""
+    if name != OURS:
+        return configurations(name)
+    taken = inspect.signature(grass_fx.AdamW).parameters
+    return [
+        {k: v for k, v in options.items() if k in taken}
+        for options in configurations("AdamW")
+        if all(k in taken or not v for k, v in options.items())
+    ]
+
+
+def run(each, name, kind, configurations):
+    failed_by_torch = []
+    for options in options_of(name, configurations):
+        try:
+            CHECKS[each](Case(name, options, kind))
+        except Exception as error:
+            try:
+                CHECKS[each](Case(name, options, "torch"))
+            except Exception as control:
+                failed_by_torch.append(f"{options}: {type(control).__name__}: {control}")
+            else:
+                raise AssertionError(f"{name}(**{options}), {kind}: {error}") from error
+    if failed_by_torch:
+        pytest.skip(f"torch's own {name}, {each}: " + "; ".join(failed_by_torch))
+
+
+@cases()
+def test_check_of_some_configurations(each, name, kind):
+    run(each, name, kind, some)
+
+
+@pytest.mark.slow
+@cases()
+def test_check_of_every_configuration(each, name, kind):
+    run(each, name, kind, every)
+
+
+@pytest.mark.slow
+def test_every_class_of_the_database_is_checked_or_refused():
+    assert names() == sorted([*SOME, *REFUSED])
