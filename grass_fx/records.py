@@ -25,9 +25,8 @@ class Record:
 
     ``subspace``: its Subspace, once a compiled graph has taken it. ``key``: what keys its random
     streams, once one was drawn from. ``name``: what its optimizer calls it. ``saved``: a loaded
-    ``Subspace.state()`` that waits for the first graph.
-    ``left``: why the last graph that used it left it dense, a registry.Left. ``replicas``, ``sharding``: how it is
-    spread over processes.
+    ``Subspace.state()`` that waits for the first graph. ``left``: why the last graph that used it
+    left it dense, a registry.Left. ``replicas``, ``sharding``: how it is spread over processes.
     """
 
     def __init__(self) -> None:

@@ -14,6 +14,8 @@ class Replicas(Protocol):
     """One model that every process of ``group`` has (grass_fx.distributed.data_parallel)."""
 
     group: Any
+    enabled: bool
+    """Whether gradients are averaged at all, or accumulated (no_sync)."""
 
     def syncs(self) -> bool:
         """Whether the backward of a forward that runs now is to average gradients."""

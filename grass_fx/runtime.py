@@ -70,8 +70,9 @@ class DeliverGradients(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.compiler.disable  # else Dynamo traces it where a whole training step is compiled
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Not for Dynamo, which traces what a training step calls that is compiled as a whole.
         delivery: _Delivery = ctx.delivery
         if torch.is_grad_enabled():  # silently a constant, otherwise
             raise CompactGradError(

@@ -307,7 +307,7 @@ class Subspace:
         )  # fmt: skip
         state = {
             "subspace_counters": torch.tensor(counters, device="cpu"),
-            "subspace_order": torch.cat(self._orders),
+            "subspace_order": torch.cat([*self._orders]),
             "subspace_indices": self.selection.indices.clone(),
         }
         if self.selection.scale is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from grass_fx.errors import CompactGradError, SelectionChangedError, warn
 from grass_fx.gradient.compact import CompactGrad, Used, bare, handles, times
+from grass_fx.gradient.copies import copied
 
 aten = torch.ops.aten
 
@@ -32,15 +33,16 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.shape != right.shape:
         return NotImplemented
     if isinstance(left, CompactGrad) and isinstance(right, CompactGrad):
-        total = left.clone()
+        total = copied(left)
         total._cell.used = left._cell.used
         return _add_compact(total, right, alpha)
     if not _in_backward():
         raise _mixed(left, right)
     # Autograd adds gradients of one weight, in any order; its sum may stay compact.
     if isinstance(left, CompactGrad):
-        return _add_dense(left.clone(), right, alpha)
-    return _add_dense(right.clone(), left, 1) if alpha == 1 else NotImplemented
+        return _add_dense(copied(left), right, alpha)
+    assert isinstance(right, CompactGrad)
+    return _add_dense(copied(right), left, 1) if alpha == 1 else NotImplemented
 
 
 @handles(aten.add_.Tensor)
@@ -53,6 +55,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
         # Autograd adds gradients, with no factor: never to a parameter.
         if not _in_backward() or alpha != 1 or left.requires_grad:
             raise _mixed(left, right)
+        assert isinstance(right, CompactGrad)
         return left.add_(right.subspace.lift(right.compact, right.shape))
     if isinstance(right, CompactGrad):
         return _add_compact(left, right, alpha)
@@ -164,10 +167,11 @@ def _average_(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _alike(args: Any) -> bool:
     """Whether all tensors are compact gradients of one selection, whose rows can be multiplied."""
-    grads = [each for each in args if isinstance(each, Tensor)]
-    first = grads[0]
-    if not all(isinstance(each, CompactGrad) for each in grads):
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    grads = [each for each in tensors if isinstance(each, CompactGrad)]
+    if len(grads) < len(tensors):
         return False
+    first = grads[0]
     if first.subspace.scale is not None and len(grads) > 2:
         return False
     return all(first.subspace.same_as(each.subspace) for each in grads)

@@ -27,7 +27,11 @@ def _itself(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.clone)
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
-    grad = args[0]
+    return copied(args[0])
+
+
+def copied(grad: CompactGrad) -> CompactGrad:
+    """A gradient of its own with the same numbers."""
     scores = None if grad.scores is None else grad.scores.clone()
     return grad.derived(grad.compact.clone(), scores)
 

@@ -87,8 +87,8 @@ def adam_operations(
     batches = defaultdict(list)
     for step in steps:
         generated = in_code(compile, step.selection, lr, step.w.device)
-        fused = not generated and step.rounding is None and step.w.device.type in FUSED_ON
-        age = step.common_age if fused else None
+        plain = not generated and step.rounding is None and step.w.device.type in FUSED_ON
+        age = step.common_age if plain else None
         rounds = generated and step.rounding is not None
         batches[step.w.dtype, step.w.device, age, generated, rounds].append(step)
     for (dtype, _, age, generated, _), batch in batches.items():
