@@ -97,7 +97,10 @@ class GrassConfig:
     nothing else needs. Of stacks of matrices (experts) the rows of each are selected, whatever it
     says."""
     include: tuple[str, ...] | None = None
-    """Patterns (fnmatch) of parameter names to take; None means all."""
+    """Patterns (fnmatch) of parameter names to take; None means all. A name is that of
+    ``named_parameters()`` where the optimizer was built from those before the first step, and also
+    the one relative to what is compiled: a part of the model, with regional compilation or after a
+    graph break."""
     exclude: tuple[str, ...] = ()
     """Patterns (fnmatch) of parameter names to leave dense; stronger than ``include``."""
     seed: int = 0
@@ -217,14 +220,19 @@ class GrassConfig:
         """Steps for each scoring step of a long run: a frozen selection scores no more."""
         return math.inf if RULES[self.selection].freezes else self.refresh_every
 
-    def wants(self, name: str) -> str | None:
-        """None if ``include``/``exclude`` let the parameter in, else the reason they do not."""
+    def wants(self, *names: str) -> str | None:
+        """None if ``include``/``exclude`` let the parameter in, else the reason they do not.
+
+        A pattern may match any of its names: the graph's and its optimizer's.
+        """
+
+        def match(pattern: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
         for pattern in self.exclude:
-            if fnmatch.fnmatchcase(name, pattern):
+            if match(pattern):
                 return f"excluded by {pattern!r}"
-        if self.include is not None and not any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in self.include
-        ):
+        if self.include is not None and not any(map(match, self.include)):
             return "not in include"
         return None
 

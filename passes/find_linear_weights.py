@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
+from grass_fx.records import known
 from grass_fx.replicas import replicas_of
 from grass_fx.sharding import Shards, common_parts, sharding_of
 from grass_fx.spec import SubspaceSpec
@@ -73,7 +74,7 @@ def find_linear_weights_pass(
             found.unfit[name] = f"{value.dim()} dimension, only matrices are taken"
         else:
             try:
-                if reason := config.wants(name):
+                if reason := config.wants(name, *_name_in_optimizer(node)):
                     found.unwanted.add(name)
                     raise NotLinear(reason)
                 spec = _spec(node, value, config)
@@ -91,6 +92,17 @@ def _group_of(node: fx.Node, config: GrassConfig) -> str | None:
     weight = real_value(node)
     replicas = None if weight is None or weight in sharding_of else replicas_of.get(weight)
     return None if replicas is None else replicas.group.group_name
+
+
+def _name_in_optimizer(node: fx.Node) -> list[str]:
+    """What the parameter is called in the model, where the graph is of a part of it.
+
+    After a graph break, or with regional compilation, the graph's own names begin at that part. The
+    optimizer knows the model's if it was built with ``named_parameters()`` before the first step.
+    """
+    weight = real_value(node)
+    record = known(weight) if isinstance(weight, Tensor) else None
+    return [] if record is None or record.name is None else [record.name]
 
 
 def _unique_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:

@@ -1,6 +1,7 @@
 """What happens between two steps and around a compiled function: modes, losses, mistakes."""
 
 import copy
+import fnmatch
 
 import pytest
 import torch
@@ -496,3 +497,48 @@ def test_a_forward_that_raises_half_way():
         assert step_both(optimizer, compiled, model, twin, batch()) == matrices(model)
     trained = [g.found.taken for g in backend.graphs if isinstance(g, GrassCallable)]
     assert [weight.name for taken in trained for weight in taken] == matrices(model)
+
+
+class Blocks(nn.Module):
+    """With a graph break after each block: torch compiles them one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(mlp(8, 12, 8) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+class Delegating(nn.Module):
+    """As adapters' wrappers are: what it does not have it looks for in what it wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = mlp(8, 12, 8)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x):
+        return self.base(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"), [(Blocks, "blocks.1.0.*"), (Delegating, "base.0.*"), (Blocks, "*.0.weight")]
+)
+def test_weights_are_excluded_by_the_names_that_the_model_gives_them(make, pattern):
+    model = make()
+    optimizer = grass_fx.AdamW(model.named_parameters())
+    compiled = torch.compile(model, backend=Captured(rank=4, exclude=[pattern]))
+    compiled(torch.randn(3, 8)).sum().backward()
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert isinstance(p.grad, CompactGrad) != fnmatch.fnmatchcase(name, pattern), name
+    optimizer.step()

@@ -80,12 +80,13 @@ def mark_added_placeholder(node: fx.Node) -> None:
 def parameter_name(node: fx.Node) -> str:
     """The name of a placeholder's parameter, relative to the compiled region.
 
-    Dynamo's source of a parameter reads ``L['self']._modules['layers']...._parameters['weight']``;
-    other spellings fall back to what the placeholder is called.
+    Dynamo's source of a parameter reads ``L['self']._modules['layers']...._parameters['weight']``,
+    or ``.__dict__['_modules']['layers']`` through a module with a ``__getattr__`` of its own; other
+    spellings fall back to what the placeholder is called.
     """
     source = getattr(node, "_dynamo_source", None)
     text = "" if source is None else source.name
-    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+    parts = re.findall(r"_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]", text)
     return ".".join(parts) if parts else re.sub(r"^[lLgG]_", "", node.name).rstrip("_")
 
 

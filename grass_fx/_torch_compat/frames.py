@@ -88,7 +88,7 @@ def _by_backend(ours: str) -> dict[str, list[str]]:
             name = getattr(entry.backend, "compiler_name", None)
             name = name or getattr(entry.backend, "__name__", type(entry.backend).__name__)
             if name != ours:
-                frames = found.setdefault(name, [])
+                frames = found.setdefault(str(name), [])
                 if not _is_torchs(code) and _name(code) not in frames:
                     frames.append(_name(code))
     return found
