@@ -85,8 +85,9 @@ def _by_backend(ours: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for code in _codes():
         for entry in _entries(code):
-            name = getattr(entry.backend, "compiler_name", None)
-            name = name or getattr(entry.backend, "__name__", type(entry.backend).__name__)
+            backend: Any = entry.backend
+            named = [getattr(backend, key, None) for key in ("compiler_name", "__name__")]
+            name = str(next(filter(None, named), type(backend).__name__))
             if name != ours:
                 frames = found.setdefault(str(name), [])
                 if not _is_torchs(code) and _name(code) not in frames:
