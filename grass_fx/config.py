@@ -21,6 +21,9 @@ SCALE = 1.0
 WARMUP_STEPS = 20
 ON_REFRESH = "carry"
 
+SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
+"""What optimizers take beside their own arguments."""
+
 
 @dataclass(frozen=True)
 class Rule:

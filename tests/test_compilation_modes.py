@@ -531,7 +531,8 @@ class Delegating(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "pattern"), [(Blocks, "blocks.1.0.*"), (Delegating, "base.0.*"), (Blocks, "*.0.weight")]
+    ("make", "pattern"),
+    [(Blocks, "blocks.1.0.*"), (Delegating, "base.0.*"), (Blocks, "*.0.weight")],
 )
 def test_weights_are_excluded_by_the_names_that_the_model_gives_them(make, pattern):
     model = make()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
@@ -24,8 +23,6 @@ from grass_fx.transfers import reading
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
-
-SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
 
 
 class SubspaceOptimizer(CheckpointedOptimizer):

@@ -2,50 +2,81 @@
 
 Three kinds of entries are told apart. *Row entries* are floating-point tensors of C's shape.
 *Scalars* are numbers and tensors without dimensions, such as ``step``. Where rows of one weight
-differ in one, an entry ``per_row_step`` beside it has each row's, as an (r,) tensor or a list, and
-``step`` itself is that of the oldest rows. Everything else mixes rows.
+have different ages, an entry ``per_row_step`` beside it has each row's, as an (r,) tensor or a
+list, and ``step`` itself is that of the oldest rows. Everything else mixes rows.
+
+Taking a state apart and putting it together takes a number of operations that goes with the number
+of different ages, not with that of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grass_fx.ops import along, select
 from grass_fx.optim.carry import carried_rows
+from grass_fx.optim.probe import Entry
 from grass_fx.selected import Selection
+from grass_fx.transfers import send
 
 State = dict[str, Any]
 
 PER_ROW = "per_row_"
 
-POWERS = {
-    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1),
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
-}
-"""Which power of the gradient an entry goes with, by the names torch.optim uses."""
+
+@dataclass(frozen=True, eq=False)
+class Cohorts:
+    """The rows of one weight by age, youngest first; ``ages`` are known on the host.
+
+    ``rows``: the places of each cohort's rows among the selected ones, ascending; None for all.
+    ``firsts``, on the host: the first of them. ``which`` (r,): the cohort of each row, where the
+    weight is; ``which_here`` the same on the CPU.
+    """
+
+    ages: tuple[int, ...]
+    rows: tuple[Tensor | None, ...]
+    firsts: tuple[int, ...]
+    which: Tensor
+    which_here: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ages)
+
+    def older(self) -> Cohorts:
+        """The same after a step."""
+        return replace(self, ages=tuple(age + 1 for age in self.ages))
+
+    def together(self) -> Cohorts:
+        """All rows as one cohort, of the age of the youngest."""
+        return replace(self, ages=self.ages[:1], rows=(None,), firsts=(0,))
+
+    def young_and_others(self) -> Cohorts:
+        """The youngest as one cohort, all others as another, of the age of the youngest of them."""
+        return _cohorts(self.ages[:2], self.which_here.clamp(max=1), self.which.device)
 
 
-@dataclass(frozen=True)
-class Cohort:
-    """Rows of one weight that came in together: ``rows`` (k,), or None for all of them."""
-
-    age: int
-    rows: Tensor | None
+def cohorts_of(age: Tensor) -> Cohorts:
+    """The rows by their ages (r,), which are read on the host."""
+    ages, which = age.cpu().unique(return_inverse=True)
+    return _cohorts(tuple(ages.tolist()), which, age.device)
 
 
-def cohorts_of(age: Tensor) -> list[Cohort]:
-    """The rows by age, youngest first; reads ``age`` (r,) on the host."""
-    ages = age.unique().tolist()
+def _cohorts(ages: tuple[int, ...], which: Tensor, device: torch.device) -> Cohorts:
     if len(ages) == 1:
-        return [Cohort(ages[0], None)]
-    return [Cohort(a, (age == a).nonzero().flatten()) for a in ages]
+        return Cohorts(ages, (None,), (0,), which, which)  # one by itself needs no ``which``
+    parts = which.argsort(stable=True).split(which.bincount().tolist())
+    firsts = tuple(int(part[0]) for part in parts)
+    rows, there = send(torch.stack([torch.cat(parts), which]), device).unbind()
+    return Cohorts(ages, rows.split([part.numel() for part in parts]), firsts, there, which)
 
 
-def _is_row_entry(value: Any, shape: torch.Size) -> bool:
+def is_row_entry(value: Any, shape: torch.Size) -> bool:
+    """Whether an entry has a number for each of C's, whose shape is ``shape``."""
     return type(value) is Tensor and value.shape == shape and value.is_floating_point()
 
 
@@ -57,16 +88,25 @@ def _is_scalar(value: Any) -> bool:
 
 def counts(state: State, shape: torch.Size) -> bool:
     """Whether rows of different ages need state of their own: there are scalars."""
-    return any(v is not None and not _is_row_entry(v, shape) for v in state.values())
+    return any(v is not None and not is_row_entry(v, shape) for v in state.values())
 
 
 def carried_state(
-    state: State, old: Selection, new: Selection, place: Tensor, fresh: Tensor, shape: torch.Size
+    state: State,
+    old: Selection,
+    new: Selection,
+    place: Tensor,
+    fresh: Tensor,
+    weight: Tensor,
+    shape: torch.Size,
+    entries: Mapping[str, Entry],
 ) -> State | None:
-    """``state`` for the rows of ``new`` that stay, zeros for new rows; None if it cannot be.
+    """``state`` for the rows of ``new``, or None if it cannot be.
 
-    ``place`` and ``fresh``: by :func:`~grass_fx.optim.carry.places`. It cannot
-    if an entry mixes rows or, where rows change their scale ρ, has an unknown power.
+    Row entries of rows that stay are kept. Of new rows they are what they start from: zero, or if
+    they hold weights the rows PᵀW of ``weight`` itself. ``shape``: C's. ``place`` and ``fresh``: by
+    :func:`~grass_fx.optim.carry.places`. It cannot be if an entry mixes rows, if ``entries`` does
+    not have it, or if rows change their scale ρ and it does not go with a power of that.
     """
     rescaled = old.scale is not None and new.scale is not None
     result: State = {}
@@ -76,11 +116,15 @@ def carried_state(
                 result[name] = value[place.to(value.device)]
             else:
                 result[name] = [value[j] for j in place.tolist()]
-        elif _is_row_entry(value, shape):
-            if rescaled and name not in POWERS:
+        elif is_row_entry(value, shape):
+            entry = entries.get(name)
+            if entry is None or (rescaled and entry.power is None):
                 return None
-            power = POWERS.get(name, 0)
-            result[name] = carried_rows(value, old, new, place, fresh, power)
+            kept = carried_rows(value, old, new, place, fresh, entry.power or 0)
+            if entry.start == "weight":
+                own = select(weight, new.indices, new.scale, new.dim).to(kept.dtype)
+                kept = torch.where(along(fresh, new.dim, 2), own, kept)
+            result[name] = kept
         elif value is None or _is_scalar(value):
             result[name] = value
         else:
@@ -88,49 +132,67 @@ def carried_state(
     return result
 
 
-def cut(state: State, cohort: Cohort, shape: torch.Size, dim: int) -> State:
-    """The state of one cohort alone; empty for rows that are new."""
-    rows = cohort.rows
-    if rows is None:
-        return {k: v for k, v in state.items() if not k.startswith(PER_ROW)}
-    if cohort.age == 0:
-        return {}
-    first = int(rows[0])
-    result: State = {}
-    for name, value in state.items():
-        if name.startswith(PER_ROW):
-            continue
-        each = state.get(PER_ROW + name)
-        if _is_row_entry(value, shape):
-            result[name] = value.index_select(dim, rows)
-        elif each is None:
-            result[name] = value.clone() if isinstance(value, Tensor) else value
-        else:
-            result[name] = each[first].clone() if isinstance(each, Tensor) else each[first]
+def cut(state: State, cohorts: Cohorts, shape: torch.Size, dim: int) -> list[State]:
+    """The state of each cohort alone: {} for rows that are new.
+
+    One cohort alone gets the tensors of ``state`` themselves, of several each gets its own.
+    """
+    plain = {k: v for k, v in state.items() if not k.startswith(PER_ROW)}
+    each = {name: _each(state, name, cohorts) for name in plain if PER_ROW + name in state}
+    if len(cohorts) == 1:
+        return [{**plain, **{name: values[0] for name, values in each.items()}}]
+    result: list[State] = []
+    for k, rows in enumerate(cohorts.rows):
+        assert rows is not None  # one cohort alone has all of them
+        mine: State = {}
+        for name, value in plain.items() if cohorts.ages[k] else ():
+            if is_row_entry(value, shape):
+                mine[name] = value.index_select(dim, rows)
+            elif name in each:
+                mine[name] = each[name][k]
+            else:
+                mine[name] = value.clone() if isinstance(value, Tensor) else value
+        result.append(mine)
     return result
 
 
-def joined(parts: Sequence[tuple[Cohort, State]], shape: torch.Size, dim: int) -> State:
-    """The state of all cohorts, youngest first, together: what :func:`cut` takes apart."""
-    if len(parts) == 1:
-        return parts[0][1]
+def _each(state: State, name: str, cohorts: Cohorts) -> list[Any]:
+    """A scalar of each cohort."""
+    values = state[PER_ROW + name]
+    if isinstance(values, Tensor):
+        return [values[first].clone() for first in cohorts.firsts]
+    return [values[first] for first in cohorts.firsts]
+
+
+def joined(states: Sequence[State], cohorts: Cohorts, shape: torch.Size, dim: int) -> State:
+    """The state of all cohorts together: what :func:`cut` takes apart.
+
+    {} if X has not kept the same for all of them, or what mixes rows: then it starts anew.
+    """
+    if len(states) == 1:
+        return states[0]
+    if any(state.keys() != states[-1].keys() for state in states):
+        return {}
     result: State = {}
-    for name, oldest in parts[-1][1].items():
-        pieces = [(cohort.rows, state[name]) for cohort, state in parts]
-        if isinstance(oldest, Tensor) and oldest.dim() == len(shape):
+    places = [rows for rows in cohorts.rows if rows is not None]
+    shapes = [torch.Size([*shape[:dim], rows.numel(), *shape[dim + 1 :]]) for rows in places]
+    for name, oldest in states[-1].items():
+        values = [state[name] for state in states]
+        if all(map(is_row_entry, values, shapes)):
             result[name] = oldest.new_empty(shape)
-            for rows, value in pieces:
+            for rows, value in zip(places, values, strict=True):
                 result[name].index_copy_(dim, rows, value)
-            continue
-        result[name] = oldest
-        if all(value is oldest or bool(value == oldest) for _, value in pieces):
-            continue
-        each = oldest.new_empty(shape[dim]) if isinstance(oldest, Tensor) else [oldest] * shape[dim]
-        for rows, value in pieces:
-            assert rows is not None  # one part alone has all rows
-            for j in rows.tolist():
-                each[j] = value
-        result[PER_ROW + name] = each
+        elif all(isinstance(value, Tensor) and _is_scalar(value) for value in values):
+            which = cohorts.which_here if oldest.device.type == "cpu" else cohorts.which
+            result[name], result[PER_ROW + name] = oldest, torch.stack(values)[which]
+        elif all(value is None for value in values):
+            result[name] = None
+        elif not any(isinstance(v, Tensor) for v in values) and all(map(_is_scalar, values)):
+            result[name] = oldest
+            if any(value != oldest for value in values):
+                result[PER_ROW + name] = [values[k] for k in cohorts.which_here.tolist()]
+        else:
+            return {}
     return result
 
 

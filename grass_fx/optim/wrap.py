@@ -8,40 +8,50 @@ rows of W (equation 4). X never sees a tensor of W's shape.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
 from grass_fx.gradient import CompactGrad
-from grass_fx.ops import along, select
-from grass_fx.optim.base import SUBSPACE_DEFAULTS, Plan, SubspaceOptimizer
+from grass_fx.optim import probe, wrappable
+from grass_fx.optim.base import Plan, SubspaceOptimizer
 from grass_fx.optim.carry import places
 from grass_fx.optim.entries import Asked, Kept
 from grass_fx.optim.loading import OWN
 from grass_fx.optim.rowwise import (
-    Cohort,
+    Cohorts,
     State,
     carried_state,
     cohorts_of,
     counts,
-    cut,
-    joined,
     with_rows,
     without_equal_rows,
 )
+from grass_fx.optim.stand_in import (
+    Batch,
+    Prepared,
+    Taken,
+    compact_shape,
+    saved_tensors,
+    take,
+    with_and_without,
+)
 from grass_fx.optim.stepping import Operation
-from grass_fx.optim.update import add_rows_, warmup
+from grass_fx.registry import registry
 from grass_fx.selected import Selection, matrix
+from grass_fx.subspace import selects_rows
+
+T = TypeVar("T")
+
+Work = list[tuple[Tensor, "Selection | None", "Tensor | None"]]
+"""Parameters of a group to work on; of taken weights with the selection, and C if there is."""
 
 
 @functools.cache
@@ -55,65 +65,48 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     rows.
 
     At a refresh with ``on_refresh="carry"``, floating-point state of C's shape is kept for the rows
-    that stay, and rows of different ages are then stepped as parameters of their own where the
-    optimizer counts steps. State of any other kind (factored moments, quantised blocks) mixes rows:
-    if there is some, all state of that weight starts anew.
+    that stay; new rows start it from zero, or from PᵀW where it holds weights. Rows of different
+    ages are then stepped as parameters of their own where the optimizer counts steps. State of any
+    other kind (factored moments, quantised blocks) mixes rows: then all starts anew.
 
     Raises:
         OptionError: the class is no torch optimizer, or its steps cannot be taken in a subspace.
     """
-    _check_class(optimizer_class)
-    body = {"__doc__": f"{optimizer_class.__name__} in the subspace: see grass_fx.subspace.",
-            "_kind": optimizer_class.__name__, "_inner": optimizer_class}  # fmt: skip
-    return type(f"Subspace{optimizer_class.__name__}", (_Wrapped, optimizer_class), body)
+    wrappable.check_class(optimizer_class)
+    body: dict[str, Any] = {
+        "__doc__": f"{optimizer_class.__name__} in the subspace: see grass_fx.subspace.",
+        "_kind": optimizer_class.__name__,
+        "_inner": optimizer_class,
+        "_known": {},
+    }
+    methods = {
+        name: _on_stand_ins(method)
+        for name, method in wrappable.methods_of(optimizer_class).items()
+    }
+    return type(f"Subspace{optimizer_class.__name__}", (_Wrapped, optimizer_class), body | methods)
 
 
-def _check_class(optimizer_class: Any) -> None:
-    name = getattr(optimizer_class, "__name__", repr(optimizer_class))
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
-        raise OptionError(
-            f"subspace({name}): it takes a class of optimizers, such as torch.optim.SGD."
-        )
-    if issubclass(optimizer_class, SubspaceOptimizer):
-        raise OptionError(f"subspace({name}): {name} steps in the subspace already.")
-    if issubclass(optimizer_class, (LBFGS, SparseAdam)):
-        raise OptionError(
-            f"subspace({name}): {name} does not step parameter by parameter on dense gradients. "
-            "Take another optimizer, such as grass_fx.AdamW."
-        )
-    taken = inspect.signature(optimizer_class.__init__).parameters.keys() & SUBSPACE_DEFAULTS.keys()
-    if taken:
-        raise OptionError(
-            f"subspace({name}): it has arguments of its own named {', '.join(sorted(taken))}, "
-            "which here control the subspace. Derive a class that fixes them, and wrap that."
-        )
+def _on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of X that sees stand-ins in the place of taken weights, and may change them."""
 
+    @functools.wraps(method)
+    def call(self: _Wrapped, *args: Any, **kwargs: Any) -> Any:
+        if self._is_twin or not self._has_compact_state():
+            return method(self, *args, **kwargs)
+        return self._call(lambda twin: method(twin, *args, **kwargs))
 
-@dataclass
-class _StandIn:
-    """A parameter of the compact shape in the place of some rows of a taken weight."""
-
-    weight: Tensor
-    group: dict[str, Any]
-    selection: Selection
-    cohort: Cohort
-    gradient: Tensor
-    shape: torch.Size
-    """C's, of all the weight's rows."""
-    before: Tensor = field(init=False)
-    parameter: Parameter = field(init=False)
-
-    def __post_init__(self) -> None:
-        s = self.selection
-        self.before = select(matrix(self.weight), s.indices, s.scale, s.dim)
-        self.parameter = Parameter(self.before.clone())
-        self.parameter.grad = self.gradient
+    return call
 
 
 class _Wrapped(SubspaceOptimizer):
     """What all wrapped classes share; ``_inner`` is the wrapped one, a base of the subclass."""
 
     _inner: type[Optimizer]
+    _known: dict[Hashable, Any]
+    """What has been found out about X."""
+    _warned_counts = False
+    _is_twin = False
+    """Whether this is X over stand-ins, for the time of a step."""
 
     def __init__(
         self,
@@ -129,8 +122,9 @@ class _Wrapped(SubspaceOptimizer):
         self._forget()
         super().__init__(params, *args, **kwargs)
         # State made in a constructor (Adagrad) has the full shape: it is made again when needed.
-        self._eager = bool(self.state)
-        self.state.clear()
+        made = [self.state.pop(p) for p in self._parameters() if p in self.state]
+        self._eager = any(made)
+        wrappable.check_instance(self, self._kind)
         # GradScaler is to decide itself whether a step is skipped: a skipped one is no step.
         self._step_supports_amp_scaling = False
 
@@ -140,10 +134,14 @@ class _Wrapped(SubspaceOptimizer):
             param_group.setdefault(name, value)
         super().add_param_group(param_group)
 
+    @property
+    def _x(self) -> probe.Wrapped:
+        args, kwargs = self._arguments
+        return probe.Wrapped(self._inner, args, kwargs, self._known)
+
     def _forget(self) -> None:
         super()._forget()
-        self._cohorts: dict[Tensor, list[Cohort]] = {}
-        self._decoupled: dict[frozenset[tuple[str, Any]], bool] = {}
+        self._cohorts: dict[Tensor, Cohorts] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_own", "_arguments", "_eager", "_step_supports_amp_scaling")
@@ -162,9 +160,9 @@ class _Wrapped(SubspaceOptimizer):
 
     def _asking(self) -> Asked:
         def make(p: Tensor, group: Mapping[str, Any]) -> Optimizer:
-            return self._inner_for(p, group)
+            return self._x.make([p], group)
 
-        return Asked(make, lambda inner: _unhooked(type(inner).step)(inner))
+        return Asked(make, lambda inner: probe.unhooked(type(inner).step)(inner))
 
     def _kept(
         self, p: Tensor, shape: tuple[int, ...], compact: bool, groups: Any, asked: Asked
@@ -176,175 +174,225 @@ class _Wrapped(SubspaceOptimizer):
     # --- one step ---------------------------------------------------------------------------------
 
     def _prepare(self, plan: Plan) -> list[Operation]:
-        ends = tuple(p for entries in plan for p, _ in entries)
-        return [Operation(lambda: self._carry_out(plan), ends)]
+        prepared = self._with_stand_ins(plan)
+        dense = tuple(p for entries in plan for p, grad in entries if grad is None)
+        step = partial(self._run, prepared, probe.unhooked(self._inner.step))
+        operations = [Operation(step, dense)]
+        for taken in prepared.all():
+            operations += map(Operation, taken.writes())
+            operations.append(Operation(partial(self._end, taken), (taken.weight,)))
+        return operations
 
-    def _carry_out(self, plan: Plan) -> None:
-        made = self._step_inner(plan)
-        for weight, parts in _by_weight(made):
-            shrink = self._shrink(parts[0].group)
-            if shrink != 1:
-                weight.mul_(shrink)
-            self.state[weight]["age"] += 1
-            cohorts = self._cohorts[weight]
-            self._cohorts[weight] = [Cohort(c.age + 1, c.rows) for c in cohorts]
-            for part in parts:
-                self._write_back(part, shrink)
+    def _end(self, taken: Taken) -> None:
+        """The weight's state after its step."""
+        p = taken.weight
+        self._keep(taken, age=self.state[p]["age"] + 1)
+        self._cohorts[p] = self._cohorts[p].older()
+
+    def _with_stand_ins(self, plan: Plan) -> Prepared:
+        """The stand-ins of a step. Taken weights' states follow their gradients' selections."""
+        work: list[Work] = []
+        for group, entries in zip(self.param_groups, plan, strict=True):
+            work.append([])
+            for p, grad in entries:
+                if grad is None:
+                    work[-1].append((p, None, None))
+                else:
+                    self._follow(p, grad, group)
+                    work[-1].append((p, grad.subspace, matrix(grad.compact)))
+        prepared = self._stand_ins(work)
+        for group, taken in zip(self.param_groups, prepared.taken, strict=True):
+            shrink = self._x.shrink(group) if taken else 1.0
+            for each in taken:
+                each.shrink = shrink
+                age = self.state[each.weight]["age"]
+                each.warm_up(age, group["scale"], group["warmup_steps"])
+        return prepared
 
     def _lay_out(self, plan: Plan) -> None:
-        self._step_inner(plan)
+        prepared = self._with_stand_ins(plan)
+        self._run(prepared, probe.unhooked(self._inner.step))
+        for taken in prepared.all():
+            self._keep(taken)
 
-    def _step_inner(self, plan: Plan) -> list[_StandIn]:
-        """X's step with stand-ins in the place of taken weights; their new state goes to those."""
-        lists = [group["params"] for group in self.param_groups]
-        made: list[_StandIn] = []
-        try:
-            for group, entries in zip(self.param_groups, plan, strict=True):
-                params: list[Tensor] = []
-                for p, grad in entries:
-                    parts = [] if grad is None else self._stand_ins(p, grad, group)
-                    params += [part.parameter for part in parts] or [p]
-                    made += parts
-                for p in params:
-                    if self._eager and not self.state.get(p):
-                        self.state[p].update(self._inner_for(p, group).state[p])
-                group["params"] = params
-            _unhooked(self._inner.step)(self)
-        finally:
-            for group, params in zip(self.param_groups, lists, strict=True):
-                group["params"] = params
-            states = {part.parameter: self.state.pop(part.parameter, {}) for part in made}
-        for weight, parts in _by_weight(made):
-            shape, dim = parts[0].shape, parts[0].selection.dim
-            inner = joined([(part.cohort, states[part.parameter]) for part in parts], shape, dim)
-            if clash := inner.keys() & set(OWN):
-                raise OptionError(
-                    f"subspace({self._kind}): its state has entries named {', '.join(clash)}, "
-                    "which here tell the subspace."
-                )
-            own = {name: self.state[weight][name] for name in OWN if name in self.state[weight]}
-            self.state[weight] = {**inner, **own}
-        return made
+    def _call(self, method: Callable[[Optimizer], T]) -> T:
+        """A method of X, which sees PᵀW of the selection that the state belongs to.
 
-    def _stand_ins(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> list[_StandIn]:
-        """One for all of the weight's rows, or one for each age where X counts steps."""
-        self._follow(p, grad, group["on_refresh"])
-        selection, compact = grad.subspace, matrix(grad.compact)
-        shape = compact.shape
-        inner = {name: value for name, value in self.state[p].items() if name not in OWN}
+        Where there is a gradient, as the next step will take it, state follows that first.
+        """
+        work: list[Work] = []
+        for group in self.param_groups:
+            work.append([])
+            for p in group["params"]:
+                selection, compact = None, None
+                if self._is_compact(p):
+                    if isinstance(p.grad, CompactGrad) and not p.grad.zeroed:
+                        self._check_place(p, p.grad)
+                        self._follow(p, p.grad, group)
+                        compact = matrix(p.grad.compact)
+                    selection = self._selection_of(p)
+                work[-1].append((p, selection, compact))
+        prepared = self._stand_ins(work)
+        for part in prepared.parts():
+            part.before = part.parameter.detach().clone()
+        with torch.no_grad():
+            result = self._run(prepared, method)
+            for taken in prepared.all():
+                taken.put()
+                self._keep(taken)
+        return result
+
+    def _stand_ins(self, work: list[Work]) -> Prepared:
+        """Stand-ins for the taken weights of each group's ``work``."""
+        every: Batch = []
+        taken: list[list[Taken]] = []
+        for group, entries in zip(self.param_groups, work, strict=True):
+            every.append([])
+            taken.append([])
+            known: Mapping[str, probe.Entry] = {}
+            if any(selection is not None for _, selection, _ in entries):
+                known = self._x.ask(probe.entries, group)
+                wrappable.check_entries(known, self._kind)
+            for p, selection, compact in entries:
+                if selection is None:
+                    every[-1].append((p, p))
+                    continue
+                taken[-1].append(self._take(p, selection, compact, known))
+                every[-1] += [(p, part.parameter) for part in taken[-1][-1].parts]
+        options = [probe.options_of(group) for group in self.param_groups]
+        return Prepared(self._batches(every, taken), taken, saved_tensors(options))
+
+    def _run(self, prepared: Prepared, call: Callable[[Optimizer], T]) -> T:
+        """Let X's code work on stand-ins, and work out what follows for their weights."""
+        others = {p: state for p, state in self.state.items() if not self._is_compact(p)}
+
+        def of_twin(twin: Optimizer) -> T:
+            self._make_eager_state(twin)
+            return call(twin)
+
+        with prepared.restored_if_it_fails():
+            twins, result = prepared.run(self, others, of_twin)
+            for taken in prepared.all():
+                taken.collect()
+                if clash := taken.state.keys() & set(OWN):
+                    raise OptionError(
+                        f"subspace({self._kind}): its state has entries named {', '.join(clash)}, "
+                        "which here tell the subspace."
+                    )
+        for twin in reversed(twins):  # so that counts of the groups are those of the first
+            twin.adopt()
+        return result
+
+    def _make_eager_state(self, twin: Optimizer) -> None:
+        """The state that X makes in its constructor, for parameters that have none."""
+        for group in twin.param_groups if self._eager else ():
+            for p in group["params"]:
+                if not twin.state.get(p):
+                    twin.state[p].update(self._x.make([p], group).state[p])
+
+    def _keep(self, taken: Taken, **own: Tensor) -> None:
+        """The weight's state: what X has made of it, and ours."""
+        former = self.state[taken.weight]
+        ours = {name: former[name] for name in OWN if name in former}
+        self.state[taken.weight] = {**taken.state, **ours, **own}
+
+    def _take(
+        self,
+        p: Tensor,
+        selection: Selection,
+        compact: Tensor | None,
+        entries: Mapping[str, probe.Entry],
+    ) -> Taken:
+        """Stand-ins for the weight: one, or one for each age where X keeps them apart."""
+        state, shape = self._inner_state(p), compact_shape(p, selection)
         if p not in self._cohorts:
             self._cohorts[p] = cohorts_of(self.state[p]["age"])
         cohorts = self._cohorts[p]
-        if len(cohorts) > 1 and not counts(inner, shape):
-            cohorts = [Cohort(cohorts[0].age, None)]
-        parts = []
-        for cohort in cohorts:
-            chosen, gradient = selection, compact
-            if cohort.rows is not None:
-                chosen = selection.part(cohort.rows)
-                gradient = compact.index_select(selection.dim, cohort.rows)
-            part = _StandIn(p, group, chosen, cohort, gradient, shape)
-            if mine := cut(inner, cohort, shape, selection.dim):
-                self.state[part.parameter] = mine
-            parts.append(part)
-        return parts
+        if len(cohorts) > 1 and not counts(state, shape):
+            own = any(name in entries and entries[name].start == "own" for name in state)
+            apart = own and cohorts.ages[0] == 0
+            cohorts = cohorts.young_and_others() if apart else cohorts.together()
+        return take(p, selection, compact, state, cohorts, entries)
 
-    def _follow(self, p: Tensor, grad: CompactGrad, on_refresh: str) -> None:
-        """The weight's state moves to the selection of its gradient."""
-        state, selection = self.state[p], grad.subspace
+    def _batches(self, every: Batch, taken: list[list[Taken]]) -> list[Batch]:
+        """What X is to step at once: parameters that have no state yet by themselves, if need be.
+
+        torch's fused SGD, for one, takes either momentum for all or for none.
+        """
+        parts = [part for each in taken for one in each for part in one.parts]
+        states = {**self.state, **{part.parameter: part.state for part in parts}}
+        old, new = with_and_without(every, states)
+        mixed = [g for g, *both in zip(self.param_groups, old, new, strict=True) if all(both)]
+        if self._eager or all(self._x.ask(probe.steps_together, group) for group in mixed):
+            return [every]
+        return [old, new]
+
+    def _follow(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> None:
+        """The weight's state moves to the selection of its gradient, all at once."""
+        state, selection = self.state.get(p, {}), grad.subspace
         if state.get("indices") is selection.indices:
             return
         if "indices" not in state:
-            self._start_compact(p, selection)
-            state["age"] = torch.zeros_like(selection.indices)
-        elif (old := self._old_selection(p, selection)) is not None:
-            kept, age = None, torch.zeros_like(selection.indices)
-            if on_refresh == "carry" and old.indices.shape == selection.indices.shape:
-                inner = {name: value for name, value in state.items() if name not in OWN}
-                where = old, selection, *places(old, selection)
-                kept = carried_state(inner, *where, matrix(grad.compact).shape)
-                if kept is not None:
-                    *_, place, fresh = where
-                    age = state["age"][place].masked_fill_(fresh, 0)
-            state.clear()
-            if kept is not None and bool(age.any()):
-                state.update(kept)
-            state["age"] = age
-            self._cohorts.pop(p, None)
-        self._keep_selection(p, selection)
-
-    def _write_back(self, part: _StandIn, shrink: float) -> None:
-        """W[σ] += α · ρ · warm-up · (what X changed, its weight decay aside)."""
-        group, selection, weight = part.group, part.selection, matrix(part.weight)
-        after, steps = part.parameter.detach(), group["warmup_steps"]
-        whole = part.cohort.rows is None
-        youngest = self._cohorts[part.weight][0].age if whole else part.cohort.age + 1
-        if group["scale"] == 1 and selection.scale is None and youngest >= steps:
-            weight.index_copy_(selection.dim, selection.indices, after)
-            return
-        age = self.state[part.weight]["age"]
-        if part.cohort.rows is not None:
-            age = age[part.cohort.rows]
-        factor = warmup(age, steps) * group["scale"]
+            if state:
+                self._start_compact(p, selection)
+            kept: State = {"age": torch.zeros_like(selection.indices)}
+        elif (old := self._old_selection(p, selection)) is None or (
+            # A selection that does not change is no refresh, but for those who ask for a reset.
+            group["on_refresh"] == "carry" and old.same_rows(selection)
+        ):
+            kept = {**self._inner_state(p), "age": state["age"]}
+        else:
+            kept = self._followed(p, old, selection, group)
+        kept["indices"] = selection.indices
+        kept["generation"] = torch.tensor(selection.draw, device="cpu")
         if selection.scale is not None:
-            factor = factor * selection.scale
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        change = after.to(dtype) - part.before.to(dtype) * shrink
-        add_rows_(weight, selection, change * along(factor.to(dtype), selection.dim, weight.dim()))
+            kept["scale"] = selection.scale
+        if kept["age"] is not state.get("age"):
+            self._cohorts.pop(p, None)
+        self.state[p] = kept
 
-    # --- what X is like ---------------------------------------------------------------------------
+    def _followed(
+        self, p: Tensor, old: Selection, selection: Selection, group: dict[str, Any]
+    ) -> State:
+        """What of a weight's state is kept at a refresh, and the rows' ages."""
+        entries = self._x.ask(probe.entries, group)
+        if not self._warned_counts:
+            wrappable.warn_of_counts(entries, self._x.ask(probe.group_counts, group), self._kind)
+            self._warned_counts = True
+        anew: State = {"age": torch.zeros_like(selection.indices)}
+        if group["on_refresh"] != "carry" or old.indices.shape != selection.indices.shape:
+            return anew
+        place, fresh = places(old, selection)
+        age = self.state[p]["age"][place].masked_fill_(fresh, 0)
+        if not bool(age.any()):
+            return anew
+        inner = self._inner_state(p)
+        where = old, selection, place, fresh, matrix(p), compact_shape(p, selection)
+        kept = carried_state(inner, *where, entries)
+        return anew if kept is None else {**kept, "age": age}
 
-    def _inner_for(self, p: Tensor, group: Mapping[str, Any], **changed: Any) -> Optimizer:
-        """An X of its own for one parameter, with the group's options."""
-        ours = ("params", "param_names", *SUBSPACE_DEFAULTS)
-        options = {name: value for name, value in group.items() if name not in ours}
-        args, kwargs = self._arguments
-        return self._inner([{**options, **changed, "params": [p]}], *args, **kwargs)
+    # --- the state of a weight --------------------------------------------------------------------
 
-    def _shrink(self, group: Mapping[str, Any]) -> float:
-        """1 − lr·λ if X's weight decay is decoupled, else 1: L2 decay is part of the gradient."""
-        if not group.get("weight_decay") or group.get("lr") is None:
-            return 1.0
-        # Groups may differ; rates that a schedule changes make no difference to this.
-        kind = frozenset((k, v) for k, v in group.items() if isinstance(v, bool))
-        if kind not in self._decoupled:
-            self._decoupled[kind] = self._find_decoupled(group)
-        return 1 - float(group["lr"]) * group["weight_decay"] if self._decoupled[kind] else 1.0
+    def _inner_state(self, p: Tensor) -> State:
+        return {name: value for name, value in self.state[p].items() if name not in OWN}
 
-    @torch.enable_grad()
-    def _find_decoupled(self, group: Mapping[str, Any]) -> bool:
-        """Ask X, on a weight of one number: few classes tell how they decay."""
-        if "decoupled_weight_decay" in group:
-            return bool(group["decoupled_weight_decay"])
+    def _is_compact(self, p: Any) -> bool:
+        state = self.state.get(p)
+        return isinstance(state, Mapping) and "indices" in state
 
-        def stepped(gradient: float, decay: float) -> float:
-            """After a step with these, and one with zeros, which shows what the first has left."""
-            w = Parameter(torch.ones(1, 1, device="cpu"))
-            w.grad = torch.full_like(w, gradient)
-            inner = self._inner_for(w, group, lr=0.1, weight_decay=decay)
-            inner.step()
-            inner.param_groups[0]["weight_decay"] = 0.0
-            w.grad.zero_()
-            inner.step()
-            return w.item()
+    def _has_compact_state(self) -> bool:
+        state = vars(self).get("state", {})  # an X may call its methods in its constructor
+        return bool(state) and any(map(self._is_compact, state))
 
-        decayed, decay = stepped(1.0, 0.5), -0.5 if group.get("maximize") else 0.5
-        beside = math.isclose(decayed, stepped(1.0, 0.0) - 0.1 * 0.5, abs_tol=1e-4)
-        within = math.isclose(decayed, stepped(1.0 + decay, 0.0), abs_tol=1e-4)
-        return beside and not within
-
-
-def _by_weight(parts: list[_StandIn]) -> list[tuple[Tensor, list[_StandIn]]]:
-    groups = groupby(parts, key=lambda part: id(part.weight))
-    each = [list(group) for _, group in groups]
-    return [(group[0].weight, group) for group in each]
-
-
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """X's step without the hooks that torch puts around it: ours has run them."""
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    return step
+    def _selection_of(self, p: Tensor) -> Selection:
+        """The selection that the state of p belongs to."""
+        state, subspace = self.state[p], registry.get(p)
+        if subspace is not None:
+            dim = subspace.selection.dim
+        else:  # loaded, and nothing is compiled yet
+            dim = 0 if selects_rows(registry.saved_state(p), p) else 1
+        known = state["indices"], state.get("scale"), dim, -1, registry.name_of(p)
+        return Selection(*known, int(state["generation"]))
 
 
 def _blank(inner: type[Optimizer]) -> Optimizer:

@@ -1,0 +1,258 @@
+"""What an optimizer class X is like, found out by X's steps on weights of one number.
+
+Few classes tell how they decay a weight or what an entry of their state means, and names mislead.
+Nobody notices these steps: they call no hooks, draw none of the run's random numbers, warn of
+nothing and compile nothing. They run on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.optim.optimizer as torchs
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from grass_fx.config import SUBSPACE_DEFAULTS
+
+T = TypeVar("T")
+
+Make = Callable[..., Optimizer]
+"""``make(parameters, **options)``: an X of its own over these, with some options changed."""
+
+STEPS = 8
+"""Of a probe: enough to see what X does in every fifth or sixth step alone."""
+
+
+Start = Literal["zero", "weight", "average", "own"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry of X's state is, if it has the weight's shape."""
+
+    start: Start
+    """What it starts from: zero, as moments do; the weight itself; or something else. "average": it
+    is one of the weight, starts from zero, and X does not count in its state how far it has come.
+    """
+    power: int | None
+    """With which power of the gradient's scale it goes, if it is one."""
+    moves: bool
+    """Whether an entry that holds weights moves by X's steps, as the weight does."""
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A class X with what its constructor was given; ``known``: what has been found out of it."""
+
+    inner: type[Optimizer]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    known: dict[Hashable, Any]
+
+    def make(self, params: Sequence[Tensor], group: Mapping[str, Any], **changed: Any) -> Optimizer:
+        """An X over some parameters, with a group's options; where it has them, some changed."""
+        options = copy.deepcopy(options_of(group))  # X may count in them, in tensors too
+        options |= {k: v for k, v in changed.items() if options.get(k) is not None}
+        return self.inner([{**options, "params": list(params)}], *self.args, **self.kwargs)
+
+    def ask(self, question: Callable[[Make], T], group: Mapping[str, Any]) -> T:
+        """The answer to one of the questions below; of groups of a kind the same, asked once."""
+        given = {"": self.args, " ": tuple(self.kwargs.items())}
+        key = question, kind_of({**options_of(group), **given})
+        if key not in self.known:
+            with _unnoticed():
+                self.known[key] = question(partial(self.make, group=group))
+        return self.known[key]
+
+    def shrink(self, group: Mapping[str, Any]) -> float:
+        """1 − lr·λ if X's weight decay is decoupled, else 1: L2 decay is part of the gradient."""
+        if not group.get("weight_decay") or group.get("lr") is None:
+            return 1.0
+        decoupled = group.get("decoupled_weight_decay")
+        if decoupled is None:
+            decoupled = self.ask(is_decoupled, group)
+        return 1 - float(group["lr"]) * group["weight_decay"] if decoupled else 1.0
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """X's own options among a group's."""
+    ours = ("params", "param_names", *SUBSPACE_DEFAULTS)
+    return {name: value for name, value in group.items() if name not in ours}
+
+
+def kind_of(options: Mapping[str, Any]) -> Hashable:
+    """What of a group's options decides how X works: which are on, not how much."""
+    return tuple(sorted((name, _on(value)) for name, value in options.items()))
+
+
+def _on(value: Any) -> Hashable:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return value != 0
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_on, value))
+    return type(value).__name__
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """X's step without the hooks that torch puts around it."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    # A class that calls its base's step calls that one's hooks, so there must be none meanwhile.
+    hooks: list[dict[int, Any]] = [
+        torchs._global_optimizer_pre_hooks,
+        torchs._global_optimizer_post_hooks,
+    ]  # type: ignore[list-item]
+    kept = [dict(each) for each in hooks]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        warnings.simplefilter("ignore")
+        for each in hooks:
+            each.clear()
+        try:
+            yield
+        finally:
+            for each, former in zip(hooks, kept, strict=True):
+                each.update(former)
+
+
+def _weight(value: float) -> Parameter:
+    return Parameter(torch.full((1, 1), value, dtype=torch.float32, device="cpu"))
+
+
+def _step(optimizer: Optimizer, gradients: Sequence[tuple[Parameter, float]]) -> None:
+    for w, gradient in gradients:
+        w.grad = torch.full_like(w, gradient)
+    unhooked(type(optimizer).step)(optimizer)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What X has made of a weight of one number in some steps."""
+
+    weight: float
+    former: float
+    """The weight before the last step."""
+    values: dict[str, float]
+    """The entries of its shape."""
+    counts: bool
+    """Whether there are numbers beside, such as a count."""
+
+
+def _after(make: Make, weight: float, gradient: float) -> _Seen:
+    w = _weight(weight)
+    optimizer = make([w], lr=0.1, weight_decay=0.0)
+    for _ in range(STEPS):
+        former = w.item()
+        _step(optimizer, [(w, gradient)])
+    state = optimizer.state[w]
+    values = {
+        name: value.item()
+        for name, value in state.items()
+        if type(value) is Tensor and value.shape == w.shape and value.is_floating_point()
+    }
+    numbers = [value for value in state.values() if isinstance(value, (int, float, Tensor))]
+    counts = any(not isinstance(value, Tensor) or value.dim() == 0 for value in numbers)
+    return _Seen(w.item(), former, values, counts)
+
+
+def entries(make: Make) -> dict[str, Entry]:
+    """The entries of the weight's shape, by name; {} if X cannot step a weight of one number."""
+    try:
+        still, still_other = _after(make, 1.0, 0.0), _after(make, 2.0, 0.0)
+        single, other = _after(make, 1.0, 1.0), _after(make, 2.0, 1.0)
+        double = _after(make, 1.0, 2.0)
+    except Exception:  # whatever X has against a weight of one number
+        return {}
+    found = {}
+    for name in single.values.keys() & other.values.keys() & double.values.keys():
+        at_rest, value = still.values.get(name, 0.0), single.values[name]
+        follows = still_other.values.get(name, 0.0) - at_rest
+        start: Start = "own"
+        if any(math.isclose(by, 1, abs_tol=1e-3) for by in (follows, other.values[name] - value)):
+            start = "weight"
+        elif at_rest == 0 and max(abs(follows), abs(other.values[name] - value)) < 1e-3:
+            start = "zero"
+        elif not still.counts and still.weight == 1 and 0 < follows < 1:
+            # In the weight alone, which has not moved; a moment with L2 decay would move it.
+            start = "average" if math.isclose(at_rest, follows, rel_tol=1e-3) else "own"
+        power = 1 if start == "weight" else _power(value, double.values[name])
+        found[name] = Entry(start, power, moves=value != single.former)
+    return found
+
+
+def group_counts(make: Make) -> tuple[str, ...]:
+    """The options of its group in which X counts its steps."""
+
+    def numbers() -> dict[str, int]:
+        group = optimizer.param_groups[0]
+        return {name: value for name, value in group.items() if type(value) is int}
+
+    w = _weight(1.0)
+    try:
+        optimizer = make([w], lr=0.1)
+        _step(optimizer, [(w, 1.0)])
+        before = numbers()
+        _step(optimizer, [(w, 1.0)])
+    except Exception:
+        return ()
+    return tuple(name for name, value in numbers().items() if value == before.get(name, value) + 1)
+
+
+def _power(single: float, double: float) -> int | None:
+    """p, if ``double`` = ``single`` · 2^p: under gradients of twice the size."""
+    ratio = double / single if single else 0.0
+    if not ratio > 0 or math.isinf(ratio):
+        return None
+    power = math.log2(ratio)
+    return round(power) if abs(power - round(power)) < 0.05 else None
+
+
+def is_decoupled(make: Make) -> bool:
+    """Whether X's weight decay is beside its step, not within the gradient."""
+
+    def stepped(gradient: float, decay: float) -> float:
+        """After a step with these, and one with zeros, which shows what the first has left."""
+        w = _weight(1.0)
+        optimizer = make([w], lr=0.1, weight_decay=decay)
+        _step(optimizer, [(w, gradient)])
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+        _step(optimizer, [(w, 0.0)])
+        return w.item()
+
+    maximize = make([_weight(1.0)]).param_groups[0].get("maximize")
+    decayed, decay = stepped(1.0, 0.5), -0.5 if maximize else 0.5
+    beside = math.isclose(decayed, stepped(1.0, 0.0) - 0.1 * 0.5, abs_tol=1e-4)
+    within = math.isclose(decayed, stepped(1.0 + decay, 0.0), abs_tol=1e-4)
+    return beside and not within
+
+
+def steps_together(make: Make) -> bool:
+    """Whether X steps parameters that have state and such that have none in one call."""
+    old, new = _weight(1.0), _weight(1.0)
+    optimizer = make([old, new])
+    try:
+        _step(optimizer, [(old, 1.0)])
+        _step(optimizer, [(old, 1.0), (new, 1.0)])
+    except Exception:  # it has its reasons; step by step is always right
+        return False
+    return True

@@ -1,0 +1,304 @@
+"""Parameters of the compact shape, which stand in for taken weights while an optimizer X works.
+
+X itself works as a *twin* of the wrapped optimizer, whose groups hold the stand-ins. What the twin
+has become is adopted once everything that can fail has been done.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from grass_fx.ops import along, select
+from grass_fx.optim.probe import Entry
+from grass_fx.optim.rowwise import Cohorts, State, cut, is_row_entry, joined
+from grass_fx.optim.update import add_rows_, warmup
+from grass_fx.selected import Selection, matrix
+
+T = TypeVar("T")
+
+Batch = list[list[tuple[Tensor, Tensor]]]
+"""What X is to work on in one call, for each group: parameters, and what stands in for each."""
+
+
+@dataclass
+class StandIn:
+    """A parameter in the place of some rows of a taken weight: PᵀW, with C as its gradient."""
+
+    parameter: Parameter
+    selection: Selection
+    state: State
+    before: Tensor | None = None
+    """PᵀW again; None if what X makes of it is put in its place as it is."""
+    factor: Tensor | None = None
+    """α · ρ · warm-up of each row, which is multiplied by what X changes; None for ones."""
+    held: dict[str, Tensor] = field(default_factory=dict)
+    """The entries of the state that hold weights, as they were."""
+
+    def change(self, weight: Tensor, shrink: float) -> Tensor:
+        """What is added to the weight's rows, or if ``factor`` is None put in their place."""
+        after = self.parameter.detach()
+        if self.before is None or self.factor is None:
+            return after
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        moved = self.before.to(dtype).mul_(-shrink).add_(after)
+        return moved.mul_(along(self.factor.to(dtype), self.selection.dim, 2))
+
+    def follow_weight(self, entries: Mapping[str, Entry]) -> None:
+        """Entries that hold weights move as far as the weight does."""
+        if self.before is None or self.factor is None:
+            return
+        for name in weights_among(self.state, entries):
+            value = self.state[name]
+            if entries[name].moves and is_row_entry(value, self.before.shape):
+                gain = along(self._gain(self.factor), self.selection.dim, 2).to(value.dtype)
+                held = self.held.get(name, self.before).to(value.dtype)
+                self.state[name] = torch.lerp(held, value, gain)
+
+    def _gain(self, factor: Tensor) -> Tensor:
+        """By how much of what X changes PᵀW does change: copies of a row add."""
+        if self.selection.scale is None:
+            return factor
+        _, which, copies = self.selection.indices.unique(return_inverse=True, return_counts=True)
+        return factor * self.selection.scale * copies[which]
+
+
+def weights_among(state: State, entries: Mapping[str, Entry]) -> list[str]:
+    """The names of the entries that hold weights."""
+    return [name for name in state if name in entries and entries[name].start == "weight"]
+
+
+@dataclass
+class Taken:
+    """A taken weight while X works: one stand-in for all of its rows, or one for each cohort."""
+
+    weight: Tensor
+    selection: Selection
+    cohorts: Cohorts
+    shape: torch.Size
+    parts: list[StandIn]
+    saved: list[tuple[Tensor, Tensor]]
+    """Tensors that X changes in place, with copies, until X has worked."""
+    entries: Mapping[str, Entry]
+    shrink: float = 1.0
+    """What decoupled weight decay leaves of the whole weight."""
+    state: State = field(default_factory=dict)
+    """X's, of all rows, after it has worked."""
+    changes: list[Tensor] = field(default_factory=list)
+
+    def warm_up(self, age: Tensor, scale: float, steps: int) -> None:
+        """Each row's factor, for a step after which it has its ``age`` (r,) and one."""
+        for part, rows, youngest in zip(
+            self.parts, self.cohorts.rows, self.cohorts.ages, strict=True
+        ):
+            if scale == 1 and self.selection.scale is None and youngest + 1 >= steps:
+                continue
+            ages = age if rows is None else age[rows]
+            factor = warmup(ages + 1, steps) * scale
+            if part.selection.scale is not None:
+                factor = factor * part.selection.scale
+            part.factor, part.before = factor, part.parameter.detach().clone()
+            former = {id(tensor): copy for tensor, copy in self.saved}
+            for name in weights_among(part.state, self.entries):
+                value = part.state[name]
+                held = former.get(id(value))
+                part.held[name] = value.clone() if held is None else held
+
+    def collect(self) -> None:
+        """Work out what is to be written; nothing of the weight or its state changes."""
+        for part in self.parts:
+            part.follow_weight(self.entries)
+        states = [part.state for part in self.parts]
+        self.state = joined(states, self.cohorts, self.shape, self.selection.dim)
+        self.changes = [part.change(self.weight, self.shrink) for part in self.parts]
+        for part in self.parts:
+            part.state = {}
+
+    def writes(self) -> list[Callable[[], None]]:
+        """W[σ] += α · ρ · warm-up · (what X changed, its weight decay aside), after X's step."""
+        shrinks = [lambda: self.weight.mul_(self.shrink)] if self.shrink != 1 else []
+        return [*shrinks, *(partial(self._write, k) for k in range(len(self.parts)))]
+
+    def _write(self, k: int) -> None:
+        weight, part, change = matrix(self.weight), self.parts[k], self.changes[k]
+        if part.factor is None:
+            weight.index_copy_(part.selection.dim, part.selection.indices, change)
+        else:
+            add_rows_(weight, part.selection, change)
+
+    def put(self) -> None:
+        """Put PᵀW as X left it in its place: no step, so no factor, decay and warm-up."""
+        weight = matrix(self.weight)
+        for part, rows in zip(self.parts, self.changes, strict=True):
+            assert part.before is not None
+            if torch.equal(rows, part.before):
+                continue
+            s = part.selection
+            if s.scale is not None:  # copies of a row are equal, so any of them may be the last
+                scale = along(s.scale, s.dim, 2).to(rows.dtype)
+                rows = weight.index_select(s.dim, s.indices) + (rows - part.before) / scale
+            weight.index_copy_(s.dim, s.indices, rows)
+
+
+def compact_shape(weight: Tensor, selection: Selection) -> torch.Size:
+    """C's, as a matrix."""
+    shape = list(matrix(weight).shape)
+    shape[selection.dim] = selection.indices.numel()
+    return torch.Size(shape)
+
+
+def take(
+    weight: Tensor,
+    selection: Selection,
+    compact: Tensor | None,
+    state: State,
+    cohorts: Cohorts,
+    entries: Mapping[str, Entry],
+) -> Taken:
+    """Stand-ins for a weight, with ``compact`` C as gradient and ``state`` of X, if there are."""
+    dim, rows_of, shape = selection.dim, matrix(weight), compact_shape(weight, selection)
+    states = cut(state, cohorts, shape, dim)
+    parts = []
+    for rows, mine in zip(cohorts.rows, states, strict=True):
+        chosen, gradient = selection, compact
+        if rows is not None:
+            chosen = selection.part(rows)
+            gradient = None if compact is None else compact.index_select(dim, rows)
+        parameter = Parameter(select(rows_of, chosen.indices, chosen.scale, dim))
+        parameter.grad = gradient
+        parts.append(StandIn(parameter, chosen, mine))
+    # What was cut up is a copy already.
+    saved = saved_tensors(states[0]) if len(states) == 1 else []
+    return Taken(weight, selection, cohorts, shape, parts, saved, entries)
+
+
+def saved_tensors(value: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors in a state, with copies of them."""
+    return [(tensor, tensor.clone()) for tensor in _tensors_in(value)]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # quantised ones hold others
+            names, _ = value.__tensor_flatten__()
+            value = [getattr(value, name) for name in names]
+        else:
+            yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors_in(each)
+
+
+@dataclass
+class Prepared:
+    """What X is to work on, before anything has moved."""
+
+    batches: list[Batch]
+    """In one call each: all, or first what has state and then what has none."""
+    taken: list[list[Taken]]
+    """The taken weights of each group."""
+    saved: list[tuple[Tensor, Tensor]]
+    """Tensors among the groups' options, with copies."""
+
+    def all(self) -> list[Taken]:
+        """The taken weights of all groups."""
+        return [each for taken in self.taken for each in taken]
+
+    def parts(self) -> list[StandIn]:
+        """All stand-ins."""
+        return [part for taken in self.all() for part in taken.parts]
+
+    def run(
+        self, wrapped: Optimizer, others: Mapping[Any, Any], call: Callable[[Optimizer], T]
+    ) -> tuple[list[Twin], T]:
+        """``call`` on a twin for each batch; ``others``: the state of all but taken weights.
+
+        Returns the twins, and the result of the first call.
+        """
+        parts = {part.parameter: part for part in self.parts()}
+        twins, results = [], []
+        for batch in self.batches:
+            states = {parameter: part.state for parameter, part in parts.items() if part.state}
+            twins.append(Twin(wrapped, batch, {**others, **states}))
+            results.append(call(twins[-1].optimizer))
+            state = twins[-1].optimizer.state
+            for parameter, part in parts.items():
+                part.state = dict(state.pop(parameter, {}))
+        return twins, results[0]
+
+    @contextmanager
+    def restored_if_it_fails(self) -> Iterator[None]:
+        """After an exception inside, what X has changed in place is as before."""
+        try:
+            yield
+        except BaseException:
+            for tensor, copy in [*self.saved, *(each for one in self.all() for each in one.saved)]:
+                tensor.copy_(copy)
+            raise
+        for one in self.all():
+            one.saved.clear()
+
+
+def with_and_without(every: Batch, states: Mapping[Any, Any]) -> tuple[Batch, Batch]:
+    """The parameters of a batch that have state, and those that have none."""
+    old = {
+        id(p)
+        for p, state in states.items()
+        if isinstance(state, Mapping) and any(v is not None for v in state.values())
+    }
+    return (
+        [[entry for entry in entries if id(entry[1]) in old] for entries in every],
+        [[entry for entry in entries if id(entry[1]) not in old] for entries in every],
+    )
+
+
+class Twin:
+    """X over the parameters of a batch, with the options and all that ``wrapped`` has beside."""
+
+    def __init__(self, wrapped: Optimizer, batch: Batch, states: Mapping[Tensor, State]) -> None:
+        self.wrapped = wrapped
+        self.optimizer = twin = object.__new__(type(wrapped))
+        groups = []
+        for group, entries in zip(wrapped.param_groups, batch, strict=True):
+            own = {**group, "params": [stand_in for _, stand_in in entries]}
+            if "param_names" in group:
+                names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+                own["param_names"] = [names[id(p)] for p, _ in entries]
+            groups.append(own)
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        state.update(states)
+        twins = {id(wrapped.param_groups): groups, id(wrapped.state): state}
+        for name, value in vars(wrapped).items():
+            if isinstance(value, MethodType) and value.__self__ is wrapped:
+                value = MethodType(value.__func__, twin)
+            twin.__dict__[name] = twins.get(id(value), value)
+        twin.__dict__["_is_twin"] = True
+        # The wrapped one's step has called them, and calls them again at its end.
+        twin._optimizer_step_pre_hooks = OrderedDict()
+        twin._optimizer_step_post_hooks = OrderedDict()
+        self._given = dict(vars(twin))
+
+    def adopt(self) -> None:
+        """The wrapped optimizer becomes what its twin has become."""
+        wrapped, twin = self.wrapped, self.optimizer
+        for group, theirs in zip(wrapped.param_groups, twin.param_groups, strict=True):
+            ours = ("params", "param_names")
+            group.update({name: value for name, value in theirs.items() if name not in ours})
+        for name, value in vars(twin).items():
+            if name not in self._given or value is not self._given[name]:
+                setattr(wrapped, name, value)
+        for p, state in twin.state.items():
+            if p in wrapped.state or state != {}:
+                wrapped.state[p] = state

@@ -1,0 +1,82 @@
+"""Which optimizer classes can step in the subspace, and which of their methods look at weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from grass_fx.config import SUBSPACE_DEFAULTS
+from grass_fx.errors import OptionError, warn
+from grass_fx.optim.base import SubspaceOptimizer
+from grass_fx.optim.probe import Entry
+
+
+def check_class(optimizer_class: Any) -> None:
+    """Raise OptionError if the steps of a class cannot be taken in a subspace."""
+    name = getattr(optimizer_class, "__name__", repr(optimizer_class))
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise OptionError(
+            f"subspace({name}): it takes a class of optimizers, such as torch.optim.SGD."
+        )
+    if issubclass(optimizer_class, SubspaceOptimizer):
+        raise OptionError(f"subspace({name}): {name} steps in the subspace already.")
+    if issubclass(optimizer_class, (LBFGS, SparseAdam)):
+        raise OptionError(
+            f"subspace({name}): {name} does not step parameter by parameter on dense gradients. "
+            "Take another optimizer, such as grass_fx.AdamW."
+        )
+    taken = inspect.signature(optimizer_class.__init__).parameters.keys() & SUBSPACE_DEFAULTS.keys()
+    if taken:
+        raise OptionError(
+            f"subspace({name}): it has arguments of its own named {', '.join(sorted(taken))}, "
+            "which here control the subspace. Derive a class that fixes them, and wrap that."
+        )
+
+
+def check_instance(optimizer: Optimizer, name: str) -> None:
+    """Raise OptionError if an optimizer steps by another one, which would see whole weights."""
+    for attribute, value in vars(optimizer).items():
+        for held in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(held, Optimizer):
+                raise OptionError(
+                    f"subspace({name}): it steps by another optimizer that it holds, its "
+                    f"{attribute}, which would see whole weights. Wrap the class of that one."
+                )
+
+
+def check_entries(entries: Mapping[str, Entry], name: str) -> None:
+    """Raise OptionError if X keeps what new rows of a weight cannot begin with."""
+    for entry, what in entries.items():
+        if what.start == "average":
+            raise OptionError(
+                f"subspace({name}): its state entry {entry} is an average of the weights that "
+                "starts from zero, and how far it has come is not counted for each parameter: "
+                "newly selected rows would be taken for zero. Take another optimizer, such as "
+                "grass_fx.AdamW."
+            )
+
+
+def warn_of_counts(entries: Mapping[str, Entry], counts: Sequence[str], name: str) -> None:
+    """Warn if new rows' second moments are corrected as though they were as old as the run."""
+    if counts and any(what.start == "zero" and what.power == 2 for what in entries.values()):
+        warn(
+            f"subspace({name}) counts steps for all parameters together, in its group's "
+            f"{', '.join(counts)}: rows that are newly selected are stepped as though they were "
+            "old, by its bias correction several times too far at first. Keep warmup_steps well "
+            "above 0, or take a class that counts for each parameter, as torch's do."
+        )
+
+
+def methods_of(optimizer_class: type[Optimizer]) -> dict[str, Callable[..., Any]]:
+    """The methods that the class adds to torch's, by name: they may look at weights and state."""
+    found: dict[str, Callable[..., Any]] = {}
+    for base in optimizer_class.__mro__:
+        if base in Optimizer.__mro__:
+            break
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and not name.startswith("_"):
+                found.setdefault(name, value)
+    return {name: value for name, value in found.items() if not hasattr(Optimizer, name)}
