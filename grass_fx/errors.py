@@ -57,4 +57,4 @@ def warn(message: str) -> None:
     warnings.warn(message, GrassWarning, stacklevel=level)
 
 
-_INSIDE = ("torch", "grass_fx")
+_INSIDE = ("torch", "grass_fx", "contextlib", "functools")

@@ -26,31 +26,12 @@ def _fresh():
     torch._dynamo.reset()
 
 
-PROBED = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adamax", "Muon", "RMSprop", "SGD")
-"""Classes that do not tell how they decay, and are asked."""
-
-
-def fault(each, name, kind):
-    """What the package does wrong today, or None."""
-    if each == "hooks_of_load_state_dict_see_and_change_it" and name != OURS:
-        return "load_state_dict takes what a post hook puts into the state for a weight's state"
-    if each == "hooks_of_steps_run_once_a_step_and_in_order" and kind == "compact":
-        return "global step hooks run for the probes of decay" if name in PROBED else None
-    if each == "a_count_that_is_a_number_loads" and name == OURS:
-        return "a loaded count that is a number is not made a tensor"
-    if each == "implementations_are_alike" and (name, kind) == ("SGD", "compact"):
-        return "fused SGD gets weights without a momentum beside parameters with one"
-    return None
-
-
 def cases():
     found = []
     for name in [*SOME, OURS]:
         for kind in ("dense", "compact"):
             for each in CHECKS:
-                why = fault(each, name, kind)
-                marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
-                found.append(pytest.param(each, name, kind, marks=marks))
+                found.append((each, name, kind))
     return pytest.mark.parametrize(("each", "name", "kind"), found)
 
 

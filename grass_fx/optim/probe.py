@@ -118,7 +118,7 @@ def _unnoticed() -> Iterator[None]:
     hooks: list[dict[int, Any]] = [
         torchs._global_optimizer_pre_hooks,
         torchs._global_optimizer_post_hooks,
-    ]  # type: ignore[list-item]
+    ]
     kept = [dict(each) for each in hooks]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))

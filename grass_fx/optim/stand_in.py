@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from grass_fx.errors import warn
 from grass_fx.ops import along, select
 from grass_fx.optim.probe import Entry
 from grass_fx.optim.rowwise import Cohorts, State, cut, is_row_entry, joined
@@ -87,8 +88,6 @@ class Taken:
     cohorts: Cohorts
     shape: torch.Size
     parts: list[StandIn]
-    saved: list[tuple[Tensor, Tensor]]
-    """Tensors that X changes in place, with copies, until X has worked."""
     entries: Mapping[str, Entry]
     shrink: float = 1.0
     """What decoupled weight decay leaves of the whole weight."""
@@ -108,11 +107,8 @@ class Taken:
             if part.selection.scale is not None:
                 factor = factor * part.selection.scale
             part.factor, part.before = factor, part.parameter.detach().clone()
-            former = {id(tensor): copy for tensor, copy in self.saved}
             for name in weights_among(part.state, self.entries):
-                value = part.state[name]
-                held = former.get(id(value))
-                part.held[name] = value.clone() if held is None else held
+                part.held[name] = part.state[name].clone()
 
     def collect(self) -> None:
         """Work out what is to be written; nothing of the weight or its state changes."""
@@ -177,9 +173,7 @@ def take(
         parameter = Parameter(select(rows_of, chosen.indices, chosen.scale, dim))
         parameter.grad = gradient
         parts.append(StandIn(parameter, chosen, mine))
-    # What was cut up is a copy already.
-    saved = saved_tensors(states[0]) if len(states) == 1 else []
-    return Taken(weight, selection, cohorts, shape, parts, saved, entries)
+    return Taken(weight, selection, cohorts, shape, parts, entries)
 
 
 def saved_tensors(value: Any) -> list[tuple[Tensor, Tensor]]:
@@ -240,15 +234,21 @@ class Prepared:
 
     @contextmanager
     def restored_if_it_fails(self) -> Iterator[None]:
-        """After an exception inside, what X has changed in place is as before."""
+        """After an exception inside, the groups' options are as before.
+
+        What X keeps of weights may be half advanced then: copies of that would cost every step.
+        """
         try:
             yield
-        except BaseException:
-            for tensor, copy in [*self.saved, *(each for one in self.all() for each in one.saved)]:
+        except BaseException as error:
+            for tensor, copy in self.saved:
                 tensor.copy_(copy)
+            warn(
+                f"a wrapped optimizer failed inside its own code ({type(error).__name__}): no "
+                "taken weight has moved. Moments and dense parameters may have, if it had begun: calling "
+                "step() again then moves them twice."
+            )
             raise
-        for one in self.all():
-            one.saved.clear()
 
 
 def with_and_without(every: Batch, states: Mapping[Any, Any]) -> tuple[Batch, Batch]:

@@ -319,8 +319,9 @@ class _Wrapped(SubspaceOptimizer):
 
         torch's fused SGD, for one, takes either momentum for all or for none.
         """
-        parts = [part for each in taken for one in each for part in one.parts]
-        states = {**self.state, **{part.parameter: part.state for part in parts}}
+        states: dict[Any, Any] = dict(self.state)
+        for one in (one for each in taken for one in each):
+            states |= {part.parameter: part.state for part in one.parts}
         old, new = with_and_without(every, states)
         mixed = [g for g, *both in zip(self.param_groups, old, new, strict=True) if all(both)]
         if self._eager or all(self._x.ask(probe.steps_together, group) for group in mixed):
