@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -24,14 +24,16 @@ class Record:
     """What is known of one Parameter. ``Any`` stands for classes of the floors above.
 
     ``subspace``: its Subspace, once a compiled graph has taken it. ``key``: what keys its random
-    streams, once one was drawn from. ``name``: what its optimizer calls it. ``saved``: a loaded
-    ``Subspace.state()`` that waits for the first graph. ``left``: why the last graph that used it
-    left it dense, a registry.Left. ``replicas``, ``sharding``: how it is spread over processes.
+    streams, once one was drawn from; ``place``: where it stood in its last optimizer. ``name``:
+    what its optimizer calls it. ``saved``: a loaded ``Subspace.state()`` that waits for the first
+    graph. ``left``: why the last graph that used it left it dense, a registry.Left. ``replicas``,
+    ``sharding``: how it is spread over processes.
     """
 
     def __init__(self) -> None:
         self.subspace: Any = None
         self.key: int | None = None
+        self.place: int | None = None
         self.name: str | None = None
         self.saved: Mapping[str, Tensor] | None = None
         self.left: Any = None
@@ -39,7 +41,7 @@ class Record:
         self.sharding: Any = None
 
 
-class _Tag:
+class Tag:
     """What hangs on the Parameter, and ends with it; the record may be held by optimizers too."""
 
     def __init__(self, record: Record) -> None:
@@ -54,7 +56,7 @@ class Holder(Protocol):
     """An optimizer: ``records`` are those of its parameters, in their order."""
 
     param_groups: list[dict[str, Any]]
-    records: list[Record]
+    records: Sequence[Record]
 
 
 _holders: list[weakref.ref[Any]] = []
@@ -89,7 +91,7 @@ def place_of(parameter: Tensor) -> tuple[Holder, int] | None:
 def known(parameter: Tensor) -> Record | None:
     """The parameter's record, if it has one."""
     tag = getattr(parameter, "__dict__", {}).get(_ATTRIBUTE)
-    if isinstance(tag, _Tag):
+    if isinstance(tag, Tag):
         return tag.record
     found = place_of(parameter)
     if found is None or found[1] >= len(found[0].records):
@@ -109,12 +111,18 @@ def record_of(parameter: Tensor) -> Record:
 
 
 def _hang(parameter: Tensor, record: Record) -> None:
-    parameter.__dict__[_ATTRIBUTE] = _Tag(record)
+    parameter.__dict__[_ATTRIBUTE] = Tag(record)
+
+
+def tag_of(parameter: Tensor) -> Tag:
+    """What hangs on a parameter with a record, and lives as long."""
+    tag: Tag = parameter.__dict__[_ATTRIBUTE]
+    return tag
 
 
 def when_gone(parameter: Tensor, function: Callable[[], None]) -> None:
     """Call ``function`` when a parameter with a record has ended, or was exchanged."""
-    weakref.finalize(parameter.__dict__[_ATTRIBUTE], function).atexit = False
+    weakref.finalize(tag_of(parameter), function).atexit = False
 
 
 class PerParameter(Generic[T]):

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from grass_fx.errors import OptionError, warn
 from grass_fx.gradient import CompactGrad
-from grass_fx.records import Record, add_holder, holders, known, place_of, record_of, when_gone
+from grass_fx.records import (
+    Record,
+    Tag,
+    add_holder,
+    holders,
+    known,
+    place_of,
+    record_of,
+    tag_of,
+    when_gone,
+)
 from grass_fx.replicas import replicas_of
 from grass_fx.sharding import sharding_of
 from grass_fx.spec import SubspaceSpec
@@ -46,7 +56,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.version = 0
-        self._subspaces: weakref.WeakSet[Subspace] = weakref.WeakSet()
+        self._taken: weakref.WeakSet[Tag] = weakref.WeakSet()  # of Parameters that live
         self._first_uses = itertools.count()
 
     def get(self, weight: Tensor) -> Subspace | None:
@@ -55,18 +65,18 @@ class Registry:
         return None if record is None else record.subspace
 
     def announce(
-        self, optimizer: Any, weights: Iterable[Tensor], names: Iterable[str | None]
+        self, optimizer: Any, weights: Iterable[Tensor], names: Iterable[str | None], first: int
     ) -> list[Record]:
-        """An optimizer has these parameters now: their records.
+        """An optimizer has these parameters now, from its place ``first`` on: their records.
 
         Their places in it key their random streams. Places are looked up at first use: libraries
         exchange an optimizer's parameters after its construction.
         """
         add_holder(optimizer)
         records = []
-        for weight, name in zip(weights, names, strict=True):
+        for place, (weight, name) in enumerate(zip(weights, names, strict=True), first):
             record = record_of(weight)
-            record.key = None
+            record.key, record.place = None, place
             if name is not None:
                 record.name = name
                 if record.subspace is not None:
@@ -86,7 +96,8 @@ class Registry:
         record = record_of(weight)
         if record.key is None:
             found = place_of(weight)
-            record.key = next(self._first_uses) if found is None else found[1]
+            place = record.place if found is None else found[1]
+            record.key = next(self._first_uses) if place is None else place
         return record.key
 
     def note_left(self, weight: Tensor, left: Left) -> None:
@@ -101,7 +112,8 @@ class Registry:
     def strays(self) -> list[str]:
         """Names of weights with a compact gradient that are in no optimizer of ours."""
         held = {id(r.subspace) for optimizer in holders() for r in optimizer.records}
-        return [s.name for s in self._subspaces if s.delivered and id(s) not in held]
+        live = [tag.record.subspace for tag in self._taken]
+        return [s.name for s in live if s.delivered and id(s) not in held]
 
     def adopt(self, parameter: Tensor, subspace: Subspace) -> None:
         """A parameter that no graph uses has got a gradient of ``subspace``, and steps in it.
@@ -165,7 +177,7 @@ class Registry:
             made.selection = replace(made.selection, draw=subspace.selection.draw + 1)
         made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
         record.subspace = made
-        self._subspaces.add(made)
+        self._taken.add(tag_of(weight))
         self._outdate()
         when_gone(weight, self._outdate)
         return made

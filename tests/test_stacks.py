@@ -1,6 +1,7 @@
 """Stacks of matrices, (e, m, n): each has a selection of its own."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,9 +290,7 @@ def test_a_stack_trains_as_its_matrices_would(rule, on_refresh):
             assert bool(((rows // whole.shape[1]) == torch.arange(E)[:, None]).all())
             for k in range(E):
                 scale = None if s.scale is None else s.scale.view(E, -1)[k]
-                own = grass_fx.gradient.Selection(
-                    rows[k] - k * whole.shape[1], scale, 0, s.generation
-                )
+                own = replace(s, indices=rows[k] - k * whole.shape[1], scale=scale, dim=0)
                 each = parts[first + k]
                 each.grad = CompactGrad(grad.compact[k].clone(), own, each.shape)
         optimizer.step()

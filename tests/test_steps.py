@@ -159,16 +159,6 @@ def test_a_gradient_kept_past_a_refresh_still_tells_the_truth():
     torch.testing.assert_close(kept.to_dense()[kept.subspace.indices], kept.compact)
 
 
-def test_adding_gradients_of_two_selections_names_the_remedy():
-    model = mlp(8, 8, 6).double()
-    compiled = torch.compile(model, backend=Captured(rank=2, refresh_every=1))
-    optimizer = grass_fx.AdamW(model.parameters())
-    loss_of(compiled, batches(0, 1)[0]).backward()
-    optimizer.step()
-    with pytest.raises(SelectionChangedError, match="zero_grad"):
-        loss_of(compiled, batches(1, 1)[0]).backward()
-
-
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_both_ways(set_to_none):
     model = mlp(8, 8, 6).double()

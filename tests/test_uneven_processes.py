@@ -75,7 +75,8 @@ def stepped_in_backward(rank):
     with pytest.raises(OptionError, match="step_in_backward and data_parallel"):
         grass_fx.step_in_backward(optimizer)
     model = Model()
-    grass_fx.step_in_backward(grass_fx.AdamW(model.parameters()))
+    optimizer = grass_fx.AdamW(model.parameters())
+    grass_fx.step_in_backward(optimizer)
     call = compiled(data_parallel(model))
     with pytest.raises(OptionError, match="step_in_backward and data_parallel"):
         loss_of(call, batch(rank)).backward()

@@ -255,7 +255,7 @@ def test_a_group_costs_what_it_has(monkeypatch):
     seen = []
     real = registry.announce
     monkeypatch.setattr(
-        registry, "announce", lambda o, ps, names: seen.append(len(ps)) or real(o, ps, names)
+        registry, "announce", lambda o, ps, *more: seen.append(len(ps)) or real(o, ps, *more)
     )
     weights = [nn.Parameter(torch.zeros(2, 2)) for _ in range(30)]
     ADAMW([{"params": [p]} for p in weights])

@@ -194,7 +194,9 @@ class CompactGrad(Tensor):
         return _rebuild, (*state, tuple(self.shape), c.scores, *marks, s.draw)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
-        return self.derived(copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo))
+        # Of another weight, which is a copy too: that has a subspace of its own.
+        compact, scores = copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo)
+        return self.derived(compact, scores, owner=None)
 
     # --- memory that is not there -----------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from grass_fx.gradient.compact import CompactGrad, bare, handles, is_factor, times
 from grass_fx.ops import select
-from grass_fx.selected import matrix
 
 aten = torch.ops.aten
 
@@ -119,7 +118,7 @@ def keeps_zeros(func: Any, args: Any, kwargs: Any) -> bool:
     if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return False
     functional = getattr(aten, func.overloadpacket.__name__.rstrip("_"))
-    return not bool(functional(matrix(torch.zeros(1, 1)), *args, **kwargs).any())
+    return not bool(functional(torch.zeros((), device="cpu"), *args, **kwargs))
 
 
 @handles(aten.fill_)

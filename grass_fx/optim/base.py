@@ -69,7 +69,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """As torch's; the parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self.records = [*self.records, *self._announce(self.param_groups[-1:])]
+        self.records = [*self.records, *self._announce(self.param_groups[-1:], len(self.records))]
 
     # --- one step ---------------------------------------------------------------------------------
 

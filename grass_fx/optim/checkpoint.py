@@ -57,8 +57,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _announce(self, groups: Sequence[Mapping[str, Any]]) -> list[Record]:
-        """The records of the groups' parameters, which this optimizer has from now on."""
+    def _announce(self, groups: Sequence[Mapping[str, Any]], first: int) -> list[Record]:
+        """The records of the groups' parameters, which this optimizer has from ``first`` on."""
         named = [
             (p, name)
             for group in groups
@@ -68,7 +68,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 strict=True,
             )
         ]
-        return registry.announce(self, [p for p, _ in named], [name for _, name in named])
+        return registry.announce(self, [p for p, _ in named], [name for _, name in named], first)
 
     def __getstate__(self) -> dict[str, Any]:
         # Subspaces belong to Parameter objects: those that a copy or a pickle has are others.
@@ -84,7 +84,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 if name != "differentiable":  # which torch has just put into the defaults
                     group.setdefault(name, value)
         if saved is not None:  # else torch's load_state_dict calls
-            self.records = self._announce(self.param_groups)
+            self.records = self._announce(self.param_groups, 0)
             for p, theirs in zip(self._parameters(), saved, strict=True):
                 if theirs:
                     registry.restore(p, theirs)
@@ -309,11 +309,13 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:
         """Raise StateError if a saved state is of a weight of another shape."""
         shape = state.get(_SHAPE)
-        if shape is not None and torch.as_tensor(shape).tolist() != list(p.shape):
+        if shape is None:
+            return
+        saved = tuple(shape.tolist() if isinstance(shape, Tensor) else shape)
+        if saved != tuple(p.shape):
             raise StateError(
-                f"{name} has shape {tuple(p.shape)}, but its state was saved for "
-                f"shape {tuple(torch.as_tensor(shape).tolist())}. Load it into the model that it "
-                "was saved from."
+                f"{name} has shape {tuple(p.shape)}, but its state was saved for shape {saved}. "
+                "Load it into the model that it was saved from."
             )
 
 

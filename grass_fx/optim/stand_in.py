@@ -245,8 +245,8 @@ class Prepared:
                 tensor.copy_(copy)
             warn(
                 f"a wrapped optimizer failed inside its own code ({type(error).__name__}): no "
-                "taken weight has moved. Moments and dense parameters may have, if it had begun: calling "
-                "step() again then moves them twice."
+                "taken weight has moved. Moments and dense parameters may have, if it had begun: "
+                "calling step() again then moves them twice."
             )
             raise
 
