@@ -70,12 +70,11 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
             "weights in buckets. Call data_parallel(model) first."
         )
     group: Any = dist.group.WORLD if process_group is None else process_group
-    already = {replicas_of.get(p) for p in model.parameters()}
-    if already == {next(iter(already), None)} and None not in already:
-        (known,) = already
-        if known.group is group:
-            return model  # frameworks call their hooks more than once
-    if already - {None}:
+    already = [replicas_of.get(p) for p in model.parameters()]
+    first = already[0] if already else None
+    if first is not None and first.group is group and all(each is first for each in already):
+        return model  # frameworks call their hooks more than once
+    if any(each is not None for each in already):
         raise DistributedError(
             "data_parallel: parameters of this model are averaged over processes already, by "
             "another call or another group. Call it once, with the whole model."

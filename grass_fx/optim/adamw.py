@@ -392,7 +392,7 @@ def _is_least_zero(value: Any) -> bool:
     """Whether it is one number, in a tensor or not, of 0 or more."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and bool(value >= 0)
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def _count(steps: Any, p: Tensor, fused: bool) -> Tensor:

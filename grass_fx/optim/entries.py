@@ -121,9 +121,9 @@ def recounted(state: Mapping[str, Any], age: Tensor, kept: Kept) -> dict[str, An
         steps = steps.to(kept.dtypes[COUNT])
         return {**state, COUNT: steps.max(), PER_ROW + COUNT: steps}
     if COUNT not in kept.shapes and COUNT in state:
-        ages, steps = age.tolist(), state.get(PER_ROW + COUNT)
+        ages, listed = age.tolist(), state.get(PER_ROW + COUNT)
         step = state[COUNT].item() if _is_single(state[COUNT]) else state[COUNT]
-        if ages == (_listed(steps) if steps is not None else [step] * len(ages)):
+        if ages == (_listed(listed) if listed is not None else [step] * len(ages)):
             return {name: value for name, value in state.items() if name not in counts}
     return dict(state)
 

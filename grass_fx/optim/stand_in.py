@@ -122,8 +122,11 @@ class Taken:
 
     def writes(self) -> list[Callable[[], None]]:
         """W[σ] += α · ρ · warm-up · (what X changed, its weight decay aside), after X's step."""
-        shrinks = [lambda: self.weight.mul_(self.shrink)] if self.shrink != 1 else []
-        return [*shrinks, *(partial(self._write, k) for k in range(len(self.parts)))]
+        found: list[Callable[[], None]] = [self._decay] if self.shrink != 1 else []
+        return [*found, *(partial(self._write, k) for k in range(len(self.parts)))]
+
+    def _decay(self) -> None:
+        self.weight.mul_(self.shrink)
 
     def _write(self, k: int) -> None:
         weight, part, change = matrix(self.weight), self.parts[k], self.changes[k]
@@ -224,8 +227,9 @@ class Prepared:
         parts = {part.parameter: part for part in self.parts()}
         twins, results = [], []
         for batch in self.batches:
-            states = {parameter: part.state for parameter, part in parts.items() if part.state}
-            twins.append(Twin(wrapped, batch, {**others, **states}))
+            states: dict[Any, State] = dict(others)
+            states |= {parameter: part.state for parameter, part in parts.items() if part.state}
+            twins.append(Twin(wrapped, batch, states))
             results.append(call(twins[-1].optimizer))
             state = twins[-1].optimizer.state
             for parameter, part in parts.items():
