@@ -66,7 +66,8 @@ def fails(monkeypatch, module, name, at):
 
 
 ADAMW = grass_fx.AdamW
-SGD = grass_fx.subspace(torch.optim.SGD)
+SUBSPACE = grass_fx.subspace
+SGD = SUBSPACE(torch.optim.SGD)
 PLACES = [
     (ADAMW, base, "finish_steps", 1),
     (ADAMW, update, "add_rows_", 1),
@@ -134,6 +135,21 @@ def test_a_step_that_is_not_finished_is_told_at_the_next_one(monkeypatch):
         optimizer.step()
     assert [registry.get(model[k].weight).step for k in (0, 2)] == [1, 1]  # all change together
     assert [optimizer.state[model[k].bias]["step"].item() for k in (0, 2)] == [1, 1]
+
+
+@pytest.mark.parametrize("wrapped", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.filterwarnings("ignore:no compact gradient", "ignore:Sparse invariant")
+def test_a_sparse_gradient_steps_as_torchs(wrapped):
+    """It has no memory of its own shape to be known by."""
+    table = nn.Embedding(6, 3, sparse=True).double()
+    twin = copy.deepcopy(table)
+    steppers = SUBSPACE(wrapped)(table.parameters(), lr=0.1), wrapped(twin.parameters(), lr=0.1)
+    for model, optimizer in zip((table, twin), steppers, strict=True):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 4, 1])).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(table.weight, twin.weight, rtol=0, atol=0)
 
 
 def test_selections_change_all_or_none(monkeypatch):

@@ -36,7 +36,8 @@ class Step:
     ) -> None:
         self._left = deque(operations)
         self._end, self._used = end, used
-        self._moved: list[tuple[Tensor, object]] = []
+        self._moved: list[Tensor] = []
+        self._gradients: list[object] = []  # of those, when the step was interrupted
         self._begun = False
 
     def apply(self) -> None:
@@ -48,21 +49,26 @@ class Step:
                 for p in self._left.popleft().ends:
                     if isinstance(p.grad, CompactGrad):
                         p.grad.mark_used(self._used)
-                    self._moved.append((p, _gradient_of(p)))
+                    self._moved.append(p)
         except BaseException as error:
+            self._gradients = [_gradient_of(p) for p in self._moved]
             if self._begun:
                 self._tell(error)
             raise
 
     def commit(self) -> None:
         """End the step: subspaces count it, and change where that is due."""
-        self._end()
+        try:
+            self._end()
+        except BaseException:
+            self._gradients = [_gradient_of(p) for p in self._moved]
+            raise
 
     def goes_on(self) -> bool:
         """Whether this interrupted step can be finished: its gradients are still there."""
         if not self._begun:
             return False
-        if all(_gradient_of(p) == gradient for p, gradient in self._moved):
+        if [_gradient_of(p) for p in self._moved] == self._gradients:
             return True
         warn(
             f"the step before was interrupted when {self._names()} had moved, and was not finished "
@@ -71,7 +77,7 @@ class Step:
         return False
 
     def _names(self) -> str:
-        names = [registry.name_of(p) for p, _ in self._moved]
+        names = [registry.name_of(p) for p in self._moved]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + more if names else "no parameter"
 
@@ -89,4 +95,6 @@ def _gradient_of(p: Tensor) -> object:
     grad = p.grad
     if isinstance(grad, CompactGrad):
         return grad.used
-    return None if grad is None else (grad.data_ptr(), grad._version)
+    if grad is None or grad.is_inference():  # which has no version
+        return id(grad)
+    return id(grad), grad._version  # not where its memory is: sparse ones have none
