@@ -238,6 +238,83 @@ def it_can_be_printed(case):
     assert type(optimizer).__name__ in repr(optimizer) and "lr: " in repr(optimizer)
 
 
+@check
+def what_trains_dense_steps_as_torchs_to_the_last_bit(case):
+    """Beside taken weights too: strided, empty, scalar and complex parameters."""
+    finals = []
+    for each in (case, Case(case.name, case.options, "torch")):
+        model = each.model()
+        beside = [torch.ones(4, 6)[:, ::2], torch.ones(0, 3), torch.full((2, 3), 1 + 2j)]
+        if case.name != "Muon":  # which takes matrices alone
+            beside.append(torch.tensor(2.0))
+        if case.name in ("Adafactor", "Muon") or case.options.get("fused"):
+            del beside[2]  # they refuse complex ones
+        if case.name == "Adafactor":
+            del beside[1]  # its means are over all elements
+        beside = [nn.Parameter(t) for t in beside]
+        optimizer = each.optimizer([*model.parameters(), *beside])
+        for k in range(3):
+            optimizer.zero_grad()
+            each.backward(model, k)
+            for p in beside:
+                p.grad = torch.ones_like(p) * (k + 1)
+            optimizer.step()
+        own = weights(model) if case.kind == "dense" else []
+        finals.append([*own, *(p.detach() for p in beside)])
+    assert_same(*finals)
+
+
+@check
+def gradients_may_be_sparse_where_torchs_may(case):
+    """Of what trains dense: an embedding."""
+    finals = []
+    for kind in (case.kind, "torch"):
+        each = Case(case.name, case.options, kind)
+        table = nn.Embedding(7, 4, sparse=True)
+        nn.init.ones_(table.weight)
+        optimizer = each.optimizer(table)
+        for k in range(3):
+            optimizer.zero_grad()
+            table(torch.tensor([1, k, k])).square().sum().backward()
+            optimizer.step()
+        finals.append(table.weight.detach())
+    assert_same(*finals)
+
+
+@check
+def it_may_be_differentiated_where_torchs_may(case):
+    """Parameters that are results of others, as in meta-learning."""
+    if case.options.get("foreach") or case.options.get("fused") or case.name == OURS:
+        return
+    options = {k: v for k, v in case.options.items() if k not in ("foreach", "fused")}
+    slopes = []
+    for kind in (case.kind, "torch"):
+        given = torch.linspace(1, 2, 6, dtype=torch.float64).view(2, 3).requires_grad_()
+        p = given * 2
+        p.grad = given * 3
+        Case(case.name, options, kind).optimizer([p], differentiable=True).step()
+        slopes.append(torch.autograd.grad(p.square().sum(), given)[0])
+    torch.testing.assert_close(*slopes)
+
+
+@check
+def bad_input_is_the_error_that_it_is_for_torchs(case):
+    p, other = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    wrong = [
+        ((TypeError, "iterable of Tensors or dicts"), p, {}),
+        ((ValueError, "more than one parameter group"), [{"params": p}, {"params": p}], {}),
+        ((ValueError, "with/without names"), [("weight", p), other], {}),
+        ((ValueError, None), [p], {"lr": -1.0}),
+        ((ValueError, None), [p], {"lr": torch.tensor([0.1, 0.1])}),
+        ((ValueError, None), [], {}),
+    ]
+    for (kind, words), params, options in wrong:
+        with pytest.raises(kind, match=words):
+            case.optimizer(params, **options)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        case.optimizer([p, p])
+
+
 # --- hooks ----------------------------------------------------------------------------------------
 
 
