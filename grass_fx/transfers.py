@@ -16,13 +16,10 @@ STAGED = 64 << 10
 device has been given to do."""
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, of one dtype, flattened and on the CPU: one copy for each device."""
-    return reading(tensors)()
-
-
 def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """:func:`to_host` in two parts: begins to copy; what is returned waits and gives the result.
+    """Begins to copy tensors of one dtype to the CPU, flattened; what is returned waits for them.
+
+    One copy for each device.
 
     A GPU goes on with what it is given in between.
     """

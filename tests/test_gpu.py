@@ -12,7 +12,7 @@ from grass_fx.config import GrassConfig
 from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECTED_MM
 from grass_fx.testing.reference import Reference
-from grass_fx.transfers import STAGED, send, to_device, to_host
+from grass_fx.transfers import STAGED, reading, send, to_device
 from helpers import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -149,5 +149,5 @@ def test_many_tensors_travel_in_order():
     moved = to_device(cpu, device)
     assert all(each.device == device for each in moved)
     mixed = [moved[0], cpu[1], moved[2].view(7, 1)]
-    for back, sent in zip(to_host(mixed), cpu, strict=True):
+    for back, sent in zip(reading(mixed)(), cpu, strict=True):
         assert back.device.type == "cpu" and torch.equal(back, sent)

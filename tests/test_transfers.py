@@ -2,14 +2,14 @@
 
 import torch
 
-from grass_fx.transfers import to_device, to_host
+from grass_fx.transfers import reading, to_device
 
 
 def test_what_lies_on_the_host_stays_as_it_is():
     tensors = [torch.arange(3.0), torch.arange(6.0).view(2, 3)]
-    for got, given in zip(to_host(tensors), tensors, strict=True):
+    for got, given in zip(reading(tensors)(), tensors, strict=True):
         assert torch.equal(got, given.flatten()) and got.data_ptr() == given.data_ptr()
-    assert to_host([]) == to_device([], torch.device("meta")) == []
+    assert reading([])() == to_device([], torch.device("meta")) == []
     assert to_device(tensors, torch.device("cpu")) == tensors
 
 

@@ -81,21 +81,24 @@ def _in_order(args: Any, grad: CompactGrad, factor: Tensor) -> list[Tensor]:
 
 @handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(func: Any, args: Any, kwargs: Any) -> Any:
-    grad, mask, value = args
-    rows = rows_of(mask, grad) if isinstance(grad, CompactGrad) else None
-    if rows is None or value != 0:
+    grad, rows = args[0], _filled(*args)
+    if rows is None:
         return NotImplemented
     return grad.derived(grad.compact.masked_fill(rows, 0), grad.scores)
 
 
 @handles(aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
 def _masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
-    grad, mask, value = args
-    rows = rows_of(mask, grad) if isinstance(grad, CompactGrad) else None
-    if rows is None or value != 0:
+    grad, rows = args[0], _filled(*args)
+    if rows is None:
         return NotImplemented
     grad.compact.masked_fill_(rows, 0)
     return grad
+
+
+def _filled(grad: Any, mask: Any, value: Any) -> Tensor | None:
+    """The mask at C's places; None unless it is a gradient that is filled, and with zeros."""
+    return rows_of(mask, grad) if isinstance(grad, CompactGrad) and value == 0 else None
 
 
 @handles(aten.clamp, aten.clamp_min.default, aten.clamp_max.default)

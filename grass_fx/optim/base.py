@@ -286,20 +286,16 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     def _start_compact(self, p: Tensor, selection: Selection) -> None:
         """p's first step in a subspace: state it may have is of the whole weight, and goes."""
         if self.state[p]:
-            self.state[p].clear()
-            warn(
+            warn(  # first: where warnings are errors nothing is lost
                 f"{selection.name} has trained dense until now: its optimizer state starts anew in "
                 "the subspace."
             )
+            self.state[p].clear()
 
     def _keep_selection(self, p: Tensor, selection: Selection) -> None:
         """Note the selection that p's state belongs to."""
-        state = self.state[p]
-        state["indices"] = selection.indices
-        state["generation"] = torch.tensor(selection.draw, device="cpu")
-        state.pop("scale", None)
-        if selection.scale is not None:
-            state["scale"] = selection.scale
+        self.state[p].pop("scale", None)
+        self.state[p].update(selection_entries(selection))
 
     def _old_selection(self, p: Tensor, new: Selection) -> Selection | None:
         """The selection that p's state belongs to, or None if ``new`` is still the same."""
@@ -369,6 +365,13 @@ class SubspaceOptimizer(CheckpointedOptimizer):
                     entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
             plan.append(entries)
         return plan
+
+
+def selection_entries(selection: Selection) -> dict[str, Tensor]:
+    """What a weight's state notes of the selection that the rest belongs to."""
+    draw = torch.tensor(selection.draw, device="cpu")
+    entries = {"indices": selection.indices, "generation": draw}
+    return entries if selection.scale is None else {**entries, "scale": selection.scale}
 
 
 def _to_host(finished: Finished) -> Callable[[], Finished]:

@@ -21,7 +21,7 @@ from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
 from grass_fx.gradient import CompactGrad
 from grass_fx.optim import probe, wrappable
-from grass_fx.optim.base import Plan, SubspaceOptimizer
+from grass_fx.optim.base import Plan, SubspaceOptimizer, selection_entries
 from grass_fx.optim.carry import places
 from grass_fx.optim.entries import Asked, Kept
 from grass_fx.optim.loading import OWN
@@ -344,10 +344,7 @@ class _Wrapped(SubspaceOptimizer):
             kept = {**self._inner_state(p), "age": state["age"]}
         else:
             kept = self._followed(p, old, selection, group)
-        kept["indices"] = selection.indices
-        kept["generation"] = torch.tensor(selection.draw, device="cpu")
-        if selection.scale is not None:
-            kept["scale"] = selection.scale
+        kept |= selection_entries(selection)
         if kept["age"] is not state.get("age"):
             self._cohorts.pop(p, None)
         self.state[p] = kept
