@@ -95,3 +95,13 @@ def test_a_torch_whose_interfaces_have_moved_is_told_when_the_backend_is_looked_
         assert "custom_graph_pass.CustomGraphPass.uuid, for compiling with Inductor; " in line
         assert "autotune_select_algorithm(input_gen_fns), for Triton kernels" in line
         assert line.count(", for ") == 2
+
+
+def test_torchs_own_warnings_are_no_errors_of_the_user():
+    """Where warnings are errors, the backend is found all the same."""
+    code = (
+        "import warnings, torch, grass_fx; warnings.simplefilter('error'); "
+        "torch._dynamo.lookup_backend('grass'); print('found')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "found", run.stderr[-2000:]

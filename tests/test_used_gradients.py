@@ -1,6 +1,7 @@
 """A gradient that a step has used and nobody zeroed, when the next backward comes."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -124,6 +125,27 @@ def test_one_gradient_in_two_optimizers_ends_one_step():
         assert registry.get(model.weight).step == step + 1
         assert registry.get(model.weight).period == 1 + (step + 1) // 2
     assert all(o.state[model.weight]["age"].min() == 2 for o in (first, second))
+
+
+@pytest.mark.parametrize(
+    "remade",
+    [
+        lambda g: g * 1,
+        lambda g: g.clone(),
+        copy.deepcopy,
+        lambda g: pickle.loads(pickle.dumps(g)),
+        lambda g: g.data,
+    ],
+)
+def test_a_gradient_that_was_made_again_ends_the_step_too(remade):
+    model, compiled, optimizer = begin(refresh_every=2)
+    for step in range(5):
+        optimizer.zero_grad()
+        compiled(X).sum().backward()
+        model.weight.grad = remade(model.weight.grad)
+        optimizer.step()
+        assert registry.get(model.weight).step == step + 1
+    assert registry.get(model.weight).period == 3
 
 
 def masters(model):

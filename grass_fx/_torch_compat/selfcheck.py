@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -124,7 +125,9 @@ def selfcheck() -> None:
         UnsupportedTorchError: something is missing; the message names all of it, and what each
             name is needed for.
     """
-    check(NEEDS)
+    with warnings.catch_warnings():  # torch's own, of its own modules: no business of the user's
+        warnings.simplefilter("ignore")
+        check(NEEDS)
 
 
 def check(needs: Mapping[str, Iterable[str]]) -> None:

@@ -137,11 +137,11 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     def _finished(self, plan: Plan) -> Finished:
         """Whose steps end with ``plan``, with their scores: once for each gradient that arrived."""
         return [
-            (grad.owner, grad.scores)
+            (subspace, grad.scores)
             for group in plan
             for p, grad in group
             if grad is not None
-            and grad.owner is not None
+            and (subspace := grad.owner or registry.get(p)) is not None
             and not (isinstance(p.grad, CompactGrad) and p.grad.used)
         ]
 
