@@ -137,6 +137,30 @@ def test_a_step_that_is_not_finished_is_told_at_the_next_one(monkeypatch):
     assert [optimizer.state[model[k].bias]["step"].item() for k in (0, 2)] == [1, 1]
 
 
+def test_loading_ends_an_interrupted_step(monkeypatch):
+    """What is left of it would go on with the state of before."""
+    model, compiled, optimizer = begin(ADAMW)
+    backward(compiled, optimizer, X[0])
+    optimizer.step()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    runs = []
+    for interrupted in (True, False):
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        if interrupted:
+            backward(compiled, optimizer, X[1])
+            with monkeypatch.context() as patch:
+                fails(patch, update, "add_rows_", 2)
+                with pytest.raises(torch.OutOfMemoryError), pytest.warns(GrassWarning):
+                    optimizer.step()
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        backward(compiled, optimizer, X[2])
+        optimizer.step()
+        runs.append(everything(model, optimizer))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wrapped", [torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.filterwarnings("ignore:no compact gradient", "ignore:Sparse invariant")
 def test_a_sparse_gradient_steps_as_torchs(wrapped):

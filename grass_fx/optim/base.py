@@ -65,6 +65,10 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             value = group["on_refresh"]
             raise OptionError(f'{self._kind}: on_refresh={value!r}: valid: "carry", "reset".')
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._under_way = None  # it was of the state before
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
