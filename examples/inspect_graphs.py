@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
-from grass_fx.dump import graph_part, graph_text
+from grass_fx.compile.dump import graph_part, graph_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "inspecting-graphs.md")

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from grass_fx.backend import grass
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.errors import GrassWarning
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import PushReport
-from grass_fx.runtime import GrassCallable
 from zoo import ZOO, Case
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"

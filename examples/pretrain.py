@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import grass_fx
 from data import Batches, Corpus, held_out_loss, load
-from grass_fx.sharding import local
+from grass_fx.state.sharding import local
 from llama import SIZES, build
 from parallel import WAYS, distribute, is_first, mean, part_of, processes, whole_state
 
@@ -183,7 +183,7 @@ def bytes_held(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer)
         gradient = parameter.grad
         if isinstance(gradient, grass_fx.CompactGrad):
             gradients += [gradient.compact, gradient.scores]
-            state += [gradient.subspace.indices, gradient.subspace.scale]
+            state += [gradient.selection.indices, gradient.selection.scale]
         else:
             gradients.append(gradient)
         state += optimizer.state.get(parameter, {}).values()

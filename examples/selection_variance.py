@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data import Batches, load
-from grass_fx import selection as rules
 from grass_fx.config import RULES
+from grass_fx.state import rules
 from llama import build
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "selection-variance.png"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from grass_fx.config import RULES, SCORINGS, SIDES, GrassConfig
-from grass_fx.cost import LLAMA, MOMENTS
 from grass_fx.errors import GrassError, OptionError
-from grass_fx.explain import explain
-from grass_fx.planning import plan
+from grass_fx.inspect.cost import LLAMA, MOMENTS
+from grass_fx.inspect.explain import explain
+from grass_fx.inspect.planning import plan
 
 DEFAULTS = GrassConfig()
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grass_fx import lowering
 from grass_fx._torch_compat import (
     CUDA_GRAPHS,
     SET_GRAD_ENABLED,
@@ -26,10 +25,13 @@ from grass_fx._torch_compat import (
     selfcheck,
     uses_cuda_graphs,
 )
+from grass_fx.compile import lowering
+from grass_fx.compile.dump import Dump
+from grass_fx.compile.overlap import all_reduce_early
+from grass_fx.compile.runtime import GrassCallable, LeftWeights
+from grass_fx.compile.sources import source_hash
 from grass_fx.config import GrassConfig
-from grass_fx.dump import Dump
 from grass_fx.errors import warn
-from grass_fx.overlap import all_reduce_early
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.pipeline import (
     GrassPasses,
@@ -38,10 +40,8 @@ from grass_fx.passes.pipeline import (
     operations,
 )
 from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
-from grass_fx.registry import registry
-from grass_fx.runtime import GrassCallable, LeftWeights
-from grass_fx.sharding import sharding_of
-from grass_fx.sources import source_hash
+from grass_fx.state.registry import registry
+from grass_fx.state.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
-from grass_fx.records import known
-from grass_fx.replicas import replicas_of
-from grass_fx.sharding import Shards, common_parts, sharding_of
-from grass_fx.spec import SubspaceSpec
+from grass_fx.state.records import known
+from grass_fx.state.replicas import replicas_of
+from grass_fx.state.sharding import Shards, common_parts, sharding_of
+from grass_fx.state.spec import SubspaceSpec
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import CustomGraphPass, input_position
+from grass_fx.compile.sources import source_hash
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.recompute_gathers import recompute_gathers_pass
-from grass_fx.sources import source_hash
 
 log = logging.getLogger(__name__)
 

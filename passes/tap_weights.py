@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from grass_fx._torch_compat import copy_dynamo_graph, fake_mode_of, mark_added_placeholder
 from grass_fx.ops import SELECT, SQUARED_NORMS
 from grass_fx.passes.find_linear_weights import LinearWeight, gathered
-from grass_fx.spec import SubspaceSpec, scale_dtype
+from grass_fx.state.spec import SubspaceSpec, scale_dtype
 
 c10d = torch.ops._c10d_functional
 

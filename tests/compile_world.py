@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo import eval_frame
 
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 
 SIZE, TOKENS = 8, 6
 

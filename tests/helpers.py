@@ -11,7 +11,7 @@ import torch._inductor.config
 from torch import fx, nn
 
 from grass_fx.backend import grass
-from grass_fx.runtime import GrassCallable
+from grass_fx.compile.runtime import GrassCallable
 
 
 def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import StateError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 WrappedAdamW = grass_fx.subspace(torch.optim.AdamW)

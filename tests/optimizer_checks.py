@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 import grass_fx
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from optimizer_database import ADDED_LATER
 
 OPTIONS = {"rank": 4, "refresh_every": 2, "selection": "uniform", "compiler": "aot_eager"}

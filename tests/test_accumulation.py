@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import grass_fx
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 
@@ -39,7 +39,7 @@ def test_micro_batches_give_the_gradient_of_the_big_batch(compiler, rule, count)
             (mean_loss(compiled, *part) / count).backward()
         for p, want in zip(model.parameters(), big, strict=True):
             if isinstance(want, CompactGrad):
-                assert p.grad.subspace.indices is want.subspace.indices
+                assert p.grad.selection.indices is want.selection.indices
                 torch.testing.assert_close(p.grad.compact, want.compact)
             else:
                 torch.testing.assert_close(p.grad, want)

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError, StateError
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 
@@ -75,7 +75,7 @@ def test_only_the_selected_rows_move_without_weight_decay():
     before = model[0].weight.detach().clone()
     train(model, compiled, optimizer, 3)
     moved = (model[0].weight != before).any(1).nonzero().flatten()
-    assert torch.equal(moved, model[0].weight.grad.subspace.indices)
+    assert torch.equal(moved, model[0].weight.grad.selection.indices)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def backward_of(tmp_path, variant, make=Scale, shape=(5, 6), **options):
     (full,) = torch.autograd.grad(model(x).square().sum(), model.weight)
     grad = model.weight.grad
     assert isinstance(grad, grass_fx.CompactGrad) and not grad.local
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
+    torch.testing.assert_close(grad.compact, grad.selection.project(full))
     (file,) = tmp_path.rglob(f"*pushed_{variant}.py")
     names = re.findall(r"= torch\.ops\.([\w.]+?)(?:\.default)?\((.*?)\)", file.read_text())
     start = max(k for k, (name, _) in enumerate(names) if name.endswith("mm"))

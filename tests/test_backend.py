@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import grass_fx
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.errors import GrassWarning, OptionError, UnsupportedTorchError
-from grass_fx.gradient import CompactGrad
 from grass_fx.passes import push_selection
-from grass_fx.runtime import GrassCallable
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp
 
 
@@ -133,7 +133,7 @@ def test_one_graph_for_many_layers_keeps_a_subspace_for_each():
     model(torch.randn(4, 8)).sum().backward()
     # One for inputs that need no gradient (the first layer's), one for those that do.
     assert len(backend.graphs) == 2
-    subspaces = [layer.linear.weight.grad.subspace for layer in model.layers]
+    subspaces = [layer.linear.weight.grad.selection for layer in model.layers]
     assert len({tuple(s.indices.tolist()) for s in subspaces}) > 1
     assert [s.name for s in subspaces] == [f"layers.{i}.linear.weight" for i in range(4)]
     optimizer.step()
@@ -168,7 +168,7 @@ def test_dynamic_token_counts_and_recompilation_with_a_gradient_present(compiler
         compiled(x).square().sum().backward()
         full = full + torch.autograd.grad(model(x).square().sum(), model[0].weight)[0]
     grad = model[0].weight.grad
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
+    torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -182,7 +182,7 @@ def test_autocast(compiler, dtype):
     grad = model[0].weight.grad
     (full,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
     assert isinstance(grad, CompactGrad) and grad.dtype == torch.float32
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(grad.compact, grad.selection.project(full), rtol=0.05, atol=0.05)
     assert sorted(backend.only.report.pushed) == ["0.weight", "2.weight"]
 
 
@@ -190,12 +190,12 @@ def test_a_weight_converted_after_compiling_moves_its_selection_along():
     model = mlp(8, 16, 6)
     compiled = torch.compile(model, backend=Captured(rank=2, selection="uniform", replacement=True))
     compiled(torch.randn(4, 8)).sum().backward()
-    before = model[0].weight.grad.subspace.indices
+    before = model[0].weight.grad.selection.indices
     model.zero_grad()
     model.to(torch.bfloat16)
     compiled(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()
     grad = model[0].weight.grad
-    assert grad.dtype == torch.bfloat16 and torch.equal(grad.subspace.indices, before)
+    assert grad.dtype == torch.bfloat16 and torch.equal(grad.selection.indices, before)
 
 
 def test_other_options_for_the_same_weights_start_their_subspaces_anew(caplog):
@@ -238,7 +238,7 @@ def test_two_graphs_may_see_a_matrix_from_two_sides():
     torch.compile(model, backend=backend)(x).square().sum().backward()
     assert [g.found.taken[0].spec.side for g in backend.graphs] == ["out", "in"]
     (full,) = torch.autograd.grad(model(x).square().sum(), model.w)
-    torch.testing.assert_close(model.w.grad.compact, model.w.grad.subspace.project(full))
+    torch.testing.assert_close(model.w.grad.compact, model.w.grad.selection.project(full))
 
 
 def test_one_line_is_logged_for_each_compilation(caplog):
@@ -259,7 +259,7 @@ def test_a_selection_that_is_not_pushed_is_right_and_reported(caplog, monkeypatc
     assert "no rule for aten.mm.default" in caplog.text
     (full,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
     grad = model[0].weight.grad
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
+    torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
 def test_dump_dir_receives_every_stage(tmp_path):

@@ -15,8 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import grass_fx
 from grass_fx.errors import CompactGradError, GrassWarning, OptionError, StateError
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 X = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))
@@ -54,7 +54,7 @@ def assert_gradients(model, x):
     for p, want in zip(params, torch.autograd.grad(loss_of(model, x), params), strict=True):
         got = p.grad
         if isinstance(got, CompactGrad):
-            got, want = got.compact, got.subspace.project(want)
+            got, want = got.compact, got.selection.project(want)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_an_empty_batch_gives_zeros_and_keeps_the_selection(options, compiler):
         loss_of(compiled, X[:tokens]).backward()
         grad = model[0].weight.grad
         assert grad.compact.shape == (12, 2) and bool(grad.compact.any()) == (tokens > 0)
-        seen.append((grad.subspace.draw, grad.scores is not None))
+        seen.append((grad.selection.draw, grad.scores is not None))
         optimizer.step()
     scored = [(0, True), (0, True), (0, True), (1, False), (1, True)]  # twice in vain
     assert seen == (scored if options else [(k, False) for k in (0, 0, 1, 1, 2)])
@@ -163,7 +163,7 @@ def test_scores_that_are_not_finite_cost_no_selection_and_no_weight(options, ski
         y.register_hook(lambda g, extra=extra: g + extra)
         scaler.scale(y.square().mean()).backward()
         grad = model.weight.grad
-        seen.append((grad.subspace.draw, grad.scores is not None))
+        seen.append((grad.selection.draw, grad.scores is not None))
         before = everything(model, optimizer)
         scaler.step(optimizer)
         scaler.update()
@@ -201,7 +201,7 @@ def test_a_sparse_weight_trains_eagerly_beside_a_taken_one():
     assert len(backend.only.found.taken) == 1 and registry.get(model.sparse) is None
     dense, sparse = torch.autograd.grad(loss_of(both, X), [model.weight, model.sparse])
     grad = model.weight.grad
-    torch.testing.assert_close(grad.compact, grad.subspace.project(dense))
+    torch.testing.assert_close(grad.compact, grad.selection.project(dense))
     torch.testing.assert_close(model.sparse.grad, sparse)
 
 
@@ -235,7 +235,7 @@ def test_a_penalty_on_the_inputs_gradient_is_torchs_error_and_eager_code_is_the_
     grad, total = model[0].weight.grad, loss_of(model, x)
     (slope,) = torch.autograd.grad(total, x, create_graph=True)
     (whole,) = torch.autograd.grad(total + slope.square().sum(), model[0].weight)
-    torch.testing.assert_close(grad.compact, grad.subspace.project(whole))
+    torch.testing.assert_close(grad.compact, grad.selection.project(whole))
 
 
 PENALTIES = {"to_dense": lambda g: g.to_dense().square().sum(), "norm": lambda g: g.norm()}

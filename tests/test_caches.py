@@ -15,14 +15,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import grass_fx
 from grass_fx._torch_compat import compile_aot_eager, compile_inductor, trace_static
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.gradient import CompactGrad
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
 from grass_fx.passes.tap_weights import tap_weights_pass
-from grass_fx.registry import registry
-from grass_fx.runtime import GrassCallable
-from grass_fx.subspace import graph_inputs
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.subspace import graph_inputs
 from helpers import Captured, mlp
 
 RUN = uuid.uuid4()  # no other run's code is found
@@ -60,7 +60,7 @@ def test_a_dynamic_batch_size_compiles_once(compiler):
     twin(x).square().mean().backward()
     grad = model[0].weight.grad
     assert isinstance(grad, CompactGrad) and len(backend.graphs) == 1
-    torch.testing.assert_close(grad.compact, grad.subspace.project(twin[0].weight.grad))
+    torch.testing.assert_close(grad.compact, grad.selection.project(twin[0].weight.grad))
 
 
 @pytest.mark.parametrize("rule", ["cyclic", "top", "uniform with replacement"])
@@ -79,7 +79,7 @@ def test_the_added_inputs_keep_their_addresses(rule):
         subspace = registry.get(model[0].weight)
         given = graph_inputs([subspace], [torch.device("cpu")])[0]
         seen.append(tuple(t.data_ptr() for t in (*made, *given)))
-        label = model[0].weight.grad.subspace
+        label = model[0].weight.grad.selection
         assert torch.equal(given[0], label.indices) and given[0] is not label.indices
         if label.scale is not None:
             assert torch.equal(given[1], label.scale)
@@ -199,7 +199,7 @@ def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
         compiled(x).square().sum().backward()
         twin(x).square().sum().backward()
     grad = model[0].weight.grad
-    equal = torch.allclose(grad.compact, grad.subspace.project(twin[0].weight.grad), atol=1e-5)
+    equal = torch.allclose(grad.compact, grad.selection.project(twin[0].weight.grad), atol=1e-5)
     assert equal is cuda_graphs  # without the copy the first gradients are overwritten
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grass_fx.optim.carry import Move, carried, carried_rows
-from grass_fx.selected import Selection
+from grass_fx.state.selection import Selection
 
 
 def selected(rows, dim=0, scale=None):

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
 )
 
 import grass_fx
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.errors import GrassWarning
-from grass_fx.gradient import CompactGrad
-from grass_fx.runtime import GrassCallable
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured
 
 MM = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -66,7 +66,7 @@ def check(model, twin, tolerance=1e-10):
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         if isinstance(p.grad, CompactGrad):
             compact.append(name)
-            close(p.grad.compact, p.grad.subspace.project(q.grad), tolerance)
+            close(p.grad.compact, p.grad.selection.project(q.grad), tolerance)
         else:
             assert (p.grad is None) == (q.grad is None), name
             if q.grad is not None:
@@ -317,7 +317,7 @@ def test_equal_layers_compile_once_and_select_on_their_own(compiler, rule):
         assert step_both(optimizer, model, model, twin, tokens()) == inside
         rows = []
         for block in model.blocks:
-            selection = block.up.weight.grad.subspace
+            selection = block.up.weight.grad.selection
             rows.append(tuple(selection.indices.tolist()))
             seen[id(block)].add((selection.generation, rows[-1]))
         assert len(set(rows)) > 1

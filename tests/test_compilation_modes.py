@@ -21,9 +21,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import grass_fx
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
-from grass_fx.runtime import GrassCallable
+from grass_fx.compile.runtime import GrassCallable
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 
@@ -84,7 +84,7 @@ def test_training_in_evaluation_mode_uses_the_same_subspaces(rule):
         train_step(optimizer, compiled, model, twin)
         used = registry.get(model[0].weight).selection
         assert step_both(optimizer, compiled, model, twin, batch()) == matrices(model)
-        assert model[0].weight.grad.subspace is used
+        assert model[0].weight.grad.selection is used
     assert len(pushed(backend)) == len(backend.graphs) == 2
 
 

@@ -15,7 +15,7 @@ from grass_fx.ops import ADD_ROWS
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, noise, rounding_stream
 from grass_fx.optim.update import CompactStep, _add_in_order, adam_update_, add_rows_
-from grass_fx.selected import Selection
+from grass_fx.state.selection import Selection
 from helpers import Captured, interpreted_by_triton, mlp
 
 SETTINGS = {

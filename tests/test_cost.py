@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import grass_fx
-from grass_fx import cost, ops
+from grass_fx import ops
 from grass_fx.__main__ import main
-from grass_fx.cost import LinearCost
 from grass_fx.errors import OptionError
-from grass_fx.planning import activation_bytes, llama_shapes, parse_memory
+from grass_fx.inspect import cost
+from grass_fx.inspect.cost import LinearCost
+from grass_fx.inspect.planning import activation_bytes, llama_shapes, parse_memory
 from helpers import mlp
 from llama import build
 
@@ -164,7 +165,7 @@ def test_the_rank_is_the_largest_that_fits(memory, rule):
         more = grass_fx.plan(shapes, memory, rank=(plan.rows + 8) / 512, options=options)
         assert not more.fits and more.total > plan.memory >= plan.total
     # The same options reach torch.compile: the fraction gives these ranks there.
-    config = grass_fx.planning.GrassConfig(rank=plan.rank)
+    config = grass_fx.inspect.planning.GrassConfig(rank=plan.rank)
     assert plan.taken["c"] == config.rank_and_block(256)[0]
 
 

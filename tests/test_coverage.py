@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import model_coverage
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from helpers import uncached
 from zoo import FROM_TRANSFORMERS, ZOO
 
@@ -101,7 +101,7 @@ def test_the_compact_gradient_is_the_selection_of_the_full_one(covered):
         if weight.taken:
             grad, full = covered.gradients[weight.name], covered.plain[weight.name]
             assert isinstance(grad, CompactGrad), weight.name
-            check_close(grad.compact, grad.subspace.project(full))
+            check_close(grad.compact, grad.selection.project(full))
 
 
 @every_model
@@ -145,4 +145,4 @@ def test_inductor_takes_and_computes_the_same(name):
         assert (weight.taken, weight.pushed) == (other.taken, other.pushed), weight.name
         if weight.taken:
             grad, full = by_inductor.gradients[weight.name], by_inductor.plain[weight.name]
-            check_close(grad.compact, grad.subspace.project(full))
+            check_close(grad.compact, grad.selection.project(full))

@@ -8,7 +8,7 @@ from loading import Stack, WrappedAdamW, begin, everything, refused, same, train
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError, StateError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import grass_fx
 from grass_fx.errors import GrassWarning
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import mlp
 
 X = torch.randn(4, 5, 16)

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grass_fx
 from grass_fx.__main__ import main
-from grass_fx.cost import LinearCost
 from grass_fx.errors import OptionError
-from grass_fx.explain.html import as_html
-from grass_fx.registry import registry
+from grass_fx.inspect.cost import LinearCost
+from grass_fx.inspect.html import as_html
+from grass_fx.state.registry import registry
 from helpers import mlp
 from llama import build
 

@@ -84,7 +84,7 @@ def test_a_linear_use_is_taken_pushed_and_right(name, side):
     (full,) = torch.autograd.grad(model(x).square().sum(), model.w)
     grad = model.w.grad
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if "transposed" in name else {}
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full), **tolerance)
+    torch.testing.assert_close(grad.compact, grad.selection.project(full), **tolerance)
 
 
 OTHER_USES = {

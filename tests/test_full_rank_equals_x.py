@@ -15,7 +15,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import OptionError
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from optimizer_database import REFUSED, SOME, every, some
 
 DIFFERENCES = {

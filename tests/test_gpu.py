@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import grass_fx
-from grass_fx import lowering
+from grass_fx.compile import lowering
 from grass_fx.config import GrassConfig
-from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECTED_MM
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.transfers import STAGED, reading, send, to_device
 from grass_fx.testing.reference import Reference
-from grass_fx.transfers import STAGED, reading, send, to_device
 from helpers import mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from grass_fx.lowering import selected_mm as rule
+from grass_fx.compile.lowering import selected_mm as rule
 from grass_fx.ops import SELECTED_MM
 from helpers import interpreted_by_triton
 

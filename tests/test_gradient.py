@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from grass_fx.errors import CompactGradError, SelectionChangedError
-from grass_fx.gradient import CompactGrad
-from grass_fx.selected import Selection
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.selection import Selection
 
 SHAPE = torch.Size((6, 4))
 F64 = {"dtype": torch.float64}
@@ -59,7 +59,7 @@ def test_it_looks_like_the_weights_gradient_and_stores_the_rows():
 def test_to_dense_is_p_c(dim):
     g = grad(dim)
     dense = torch.zeros(SHAPE, **F64)
-    dense.index_copy_(dim, g.subspace.indices, g.compact)
+    dense.index_copy_(dim, g.selection.indices, g.compact)
     torch.testing.assert_close(g.to_dense(), dense)
 
 
@@ -139,7 +139,7 @@ def test_a_zeroed_gradient_adopts_the_newer_selection():
     assert w.grad.zeroed and w.grad.scores is None and not w.grad.compact.any()
     newer = grad(generation=1, rows=(0, 2, 5), scores=True)
     backward(w, lambda: newer.clone())
-    assert w.grad.subspace.generation == 1 and not w.grad.zeroed
+    assert w.grad.selection.generation == 1 and not w.grad.zeroed
     torch.testing.assert_close(w.grad.compact, newer.compact)
     torch.testing.assert_close(w.grad.scores, newer.scores)
     with pytest.raises(SelectionChangedError):
@@ -242,7 +242,7 @@ def test_it_is_pickled_whole(weights_only):
     buffer.seek(0)
     other = torch.load(buffer, weights_only=weights_only)["g"]
     for got in (other, copy.deepcopy(g), g.clone()):
-        assert isinstance(got, CompactGrad) and got.subspace.generation == 7
+        assert isinstance(got, CompactGrad) and got.selection.generation == 7
         torch.testing.assert_close(got.compact, g.compact, rtol=0, atol=0)
         torch.testing.assert_close(got.scores, g.scores, rtol=0, atol=0)
         torch.testing.assert_close(got.to_dense(), g.to_dense(), rtol=0, atol=0)
@@ -322,7 +322,7 @@ def test_what_is_done_to_an_alias_in_place_is_done_to_it(alias):
     assert not g.compact.any() and g.scores is None and g.zeroed
     newer = grad(generation=1)
     alias(g).add_(newer)
-    assert g.subspace is newer.subspace and torch.equal(g.compact, newer.compact)
+    assert g.selection is newer.selection and torch.equal(g.compact, newer.compact)
     other = g.clone()
     other.zero_()
     assert not g.zeroed and g.compact.any()

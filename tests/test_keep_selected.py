@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import grass_fx
-from grass_fx.explain import tracing
-from grass_fx.gradient import CompactGrad
-from grass_fx.lowering.selected_mm import GATHER, MEASURED, way
+from grass_fx.compile.lowering.selected_mm import GATHER, MEASURED, way
+from grass_fx.inspect.explain import tracing
 from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, text
 
 aten = torch.ops.aten
@@ -143,7 +143,7 @@ def test_a_gradient_that_asks_for_no_gradient():
     twin(x).backward()
     torch.compile(model, backend=Captured(rank=4, side="in"))(x).backward()
     for got, want in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(got.grad.compact, got.grad.subspace.project(want.grad))
+        torch.testing.assert_close(got.grad.compact, got.grad.selection.project(want.grad))
 
 
 def test_weights_that_share_x_keep_their_own_parts_of_it():
@@ -285,7 +285,7 @@ def test_a_model_keeps_less_and_its_gradients_are_the_same(compiler, dynamic):
         loss.backward()
         for got, want in zip(model.parameters(), twin.parameters(), strict=True):
             if isinstance(got.grad, CompactGrad):
-                selected = got.grad.subspace.project(want.grad)
+                selected = got.grad.selection.project(want.grad)
                 torch.testing.assert_close(got.grad.compact, selected)
             else:
                 torch.testing.assert_close(got.grad, want.grad)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import grass_fx
-from grass_fx.selected import matrix
+from grass_fx.state.selection import matrix
 
 OPTIONS = {"rank": 4, "compiler": "aot_eager"}
 
@@ -75,9 +75,9 @@ def test_experts_stored_as_out_by_in_are_stepped(make):
     (full,) = torch.autograd.grad(model(x).square().mean(), w)
     with torch.autograd.detect_anomaly(check_nan=True):
         compiled(x).square().mean().backward()
-    torch.testing.assert_close(w.grad.compact, w.grad.subspace.project(full))
+    torch.testing.assert_close(w.grad.compact, w.grad.selection.project(full))
     across = full.transpose(1, 2).contiguous().transpose(1, 2)  # a dense one may lie anyhow
-    torch.testing.assert_close(w.grad.subspace.project(across), w.grad.compact)
+    torch.testing.assert_close(w.grad.selection.project(across), w.grad.compact)
     optimizer.step()
     rows = matrix(w.grad.to_dense()).abs().sum(1) > 0
     assert rows.sum() == 3 * 4

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import grass_fx
+from grass_fx.compile.dump import Dump, random_rows
 from grass_fx.config import GrassConfig
-from grass_fx.dump import Dump, random_rows
 from grass_fx.errors import GrassWarning
 from helpers import Captured, mlp
 
@@ -245,7 +245,7 @@ def test_no_file_is_ever_overwritten(tmp_path):
     assert len(list(tmp_path.iterdir())) == 8
     code = (
         "import sys, torch\nfrom torch import fx\n"
-        "from grass_fx.config import GrassConfig\nfrom grass_fx.dump import Dump\n"
+        "from grass_fx.config import GrassConfig\nfrom grass_fx.compile.dump import Dump\n"
         f"dump = Dump(GrassConfig(dump_dir={str(tmp_path)!r}), 'none')\n"
         "graph = fx.Graph()\ngraph.output((graph.placeholder('x'),))\n"
         "print('ready', flush=True); sys.stdin.readline()\n"

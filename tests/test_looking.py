@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from grass_fx.errors import CompactGradError
-from grass_fx.gradient import CompactGrad
-from grass_fx.selected import Selection
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.selection import Selection
 
 SHAPE = torch.Size((6, 4))
 F64 = {"dtype": torch.float64}

@@ -8,7 +8,7 @@ import torch
 
 import grass_fx
 from grass_fx.errors import CompactGradError, GrassWarning, OptionError, SelectionChangedError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 X = torch.randn(7, 8)

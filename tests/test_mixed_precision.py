@@ -10,8 +10,8 @@ import grass_fx
 from grass_fx.errors import StateError
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.update import add_rows_
-from grass_fx.registry import registry
-from grass_fx.selected import Selection
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import Selection
 from helpers import Captured, mlp
 
 
@@ -37,7 +37,7 @@ def test_autocast_gives_the_selected_rows_of_autocasts_gradient(compiler, dtype,
         loss_of(twin, batches(1)[0]).backward()
     for got, want in zip(model.parameters(), twin.parameters(), strict=True):
         if isinstance(got.grad, grass_fx.CompactGrad):
-            want = got.grad.subspace.project(want.grad)
+            want = got.grad.selection.project(want.grad)
             torch.testing.assert_close(got.grad.compact, want, rtol=2e-2, atol=2e-3)
             assert got.grad.dtype == torch.float32
         else:
@@ -138,7 +138,7 @@ def test_small_updates_move_bfloat16_weights_only_if_rounded_stochastically():
             stochastic_rounding=rounding,
         )  # fmt: skip
         train(model, compiled, optimizer, 30)
-        rows = model[0].weight.grad.subspace.indices
+        rows = model[0].weight.grad.selection.indices
         moved[rounding] = [
             (t.float() - 1).abs().mean().item() for t in (model[0].weight[rows], model[0].bias)
         ]

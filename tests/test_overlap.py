@@ -9,8 +9,8 @@ from test_keep_selected import saved_for_backward
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 import grass_fx
+from grass_fx.compile.overlap import early_order
 from grass_fx.distributed import data_parallel, fully_shard
-from grass_fx.overlap import early_order
 from helpers import mlp
 from ranks import spawn
 

@@ -198,7 +198,7 @@ def test_grass_selects_the_side_of_the_run(tmp_path, side, dim):
     tokens = torch.zeros(1, 8, dtype=torch.long)
     compiled(tokens, tokens).backward()
     gradients = [p.grad for name, p in model.named_parameters() if is_linear(name, p)]
-    assert {gradient.subspace.dim for gradient in gradients} == {dim}
+    assert {gradient.selection.dim for gradient in gradients} == {dim}
 
 
 def test_every_rule_side_block_and_reset_is_compared_at_both_ranks():

@@ -11,8 +11,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import grass_fx
+from grass_fx.compile.sources import source_hash
 from grass_fx.passes.pipeline import GrassPasses, PushReport
-from grass_fx.sources import source_hash
 from helpers import mlp, uncached
 
 
@@ -47,7 +47,7 @@ def test_uuid_is_none_if_a_users_pass_has_none():
 def test_uuid_follows_every_source_file_of_the_package(tmp_path):
     """A change in a helper, not only in the pass, must change it."""
     script = (
-        "import shutil, sys, pathlib, grass_fx, grass_fx.passes, grass_fx.sources as p\n"
+        "import shutil, sys, pathlib, grass_fx, grass_fx.passes, grass_fx.compile.sources as p\n"
         "root = pathlib.Path(sys.argv[1])\n"
         "shutil.copytree(pathlib.Path(grass_fx.__file__).parent, root / 'grass_fx')\n"
         "passes = pathlib.Path(grass_fx.passes.__file__).parent\n"
@@ -55,7 +55,8 @@ def test_uuid_follows_every_source_file_of_the_package(tmp_path):
         "p.__file__ = str(root / 'grass_fx' / 'sources.py')\n"
         "grass_fx.passes.__spec__.submodule_search_locations[:] = [str(root / 'passes')]\n"
         "hashes = [p.source_hash()]\n"
-        "names = 'grass_fx/ops.py', 'grass_fx/lowering/__init__.py', 'passes/push_selection.py'\n"
+        "lowering = 'grass_fx/compile/lowering/__init__.py'\n"
+        "names = 'grass_fx/ops.py', lowering, 'passes/push_selection.py'\n"
         "for name in names:\n"
         "    (root / name).write_text((root / name).read_text() + '# changed\\n')\n"
         "    p.source_hash.cache_clear()\n"

@@ -30,7 +30,7 @@ CASES = {
 
 SCRIPT = """
 import sys, torch
-from grass_fx.lowering.selected_mm import LARGE, options_of
+from grass_fx.compile.lowering.selected_mm import LARGE, options_of
 old, matmul = torch.set_float32_matmul_precision, torch.backends.cuda.matmul
 for setting in sys.argv[1:]:
     matmul.fp32_precision = "none"

@@ -9,7 +9,7 @@ import grass_fx
 from grass_fx.config import GrassConfig
 from grass_fx.optim.carry import places
 from grass_fx.optim.update import add_rows_
-from grass_fx.selected import Selection
+from grass_fx.state.selection import Selection
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
 
@@ -64,7 +64,7 @@ def test_training_follows_the_reference():
         compiled(x).square().mean().backward()
         for name, weight in model.named_parameters():
             if name in taken:
-                rows = weight.grad.subspace.indices.tolist()
+                rows = weight.grad.selection.indices.tolist()
                 repeated += rows != sorted(rows)
                 kept += bool({*rows} & {*before.get(name, [])}) and rows != before[name]
                 before[name] = rows

@@ -13,11 +13,11 @@ import sympy
 import torch
 
 from grass_fx.errors import MissingPackageError
-from grass_fx.explain import Cost, GraphNode, Weight, explain
-from grass_fx.explain.html import as_html
-from grass_fx.explain.layers import HEIGHT, WIDTH, place, roles
-from grass_fx.explain.plot import as_figure, bars
-from grass_fx.explain.report import Report
+from grass_fx.inspect.explain import Cost, GraphNode, Weight, explain
+from grass_fx.inspect.html import as_html
+from grass_fx.inspect.layers import HEIGHT, WIDTH, place, roles
+from grass_fx.inspect.plot import as_figure, bars
+from grass_fx.inspect.report import Report
 from helpers import mlp
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 import grass_fx
 from grass_fx.errors import GrassWarning, SelectionChangedError, StateError
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
-from grass_fx.subspace import graph_inputs
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.subspace import graph_inputs
 from helpers import Captured, mlp
 from resuming import CASES, SAVED
 
@@ -271,7 +271,7 @@ def test_scales_are_as_exact_as_the_weight_is_now(back):
         model.to(dtype)
         compiled(torch.randn(3, 8, dtype=dtype)).sum().backward()
         scales = [graph_inputs([registry.get(model[0].weight)], [torch.device("cpu")])[0][1]]
-        scales.append(model[0].weight.grad.subspace.scale)
+        scales.append(model[0].weight.grad.selection.scale)
         assert {scale.dtype for scale in scales} == {dtype}
         model.zero_grad()
 

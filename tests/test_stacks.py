@@ -10,13 +10,13 @@ from test_push_selection import traced
 from torch import nn
 
 import grass_fx
-from grass_fx import selection as rules
-from grass_fx.gradient import CompactGrad
 from grass_fx.ops import SELECT
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.push_stack_rules import STACK_RULES
-from grass_fx.registry import registry
-from grass_fx.selected import matrix
+from grass_fx.state import rules
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import matrix
 from helpers import Captured, text
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def test_every_use_is_taken_pushed_and_right(name, rule):
     assert isinstance(grad, CompactGrad) and grad.shape == (E, M, N)
     assert grad.compact.shape == (E, 4, N)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "converted" else {}
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full), **tolerance)
+    torch.testing.assert_close(grad.compact, grad.selection.project(full), **tolerance)
     if rule == "top":
         scores = matrix(full).square().sum(1).float()
         torch.testing.assert_close(grad.scores, scores, **tolerance)
@@ -93,7 +93,7 @@ def test_inductor_computes_the_same(name):
     options = {"selection": "uniform", "replacement": True, "compiler": "inductor"}
     graph, grad, full = both(use, [x], **options)
     assert not graph.report.stopped
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full))
+    torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -116,7 +116,7 @@ def test_a_grouped_product_is_pushed_with_each_tokens_rows(transposed, dynamic):
     grad = model.w.grad
     assert backend.only.report.pushed and not backend.only.report.stopped
     assert grad.compact.shape == (E, 8, 16) and not grad.compact[1].any()
-    torch.testing.assert_close(grad.compact, grad.subspace.project(full), rtol=2e-2, atol=2e-1)
+    torch.testing.assert_close(grad.compact, grad.selection.project(full), rtol=2e-2, atol=2e-1)
 
 
 LEFT = {
@@ -285,7 +285,7 @@ def test_a_stack_trains_as_its_matrices_would(rule, on_refresh):
         optimizer.zero_grad()
         run(torch.randn(E, 7, M, dtype=torch.float64)).square().mean().backward()
         for whole, first in ((model.up, 0), (model.down, E)):
-            grad, s = whole.grad, whole.grad.subspace
+            grad, s = whole.grad, whole.grad.selection
             rows = s.indices.view(E, -1)
             assert bool(((rows // whole.shape[1]) == torch.arange(E)[:, None]).all())
             for k in range(E):
@@ -307,7 +307,7 @@ def test_every_matrix_draws_for_itself():
     seen = []
     for _ in range(3):  # a walk through 12 rows, four at a time
         train(model, run, optimizer, 1)
-        seen.append(model.up.grad.subspace.indices.view(E, -1) % M)
+        seen.append(model.up.grad.selection.indices.view(E, -1) % M)
     for k in range(E):
         walked = torch.cat([rows[k] for rows in seen])
         assert sorted(walked.tolist()) == list(range(M))
@@ -325,7 +325,7 @@ def test_a_matrix_without_tokens_keeps_its_rows():
     for _ in range(2):
         optimizer.zero_grad()
         run(x).square().mean().backward()
-        selections.append(model.up.grad.subspace.indices.view(E, -1))
+        selections.append(model.up.grad.selection.indices.view(E, -1))
         optimizer.step()
     first, second = selections
     assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
@@ -375,10 +375,10 @@ def test_gradients_of_stacks_add_up_are_clipped_and_made_dense():
     dense = grad.to_dense()
     assert dense.shape == (E, M, N)
     rows = torch.zeros(E * M, dtype=torch.bool)
-    rows[grad.subspace.indices] = True
+    rows[grad.selection.indices] = True
     torch.testing.assert_close(matrix(dense)[rows], matrix(full)[rows])
     assert not matrix(dense)[~rows].any()
     torch.testing.assert_close((grad + grad).compact, 2 * grad.compact)
     torch.testing.assert_close(grad.norm(), grad.compact.norm())
-    lifted = grad.subspace.lift(grad.compact, grad.shape)
-    torch.testing.assert_close(grad.subspace.project(lifted), grad.compact)
+    lifted = grad.selection.lift(grad.compact, grad.shape)
+    torch.testing.assert_close(grad.selection.project(lifted), grad.compact)

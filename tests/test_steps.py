@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import grass_fx
 from grass_fx.config import GrassConfig
 from grass_fx.errors import SelectionChangedError
-from grass_fx.gradient import CompactGrad
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
 
@@ -109,7 +109,7 @@ def follow_the_reference(compiler, rule, way, shape):
         way(compiled, data)
         grads = [p.grad for p in model.parameters() if p.dim() == 2]
         assert all(isinstance(g, CompactGrad) for g in grads)
-        generations.append(grads[0].subspace.draw)
+        generations.append(grads[0].selection.draw)
         optimizer.step()
         reference.step([lambda m, b=batch: loss_of(m, b) for batch in data])
         for got, want in zip(model.parameters(), twin.parameters(), strict=True):
@@ -154,9 +154,9 @@ def test_a_gradient_kept_past_a_refresh_still_tells_the_truth():
     optimizer.zero_grad()
     loss_of(compiled, batch).backward()
     (full,) = torch.autograd.grad(loss_of(twin, batch), twin[0].weight)
-    assert model[0].weight.grad.subspace.draw == kept.subspace.draw + 1
-    torch.testing.assert_close(kept.compact, full[kept.subspace.indices])
-    torch.testing.assert_close(kept.to_dense()[kept.subspace.indices], kept.compact)
+    assert model[0].weight.grad.selection.draw == kept.selection.draw + 1
+    torch.testing.assert_close(kept.compact, full[kept.selection.indices])
+    torch.testing.assert_close(kept.to_dense()[kept.selection.indices], kept.compact)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -204,7 +204,7 @@ def test_scores_that_are_not_finite_keep_the_selection_and_are_asked_again():
         grad = model[0].weight.grad
         if step == 0:
             grad.scores[3] = float("inf")
-        seen.append((grad.subspace.draw, grad.scores is not None))
+        seen.append((grad.selection.draw, grad.scores is not None))
         optimizer.step()
     assert seen == [(0, True), (0, True), (1, False), (1, True), (2, False), (2, False)]
 
@@ -220,7 +220,7 @@ def test_a_step_that_grad_scaler_skips_is_no_step():
         loss = compiled(x).square().mean() * (float("inf") if step == 1 else 1.0)
         scaler.scale(loss).backward()
         grad = model[0].weight.grad
-        seen.append((grad.subspace.draw, grad.scores is not None))
+        seen.append((grad.selection.draw, grad.scores is not None))
         before = model[0].weight.clone()
         scaler.step(optimizer)
         scaler.update()

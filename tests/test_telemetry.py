@@ -11,10 +11,10 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import MissingPackageError, OptionError
-from grass_fx.gradient import CompactGrad
-from grass_fx.history import BINS, SelectionHistory
-from grass_fx.registry import registry
-from grass_fx.selected import matrix
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.history import BINS, SelectionHistory
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import matrix
 from helpers import Captured, mlp
 
 K, STEPS = 3, 9
@@ -53,8 +53,8 @@ class Diary:
         before = {name: p.detach().clone() for name, p in taken.items()}
         for name, p in taken.items():
             if not self.used.get(name):
-                self.used[name] = [p.grad.subspace]
-            assert p.grad.subspace.indices is self.used[name][-1].indices
+                self.used[name] = [p.grad.selection]
+            assert p.grad.selection.indices is self.used[name][-1].indices
             if p.grad.scores is not None:
                 self.scores[name] = p.grad.scores
         self.optimizer.step()
@@ -283,7 +283,7 @@ def test_a_picture_of_some_weights_is_written(tmp_path):
 
 def test_nine_weights_are_shown_evenly_spread(tmp_path):
     pytest.importorskip("matplotlib")
-    from grass_fx.pictures import _chosen
+    from grass_fx.inspect.pictures import _chosen
 
     names = {f"{k}": None for k in range(17)}
     assert [*_chosen(names, None)] == [f"{k}" for k in range(0, 17, 2)]

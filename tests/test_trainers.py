@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import grass_fx
 from grass_fx.errors import CompactGradError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 
 STEPS, SAVED_AT, ACCUMULATED, BATCH, RANK = 6, 3, 2, 2, 4
 CYCLIC = {"compiler": "aot_eager", "rank": RANK, "refresh_every": 2}

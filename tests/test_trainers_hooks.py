@@ -26,7 +26,7 @@ def batches():
 
 
 def selection_of(grad):
-    return grad.subspace.generation if isinstance(grad, grass_fx.CompactGrad) else None
+    return grad.selection.generation if isinstance(grad, grass_fx.CompactGrad) else None
 
 
 def test_a_moving_average_that_starts_anew_with_the_selection_is_that_of_full_gradients():
@@ -47,7 +47,7 @@ def test_a_moving_average_that_starts_anew_with_the_selection_is_that_of_full_gr
             p.grad.add_(average, alpha=STRENGTH)
             got, want = p.grad, q.grad + STRENGTH * full[name]
             if isinstance(got, grass_fx.CompactGrad):
-                got, want = got.compact, got.subspace.project(want)
+                got, want = got.compact, got.selection.project(want)
             torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
         optimizer.step()
     assert starts == 6 + 2 * (STEPS // 2 - 1)  # parameters, and weights whose selection changed
@@ -90,7 +90,7 @@ def test_what_is_done_to_the_selected_rows_is_stepped_with(change):
     change(grad.compact)
     optimizer.step()
     moved = before - weight.detach()
-    torch.testing.assert_close(moved[:, grad.subspace.indices], rows)
+    torch.testing.assert_close(moved[:, grad.selection.indices], rows)
     assert int((moved != 0).any(0).sum()) == RANK
 
 

@@ -161,6 +161,6 @@ def test_a_fused_head_of_trl_trains_dense_with_the_gradient_it_has_without_grass
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         got, want = p.grad, q.grad
         if isinstance(got, grass_fx.CompactGrad):
-            compact, got, want = compact + 1, got.compact, got.subspace.project(want)
+            compact, got, want = compact + 1, got.compact, got.selection.project(want)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: name)
     assert compact == 7 and type(model.lm_head.weight.grad) is torch.Tensor

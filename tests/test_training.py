@@ -12,7 +12,7 @@ from torch import nn
 import grass_fx
 import llama
 from grass_fx.config import GrassConfig
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from grass_fx.testing.reference import Reference
 from helpers import Captured, mlp
 
@@ -112,9 +112,9 @@ def compare(name, compiler, dtype, options, tolerance, **adamw):
         assert compacts == set(taken)
         for n, weight in reference.weights.items():
             grad, (rows, rho) = grads[n], selected[n]
-            assert grad.subspace.indices.tolist() == rows
-            if grad.subspace.scale is not None:
-                given, want = grad.subspace.scale.double(), torch.tensor(rho).double()
+            assert grad.selection.indices.tolist() == rows
+            if grad.selection.scale is not None:
+                given, want = grad.selection.scale.double(), torch.tensor(rho).double()
                 torch.testing.assert_close(given, want, rtol=1e-6, atol=0)  # from float32 scores
             torch.testing.assert_close(grad.compact, weight.turned(weight.compact), **close)
             p = torch.zeros(weight.w.shape[weight.dim], weight.rank, dtype=dtype)

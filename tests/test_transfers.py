@@ -2,7 +2,7 @@
 
 import torch
 
-from grass_fx.transfers import reading, to_device
+from grass_fx.state.transfers import reading, to_device
 
 
 def test_what_lies_on_the_host_stays_as_it_is():

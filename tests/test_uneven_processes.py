@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grass_fx
 from grass_fx.distributed import data_parallel, fully_shard
 from grass_fx.errors import OptionError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from ranks import spawn
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import grass_fx
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp
 
 
@@ -22,7 +22,7 @@ def assert_exact(model, compiled, *inputs):
     compiled(*inputs).square().sum().backward()
     for got, want in zip(model.parameters(), twin.parameters(), strict=True):
         if isinstance(got.grad, CompactGrad):
-            torch.testing.assert_close(got.grad.compact, got.grad.subspace.project(want.grad))
+            torch.testing.assert_close(got.grad.compact, got.grad.selection.project(want.grad))
         else:
             torch.testing.assert_close(got.grad, want.grad)
 
@@ -195,7 +195,7 @@ def test_another_default_device_changes_nothing(rule, replacement, make):
 
 def test_kernels_that_cached_code_calls_by_name_are_there_before_any_lowering():
     code = (
-        "from grass_fx import lowering; lowering.register();"
+        "from grass_fx.compile import lowering; lowering.register();"
         "from torch._inductor.select_algorithm import extern_kernels;"
         "print(extern_kernels.grass_gather_then_mm.__name__)"
     )

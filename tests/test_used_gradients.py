@@ -10,7 +10,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import GrassWarning, SelectionChangedError
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import Captured
 
 MAKERS = [grass_fx.AdamW, grass_fx.subspace(torch.optim.SGD)]

@@ -14,7 +14,7 @@ import grass_fx
 from grass_fx.errors import GrassWarning, OptionError
 from grass_fx.optim import adamw, base, stand_in, update
 from grass_fx.optim import wrap as wrapped
-from grass_fx.registry import registry
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 X = [
@@ -186,7 +186,7 @@ def test_selections_change_all_or_none(monkeypatch):
         assert len(changed) == 2
         raise RuntimeError("processes differ")
 
-    from grass_fx.subspace import finish_steps
+    from grass_fx.state.subspace import finish_steps
 
     with pytest.raises(RuntimeError, match="processes differ"):
         finish_steps(finished, disagree)
@@ -240,7 +240,7 @@ def test_what_is_known_is_no_part_of_a_saved_model(tmp_path):
     optimizer.step()
     for saved in (model[0].weight, model):
         torch.save(saved, tmp_path / "saved.pt")
-        assert b"grass_fx.records" not in (tmp_path / "saved.pt").read_bytes()
+        assert b"grass_fx.state.records" not in (tmp_path / "saved.pt").read_bytes()
     torch.save(model[0].weight, tmp_path / "weight.pt")
     again = torch.load(tmp_path / "weight.pt", weights_only=True)
     assert torch.equal(again, model[0].weight) and registry.get(again) is None

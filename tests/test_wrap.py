@@ -11,7 +11,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError
-from grass_fx.gradient import CompactGrad
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp
 
 
@@ -196,7 +196,7 @@ def others_kept(model, before, k):
     """By which factor the rows of layer k that are not selected have shrunk."""
     weight = model[k].weight
     others = torch.ones(len(weight), dtype=torch.bool)
-    others[weight.grad.subspace.indices] = False
+    others[weight.grad.selection.indices] = False
     assert not torch.allclose(weight[~others], before[k].weight[~others])
     return weight[others] / before[k].weight[others]
 
@@ -426,7 +426,7 @@ def test_an_optimizer_without_a_rate_steps_the_selected_columns():
     before = model[0].weight.detach().clone()
     train(model, compiled, optimizer, 1)
     change = (model[0].weight.detach() - before).abs()
-    columns = model[0].weight.grad.subspace.indices
+    columns = model[0].weight.grad.selection.indices
     assert columns.numel() == 2
     torch.testing.assert_close(change[:, columns], torch.full((6, 2), 0.25))
     assert change.sum() == change[:, columns].sum()

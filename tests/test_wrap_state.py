@@ -14,9 +14,9 @@ from torch.optim.optimizer import (
 
 import grass_fx
 from grass_fx.errors import GrassWarning, OptionError
-from grass_fx.gradient import CompactGrad
 from grass_fx.ops import select
 from grass_fx.optim import probe
+from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp
 
 
@@ -198,7 +198,7 @@ def test_weights_among_the_state_move_as_far_as_the_weight():
     for step in range(1, 6):
         before = weight.detach().clone()
         train(compiled, optimizer, 1, seed=step)
-        rows = weight.grad.subspace.indices
+        rows = weight.grad.selection.indices
         z = before[:, rows] if z is None else z
         z = z - 0.1 * 0.5 * min(1, step / 4) * weight.grad.compact
         torch.testing.assert_close(optimizer.state[weight]["z"], z, rtol=1e-6, atol=1e-9)

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grass_fx
 from grass_fx.errors import GrassWarning
-from grass_fx.gradient import CompactGrad
-from grass_fx.history import _bins
 from grass_fx.optim.rowwise import cohorts_of, cut, joined
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.history import _bins
+from grass_fx.state.registry import registry
 from helpers import Captured, mlp
 
 

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import as_line, environment
 
 import grass_fx
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
 from grass_fx.passes.pipeline import PushReport
-from grass_fx.registry import Demand, registry
-from grass_fx.runtime import GrassCallable
-from grass_fx.spec import SubspaceSpec
+from grass_fx.state.registry import Demand, registry
+from grass_fx.state.spec import SubspaceSpec
 from roofline import LARGE, Roofline, Timer
 
 SIZE, RANK, BATCH = 16, 4, 4

@@ -26,8 +26,8 @@ from environment import as_line, environment
 
 import grass_fx
 from grass_fx.config import GrassConfig
-from grass_fx.registry import registry
-from grass_fx.spec import SubspaceSpec
+from grass_fx.state.registry import registry
+from grass_fx.state.spec import SubspaceSpec
 from llama import SIZES, build
 
 

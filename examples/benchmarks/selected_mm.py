@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
 
-from grass_fx.lowering import register
+from grass_fx.compile.lowering import register
 from roofline import LARGE, Roofline, Timer
 
 GOALS = {"floor": 1.15, "gather": 1.0}

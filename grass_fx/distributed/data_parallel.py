@@ -20,10 +20,10 @@ from grass_fx._torch_compat import (
     running_ddp,
 )
 from grass_fx.errors import DistributedError, OptionError, UnsupportedGradError
-from grass_fx.gradient import CompactGrad
 from grass_fx.optim.in_backward import NOT_AVERAGED, SpentGrad
-from grass_fx.registry import registry
-from grass_fx.replicas import replicas_of
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.replicas import replicas_of
 
 BUCKET_BYTES = 25 << 20
 """What is averaged after a backward goes in buckets of this size, as in torch's DDP."""
@@ -134,7 +134,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 class ModelReplicas:
-    """One process's part in a model that all of ``group`` train; see grass_fx.replicas.Replicas.
+    """One process's part in a model that all of ``group`` train, a ``state.replicas.Replicas``.
 
     It knows the parameters by weak references: whoever finds it by a parameter keeps none alive.
     """

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 
 from grass_fx.distributed.data_parallel import ModelReplicas
 from grass_fx.errors import DistributedError
-from grass_fx.replicas import replicas_of
-from grass_fx.sharding import Sharding, sharding_of
+from grass_fx.state.replicas import replicas_of
+from grass_fx.state.sharding import Sharding, sharding_of
 
 
 def fully_shard(

@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError, StateError, UnsupportedGradError
-from grass_fx.gradient import CompactGrad
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.carry import Move, carried, carried_rows
 from grass_fx.optim.entries import Kept
@@ -20,10 +19,11 @@ from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.telemetry import adam_update_norm
 from grass_fx.optim.update import CompactStep, adam_operations, in_code
-from grass_fx.registry import registry
-from grass_fx.selected import Selection, matrix
-from grass_fx.sharding import local
-from grass_fx.subspace import Subspace
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import Selection, matrix
+from grass_fx.state.sharding import local
+from grass_fx.state.subspace import Subspace
 
 
 class AdamW(SubspaceOptimizer):
@@ -259,7 +259,7 @@ class AdamW(SubspaceOptimizer):
             rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
         ages, common = state["age"], None
-        if in_code(group["compile"], grad.subspace, lr, p.device):
+        if in_code(group["compile"], grad.selection, lr, p.device):
             self._common_ages.pop(p, None)  # which such code does not ask for
         else:
             common = self._common_age(p, ages)
@@ -267,7 +267,7 @@ class AdamW(SubspaceOptimizer):
         return CompactStep(
             matrix(local(p)),
             -compact if group["maximize"] else compact,
-            grad.subspace,
+            grad.selection,
             first,
             second,
             ages,
@@ -295,7 +295,7 @@ class AdamW(SubspaceOptimizer):
         """Each weight's state moves to the selection of its gradient."""
         moving: list[tuple[Tensor, Move]] = []
         for p, grad in taken:
-            state, selection = self.state[p], grad.subspace
+            state, selection = self.state[p], grad.selection
             if state.get("indices") is selection.indices:
                 continue
             if "indices" not in state:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grass_fx.replicas import Replicas
-from grass_fx.subspace import Subspace, Upcoming
+from grass_fx.state.replicas import Replicas
+from grass_fx.state.subspace import Subspace, Upcoming
 
 Finished = list[tuple[Subspace, "Tensor | None"]]
 """The subspaces that were stepped in, with the scores their gradients brought."""

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
-from grass_fx.gradient import CompactGrad
 from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
 from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
 from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
-from grass_fx.registry import registry
-from grass_fx.selected import Selection
-from grass_fx.sharding import local
-from grass_fx.subspace import Subspace, finish_steps
-from grass_fx.transfers import reading
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import Selection
+from grass_fx.state.sharding import local
+from grass_fx.state.subspace import Subspace, finish_steps
+from grass_fx.state.transfers import reading
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -219,17 +219,17 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     def _check_projected(self, grad: CompactGrad, subspace: Subspace | None) -> None:
         """Raise if a dense gradient was projected onto rows that are not selected any more."""
-        if subspace is not None and grad.subspace.generation != subspace.selection.generation:
+        if subspace is not None and grad.selection.generation != subspace.selection.generation:
             raise SelectionChangedError(
                 f"{subspace.name}: a dense gradient was added to a compact one of selection "
-                f"{grad.subspace.generation}, and the selection is "
+                f"{grad.selection.generation}, and the selection is "
                 f"{subspace.selection.generation} now. Call optimizer.zero_grad(), with "
                 "set_to_none=True, and run the backward again."
             )
 
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
         """This process's part of a sharded weight's gradient: what it steps with."""
-        selection, compact = subspace.own(grad.subspace), local(grad.compact)
+        selection, compact = subspace.own(grad.selection), local(grad.compact)
         return CompactGrad(
             compact, selection, grad.shape, grad.scores, grad.zeroed, owner=grad.owner
         )
@@ -246,7 +246,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
         """Raise StateError if the model has moved since p's state was made."""
-        state, name, shape = self.state.get(p, {}), grad.subspace.name, tuple(p.shape)
+        state, name, shape = self.state.get(p, {}), grad.selection.name, tuple(p.shape)
         if grad.device.type == "meta":
             raise StateError(
                 f"{name} is on the meta device and has no values: give it some first, by "
@@ -267,13 +267,13 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             )
         elif state["indices"].device != grad.device:
             raise StateError(
-                f"{grad.subspace.name} is on {grad.device} now, its optimizer state on "
+                f"{grad.selection.name} is on {grad.device} now, its optimizer state on "
                 f"{state['indices'].device}. Move the model before its first step, or move the "
                 "state along: optimizer.load_state_dict(optimizer.state_dict())."
             )
         elif dtype != grad.dtype:
             raise StateError(
-                f"{grad.subspace.name} has a gradient of {grad.dtype}, its optimizer state is of "
+                f"{grad.selection.name} has a gradient of {grad.dtype}, its optimizer state is of "
                 f"{dtype}. Convert the model before its first step, or make a new optimizer."
             )
 

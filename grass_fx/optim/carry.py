@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from grass_fx.ops import along
-from grass_fx.selected import Selection
-from grass_fx.transfers import owned, send
+from grass_fx.state.selection import Selection
+from grass_fx.state.transfers import owned, send
 
 
 @dataclass(frozen=True)

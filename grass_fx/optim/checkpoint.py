@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, StateError, warn
-from grass_fx.gradient import Used
 from grass_fx.optim.entries import COUNT, Kept, recounted
 from grass_fx.optim.loading import (
     OWN,
@@ -26,10 +25,11 @@ from grass_fx.optim.loading import (
     viewed,
 )
 from grass_fx.optim.rowwise import PER_ROW
-from grass_fx.records import Record
-from grass_fx.registry import registry
-from grass_fx.sharding import sharding_of
-from grass_fx.subspace import selects_rows
+from grass_fx.state.gradient import Used
+from grass_fx.state.records import Record
+from grass_fx.state.registry import registry
+from grass_fx.state.sharding import sharding_of
+from grass_fx.state.subspace import selects_rows
 
 _SHAPE = "weight_shape"
 _OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
@@ -42,7 +42,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose state dict, pickle and copy hold its weights' subspaces."""
 
     records: Sequence[Record] = ()
-    """Those of its parameters, in their order: see grass_fx.records."""
+    """Those of its parameters, in their order: see grass_fx.state.records."""
     _kind = "grass_fx"
     _own: Mapping[str, Any] = {}
     """Options of groups that are not among ``defaults``."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grass_fx.compile.sources import source_hash
 from grass_fx.ops import ADD_ROWS, along
 from grass_fx.optim.rounding import noise
-from grass_fx.sources import source_hash
-from grass_fx.transfers import send
+from grass_fx.state.transfers import send
 
 TOGETHER = 8
 """How many weights one compiled function updates at most: of 16 Inductor makes several kernels."""
@@ -118,7 +118,7 @@ def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Cal
     """Inductor's code of :func:`update_function` for weights of these keys."""
     # Here, since both load Inductor.
     from grass_fx import _torch_compat as compat
-    from grass_fx import lowering
+    from grass_fx.compile import lowering
 
     lowering.register()
     graph, fakes = compat.trace_static(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grass_fx.errors import warn
-from grass_fx.registry import Left, registry
+from grass_fx.state.registry import Left, registry
 
 MOST = 5
 """Weights that a warning names; those of layers that are alike count as one."""

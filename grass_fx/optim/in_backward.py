@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from grass_fx.errors import CompactGradError, OptionError
 from grass_fx.optim.base import SubspaceOptimizer
-from grass_fx.registry import registry
-from grass_fx.replicas import replicas_of
-from grass_fx.sharding import sharding_of
+from grass_fx.state.registry import registry
+from grass_fx.state.replicas import replicas_of
+from grass_fx.state.sharding import sharding_of
 
 NOT_AVERAGED = (
     "step_in_backward and data_parallel: each process would step with its own gradients, which are "

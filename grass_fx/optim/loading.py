@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grass_fx.errors import StateError, warn
-from grass_fx.registry import registry
-from grass_fx.saved import check_saved, pieces_of, selection_damage, sound_history
-from grass_fx.sharding import local, sharding_of
-from grass_fx.subspace import selects_rows
+from grass_fx.state.registry import registry
+from grass_fx.state.saved import check_saved, pieces_of, selection_damage, sound_history
+from grass_fx.state.sharding import local, sharding_of
+from grass_fx.state.subspace import selects_rows
 
 SUBSPACE = "subspace_"
 """With it begin the keys of ``Subspace.state()``, which are the registry's between checkpoints."""

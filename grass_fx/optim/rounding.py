@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grass_fx.ops import rounded
-from grass_fx.selection import stream
-from grass_fx.transfers import send
+from grass_fx.state.rules import stream
+from grass_fx.state.transfers import send
 
 
 def rounding_stream(seed: int, key: int, step: int) -> torch.Generator:

@@ -21,8 +21,8 @@ from torch import Tensor
 from grass_fx.ops import along, select
 from grass_fx.optim.carry import carried_rows
 from grass_fx.optim.probe import Entry
-from grass_fx.selected import Selection
-from grass_fx.transfers import send
+from grass_fx.state.selection import Selection
+from grass_fx.state.transfers import send
 
 State = dict[str, Any]
 

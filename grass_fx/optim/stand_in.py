@@ -24,7 +24,7 @@ from grass_fx.ops import along, select
 from grass_fx.optim.probe import Entry
 from grass_fx.optim.rowwise import Cohorts, State, cut, is_row_entry, joined
 from grass_fx.optim.update import add_rows_, warmup
-from grass_fx.selected import Selection, matrix
+from grass_fx.state.selection import Selection, matrix
 
 T = TypeVar("T")
 

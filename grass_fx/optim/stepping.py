@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from grass_fx.errors import warn
-from grass_fx.gradient import CompactGrad, Used
-from grass_fx.registry import registry
+from grass_fx.state.gradient import CompactGrad, Used
+from grass_fx.state.registry import registry
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from grass_fx.ops import along
 from grass_fx.optim.update import warmup
-from grass_fx.registry import registry
-from grass_fx.selected import Selection
-from grass_fx.subspace import Subspace
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import Selection
+from grass_fx.state.subspace import Subspace
 
 
 def taken(parameters: Iterable[Tensor]) -> dict[str, tuple[Tensor, Subspace]]:

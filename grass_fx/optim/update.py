@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from grass_fx.ops import PART, along
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import draw_seed, round_stochastically
-from grass_fx.selected import Selection
+from grass_fx.state.selection import Selection
 
 FUSED_ON = ("cpu", "cuda")
 """Devices on which torch's fused AdamW is used."""

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
-from grass_fx.gradient import CompactGrad
 from grass_fx.optim import probe, wrappable
 from grass_fx.optim.base import Plan, SubspaceOptimizer, selection_entries
 from grass_fx.optim.carry import places
@@ -44,9 +43,10 @@ from grass_fx.optim.stand_in import (
     with_and_without,
 )
 from grass_fx.optim.stepping import Operation
-from grass_fx.registry import registry
-from grass_fx.selected import Selection, matrix
-from grass_fx.subspace import selects_rows
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.selection import Selection, matrix
+from grass_fx.state.subspace import selects_rows
 
 T = TypeVar("T")
 
@@ -199,7 +199,7 @@ class _Wrapped(SubspaceOptimizer):
                     work[-1].append((p, None, None))
                 else:
                     self._follow(p, grad, group)
-                    work[-1].append((p, grad.subspace, matrix(grad.compact)))
+                    work[-1].append((p, grad.selection, matrix(grad.compact)))
         prepared = self._stand_ins(work)
         for group, taken in zip(self.param_groups, prepared.taken, strict=True):
             shrink = self._x.shrink(group) if taken else 1.0
@@ -330,7 +330,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _follow(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> None:
         """The weight's state moves to the selection of its gradient, all at once."""
-        state, selection = self.state.get(p, {}), grad.subspace
+        state, selection = self.state.get(p, {}), grad.selection
         if state.get("indices") is selection.indices:
             return
         if "indices" not in state:

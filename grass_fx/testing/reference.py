@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS, GrassConfig
-from grass_fx.selection import stream
+from grass_fx.state.rules import stream
 from grass_fx.testing import rules
 from grass_fx.testing.weight import Weight
 

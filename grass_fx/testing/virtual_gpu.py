@@ -37,13 +37,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
-from grass_fx import lowering
 from grass_fx._torch_compat import compile_aot_eager, fake_mode_of, trace_static
+from grass_fx.compile import lowering
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import GrassPasses, PushReport
 from grass_fx.passes.tap_weights import tap_weights_pass
-from grass_fx.runtime import GrassCallable
 
 H100 = types.SimpleNamespace(
     name="virtual H100", gcnArchName="", major=9, minor=0, multi_processor_count=132,

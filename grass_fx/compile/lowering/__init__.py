@@ -1,0 +1,174 @@
+"""How Inductor lowers the operators of ``grass_fx.ops``.
+
+    selected_mm.py        which kernel computes a selected product, and its configurations
+    selected_mm.py.jinja  the Triton kernel: gather, product and whatever Inductor fuses after it
+    add_rows.py           the optimizers' rows: gather, sum, rounding and scatter in one loop
+    squared_norms.py      the scores of a scoring step
+    mm_squared_norms.py.jinja  the Triton kernel that makes them without a full gradient
+
+``select`` is an ordinary indexing node, which Inductor may fuse with whatever makes its input.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx import _torch_compat as compat
+from grass_fx.compile.lowering import selected_mm as rule
+from grass_fx.compile.lowering.add_rows import lower_add_rows
+from grass_fx.compile.lowering.squared_norms import lower_mm_squared_norms, lower_squared_norms
+from grass_fx.ops import ADD_ROWS, MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+@cache
+def register() -> None:
+    """Register the lowerings, once per process; called before the first compilation."""
+    compat.register_inductor_lowering(SELECT, _select)
+    compat.register_inductor_lowering(SELECTED_MM, _selected_mm)
+    compat.register_inductor_lowering(ADD_ROWS, lower_add_rows)
+    compat.register_inductor_lowering(SQUARED_NORMS, lower_squared_norms)
+    compat.register_inductor_lowering(MM_SQUARED_NORMS, lower_mm_squared_norms)
+    compat.extern_kernel(gather_then_mm)  # code that comes from the cache calls it by name
+
+
+def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:
+    size = list(g.get_size())
+    if len(indices.get_size()) == 2:  # a stack: rows of its own for each matrix
+        size[dim] = indices.get_size()[1]
+        rows = call(aten.expand.default, _along(call, indices, dim, len(size)), size)
+        return _scaled(call, call(aten.gather.default, g, dim, rows), scale, dim)
+    if len(size) == 2 and dim == 1 and _known_stride(g, 0) is not None:
+        return _scaled(call, _columns(call, g, indices), scale, dim)
+    index = [None] * len(size)
+    index[dim] = indices
+    return _scaled(call, call(aten.index.Tensor, g, index), scale, dim)
+
+
+def _selected_mm(
+    call: Any, a: Any, b: Any, indices: Any, scale: Any, dim: int, block: int = 1
+) -> Any:
+    product = None
+    if a.get_device().type == "cuda":
+        product = _by_kernel(call, a, b, indices, dim, block)
+    if product is None:
+        product = _gathered(call, a, b, indices, dim)
+    return _scaled(call, product, scale, dim)
+
+
+def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
+    """Gather, then Inductor's own matmul."""
+    if dim == 0:
+        # Gathered through the transposed view: each run of D is read where it lies.
+        columns = _columns(call, call(aten.permute.default, a, [1, 0]), indices)
+        a = call(aten.permute.default, columns, [1, 0])
+    else:
+        b = _columns(call, b, indices)
+    return call(aten.mm.default, a, b)
+
+
+def _columns(call: Any, x: Any, indices: Any) -> Any:
+    """Columns of x. On a GPU the gather fuses with what makes x."""
+    if x.get_device().type == "cpu":
+        # Inductor's loop reads element by element; torch's kernel is faster, though it fuses not.
+        return compat.library_call(aten.index_select.default, x, 1, indices)
+    return call(aten.index.Tensor, x, [None, indices])
+
+
+def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:
+    """The product by the Triton kernel, or by the faster way if Inductor measures; None if not."""
+    dtype = a.get_dtype()
+    tunes = compat.tuning_everything()
+    # Where a matrix is in no memory yet, gathering fuses with what makes it; and a stride that is a
+    # symbol is a multiple of nothing, so that loads would be of single elements.
+    factor = a if dim == 0 else b
+    strides = _known_stride(factor, dim), _known_stride(factor, 1 - dim)
+    if rule.way("cuda", dtype, strides, tunes) == rule.GATHER:
+        return None
+    inputs = compat.realized(a, b, indices)
+    a, b, indices = inputs
+    laid_out = _known_stride(a if dim == 0 else b, dim)
+    r, k = indices.get_size()[0], a.get_size()[1]
+    size = [r, b.get_size()[1]] if dim == 0 else [a.get_size()[0], r]
+    m, n, length = (compat.size_hint(each) for each in (*size, k))
+    tiles = rule.TILES if tunes else [rule.best_tile(m, n)]
+    steps = length // tiles[0].k(dtype.itemsize)
+    processors = torch.cuda.get_device_properties(a.get_device()).multi_processor_count
+    split = rule.split_of(m, n, steps, tiles[0], processors)
+    run = rule.run_length(block, laid_out, dtype.itemsize)
+    template = compat.triton_template("grass_selected_mm", _source())
+    choices = []
+    for tile in tiles:
+        even = {
+            "EVEN_M": compat.is_multiple(size[0], tile.m),
+            "EVEN_N": compat.is_multiple(size[1], tile.n),
+            "EVEN_K": compat.is_multiple(k, tile.k(dtype.itemsize)),
+        }  # dimensions that need no mask
+        given = {"DIM": dim, "RUN": run, "SPLIT_K": split, **even}
+        choices.append((template, rule.options_of(tile, dtype.itemsize, **given)))
+
+    def spread() -> Tensor:
+        """σ for measuring. Zeros, as Inductor has it, would have all tiles read one row."""
+        total = a.get_size()[0] if dim == 0 else b.get_size()[1]
+        size, count = compat.size_hint(total), compat.size_hint(r)
+        return rule.spread(size, count, block, a.get_device())
+
+    examples = {2: spread} if tunes else None
+    if split > 1:
+        parts = compat.choose_kernel(
+            "grass_selected_mm",
+            inputs,
+            [split, *size],
+            torch.float32,
+            choices,
+            examples=examples,
+        )
+        total = call(aten.sum.dim_IntList, parts, [0])
+        return call(prims.convert_element_type.default, total, dtype)
+    extern = [(compat.extern_kernel(gather_then_mm), {"dim": dim})] if tunes else []
+    return compat.choose_kernel(
+        "grass_selected_mm", inputs, size, dtype, choices, extern, examples=examples
+    )
+
+
+def _known_stride(value: Any, dim: int) -> int | None:
+    """A stride of an IR value: None if it depends on a symbol, or the value is in no memory yet."""
+    strides = value.maybe_get_stride()
+    try:
+        return None if strides is None else int(strides[dim])
+    except (TypeError, ValueError):
+        return None
+
+
+def gather_then_mm(a: Tensor, b: Tensor, indices: Tensor, *, dim: int, out: Tensor) -> Tensor:
+    """The other choice when Inductor measures: a gather, and the vendor's GEMM."""
+    if dim == 0:
+        return torch.mm(a.t().index_select(1, indices).t(), b, out=out)
+    return torch.mm(a, b.index_select(1, indices), out=out)
+
+
+@cache
+def _source() -> str:
+    return Path(__file__).with_name("selected_mm.py.jinja").read_text(encoding="utf-8")
+
+
+def _scaled(call: Any, compact: Any, scale: Any, dim: int) -> Any:
+    if scale is None:
+        return compact
+    scale = _along(call, scale, dim, len(compact.get_size()))
+    product = call(aten.mul.Tensor, compact, scale)
+    return call(prims.convert_element_type.default, product, compact.get_dtype())
+
+
+def _along(call: Any, values: Any, dim: int, ndim: int) -> Any:
+    """As ``grass_fx.ops.along``."""
+    for axis in range(len(values.get_size()) - 1, ndim):
+        if axis != dim:
+            values = call(aten.unsqueeze.default, values, axis)
+    return values

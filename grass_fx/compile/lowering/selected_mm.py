@@ -1,0 +1,129 @@
+"""How ``grass::selected_mm`` is computed: gather then the vendor's GEMM, or one Triton kernel.
+
+The kernel (selected_mm.py.jinja) gathers rows of A or columns of B while it loads its tiles, so the
+gathered matrix is never written. Whether that pays depends on how the gathered elements lie in
+memory, see :func:`takes_template`. Measured on an H100: docs/benchmarks.md, "On a GPU".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grass_fx.state.rules import rows_of
+
+SIXTEEN_BYTES = 16
+"""What one load instruction of a GPU thread moves at most."""
+
+MAX_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A configuration of the kernel."""
+
+    m: int
+    n: int
+    stages: int
+    warps: int
+
+    def k(self, itemsize: int) -> int:
+        """BLOCK_K: 128 bytes of each row, so that a tile takes the same memory in every dtype."""
+        return 128 // itemsize
+
+
+# The large tile is what a dense bfloat16 GEMM uses on Hopper; the others fill the chip when the
+# compact matrix is small or thin. Their stages fit into the shared memory of sm_80 (163 KiB).
+LARGE = Tile(128, 128, 4, 8)
+WIDE = Tile(64, 256, 3, 8)
+TALL = Tile(256, 64, 3, 8)
+SMALL = Tile(64, 64, 6, 4)
+TILES = (LARGE, WIDE, TALL, SMALL)
+
+
+GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"
+
+
+Strides = tuple[int | None, int | None]
+"""Of the factor that is gathered from, in elements: of the gathered dimension and of the other one;
+None where it is not known."""
+
+
+def way(device: str, dtype: torch.dtype, strides: Strides, tunes: bool) -> str:
+    """How a product is computed: by one of two ways, or by the faster one, to be measured.
+
+    ``tunes``: whether Inductor measures its choices; the rest as in :func:`takes_template`.
+    """
+    if device != "cuda":
+        return GATHER
+    if tunes and dtype.itemsize <= 4:
+        return MEASURED
+    return TEMPLATE if takes_template(dtype, strides) else GATHER
+
+
+def takes_template(dtype: torch.dtype, strides: Strides) -> bool:
+    """Whether the Triton kernel is taken without autotuning.
+
+    It is if the other dimension than the gathered one is contiguous. Then each selected row or
+    column is one run of memory, and the kernel takes 1.2 times as long as the dense product of its
+    shape; a gather, which has to transpose, and the vendor's GEMM take 1.5 times. Along the
+    contiguous dimension pieces are gathered anew for every tile: in blocks of 8 the kernel takes
+    more than twice as long as a gather and the GEMM, in blocks of 64 about as long.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False  # without tensor cores the vendor's GEMM has no equal
+    gathered, other = strides
+    return other == 1 and gathered not in (None, 1)
+
+
+def run_length(block: int, stride: int | None, itemsize: int) -> int:
+    """How many consecutive gathered elements the kernel may load as one: a power of two."""
+    run = block & -block
+    return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
+
+
+def spread(size: int, r: int, block: int, device: torch.device) -> torch.Tensor:
+    """σ for measuring: r of ``size`` places, in blocks that are spread evenly."""
+    units = torch.arange(r // block, device=device) * (size // block) // (r // block)
+    return rows_of(units, block)
+
+
+def best_tile(m: int, n: int) -> Tile:
+    """The configuration that is taken without autotuning for an (m, n) compact gradient."""
+    if m <= 64 and n <= 64:
+        return SMALL
+    if m <= 64:
+        return WIDE
+    return TALL if n <= 64 else LARGE
+
+
+def split_of(m: int, n: int, steps: int, tile: Tile, processors: int) -> int:
+    """In how many parts the ``steps`` along K are cut: as many as find a free multiprocessor.
+
+    A part keeps at least eight steps of the loop, so that its pipeline is worth filling.
+    """
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    split = 1
+    while split * 2 <= min(MAX_SPLIT, steps // 8) and tiles * split * 2 <= processors:
+        split *= 2
+    return split
+
+
+def options_of(tile: Tile, itemsize: int, **given: Any) -> dict[str, Any]:
+    """The arguments of the template."""
+    return {
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k(itemsize), "GROUP_M": 8,
+        "num_stages": tile.stages, "num_warps": tile.warps,
+        "ALLOW_TF32": allows_tf32(), **given,
+    }  # fmt: skip
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products on a GPU may round their factors to TF32, as torch's own do.
+
+    Either setting of torch says so: ``torch.set_float32_matmul_precision`` writes this one too.
+    Its getter raises once a user has set the precision of a backend, which is torch's newer way.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

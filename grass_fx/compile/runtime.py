@@ -1,0 +1,262 @@
+"""The callable that Dynamo runs: picks the variant, feeds selections, delivers gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx._torch_compat import averaged_by, current_backward, running_ddp
+from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError, warn
+from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
+from grass_fx.passes.pipeline import PushReport
+from grass_fx.passes.tap_weights import proxies
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import Demand, Left, registry
+from grass_fx.state.selection import Selection
+from grass_fx.state.subspace import Subspace, graph_inputs
+
+MANY_CALLS = 1000
+"""As many sets of weights a graph remembers that it has told of."""
+
+PATIENCE = 1000
+"""So many backwards of a weight without an optimizer step are a warning."""
+
+
+def _warn_unfinished(name: str) -> None:
+    warn(
+        f"{name}: {PATIENCE} backwards have brought it gradients since an optimizer of grass_fx "
+        "last stepped with one, and without such a step its selection never changes. A step "
+        "written by hand, or by another optimizer with weight.grad.to_dense(), trains the first "
+        "selection only: use grass_fx.AdamW, or grass_fx.subspace(X) for a torch optimizer class X."
+    )
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """One call of one graph: the weights' subspaces and selections at its forward."""
+
+    weights: Sequence[LinearWeight]
+    subspaces: Sequence[Subspace]
+    selections: Sequence[Selection]
+    with_scores: bool
+    stored: list[list[Tensor]]
+    """The graph's proxies of each weight: shared by weights that are alike, and by all calls."""
+    averaged: bool
+    """Whether the graph averages gradients over the processes of a group."""
+    copies: bool
+    """Whether gradients are copied out of memory that the next call overwrites."""
+
+
+class DeliverGradients(torch.autograd.Function):
+    """Makes the proxies of a call, and turns their gradients into the weights' CompactGrads.
+
+    One node for all weights of a graph. In: the weights. Out: d of every weight, then e of every
+    weight if the rule needs scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delivery: _Delivery, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
+        if not delivery.stored:
+            delivery.stored[:] = _proxies(delivery, weights)  # of two threads: the same twice
+        return tuple(
+            proxy.detach() for role in zip(*delivery.stored, strict=True) for proxy in role
+        )
+
+    @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Not for Dynamo, which traces what a training step calls that is compiled as a whole.
+        delivery: _Delivery = ctx.delivery
+        if torch.is_grad_enabled():  # silently a constant, otherwise
+            raise CompactGradError(
+                f"{delivery.subspaces[0].name}: a gradient with create_graph=True. A compiled "
+                "graph is differentiated once: compute this loss with the model itself, which is "
+                "not compiled."
+            )
+        count, backward = len(delivery.weights), current_backward()
+        results: list[Tensor | None] = []
+        for k in range(count):
+            compact, subspace, selection = grads[k], delivery.subspaces[k], delivery.selections[k]
+            if compact is None:
+                results.append(None)
+                continue
+            # Its memory in order, as autograd keeps that of a gradient: steps walk through it so.
+            if delivery.copies:
+                compact = compact.clone(memory_format=torch.contiguous_format)
+            else:
+                compact = compact.contiguous()
+            if subspace.selection.generation != selection.generation:
+                raise SelectionChangedError(
+                    f"{subspace.name}: its selection changed between a forward and its backward "
+                    f"(from {selection.draw} to {subspace.selection.draw}). Call "
+                    "backward before optimizer.step(), and compile every graph that uses the "
+                    "weight with the same options."
+                )
+            subspace.delivered = True
+            if subspace.backward != backward:
+                subspace.backward, subspace.unfinished = backward, subspace.unfinished + 1
+                if subspace.unfinished == PATIENCE:
+                    _warn_unfinished(subspace.name)
+            # A graph scores all its weights if one is due; the others' scores are dropped.
+            scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
+            if subspace.sharding is not None:
+                compact = subspace.sharding.whole(compact)
+            averaged = delivery.averaged and delivery.weights[k].spec.group is not None
+            results.append(
+                CompactGrad(
+                    compact,
+                    selection,
+                    ctx.shapes[k],
+                    scores,
+                    local=not averaged,
+                    owner=subspace,
+                )
+            )
+        return (None, *results)
+
+
+def _proxies(delivery: _Delivery, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The proxies of each weight. A graph's weights are of the same shapes in every call."""
+    shared: dict[Any, list[Tensor]] = {}
+    made = []
+    for weight, w in zip(delivery.weights, weights, strict=True):
+        alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
+        if alike not in shared:
+            shared[alike] = proxies(weight, w, delivery.with_scores)
+        made.append(shared[alike])
+    return made
+
+
+class LeftWeights:
+    """Tells the registry which weights a graph leaves dense, and why.
+
+    They are known when they arrive: one graph can serve many layers.
+    """
+
+    def __init__(self, found: FoundWeights) -> None:
+        self._left = {
+            place: Left(name, found.left[name], name in found.unwanted)
+            for name, place in found.positions.items()
+        }
+        self._known: set[tuple[int, ...]] = set()
+
+    def note(self, args: Sequence[Any]) -> None:
+        """A call of the graph with these inputs; weights that it has met are no work."""
+        ids = tuple(id(args[place]) for place in self._left)
+        if ids in self._known:
+            return
+        if len(self._known) > MANY_CALLS:  # each with weights of its own, which are long gone
+            self._known.clear()
+        self._known.add(ids)
+        for place, left in self._left.items():
+            registry.note_left(args[place], left)
+
+
+class GrassCallable:
+    """A compiled training graph with its taken weights.
+
+    ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
+    Weights are found by the Parameter that arrives, so that one graph can serve many layers.
+    ``regular`` and ``scoring`` average gradients where the weights have a process group; ``local``
+    are the two of micro-batches that are averaged later.
+    ``cuda_graphs`` says that the regular variant runs as CUDA graphs, whose outputs live until the
+    next call only: a gradient that is accumulated must live longer.
+    """
+
+    def __init__(
+        self,
+        found: FoundWeights,
+        report: PushReport,
+        regular: Callable[..., Any],
+        scoring: Callable[..., Any] | None,
+        cuda_graphs: bool = False,
+        local: tuple[Callable[..., Any], Callable[..., Any] | None] | None = None,
+    ) -> None:
+        self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
+        self.regular, self.scoring, self.local = regular, scoring, local
+        specs, names = [w.spec for w in found.taken], [w.name for w in found.taken]
+        self._demand = Demand(registry, specs, names)
+        self._left = LeftWeights(found) if found.left else None
+        self._ddp: weakref.ref[Any] | None = None
+        self._bucketed: set[int] = set()
+        self._stored: list[list[Tensor]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        weights = self.found.taken
+        params = [args[weight.position] for weight in weights]
+        subspaces = self._demand(params)
+        if self._left is not None:
+            self._left.note(args)
+        replicas = subspaces[0].replicas
+        self._check_ddp(params, subspaces)
+        # Asked of subspaces, not of graphs: one process alone may compile again, for another size.
+        if replicas is not None and not all(s.agreed for s in subspaces):
+            # Groups may be called differently: of a mesh each process has groups of its own.
+            specs = [replace(s.spec, group=None, shards=None) for s in subspaces]
+            mine = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
+            replicas.agree("options", mine, "Compile every process's model with the same options.")
+            for subspace in subspaces:
+                subspace.agreed = True
+        inputs = graph_inputs(subspaces, [p.device for p in params])
+        selections = [s.selection for s in subspaces]
+        with_scores = self.scoring is not None
+        scores = with_scores and any(s.scoring_due for s in subspaces)
+        copies = self.cuda_graphs and not scores
+        averaged = self.local is not None and self._averages(params, subspaces)
+        delivery = _Delivery(
+            weights, subspaces, selections, with_scores, self._stored, averaged, copies
+        )
+        with torch.enable_grad():  # the graph may turn gradients on itself
+            made = DeliverGradients.apply(delivery, *params)
+        count = len(weights)
+        extra: list[Tensor] = []
+        for k, given in enumerate(inputs):
+            extra.extend(made[k::count])
+            extra.extend(given)
+        regular, scoring = self.regular, self.scoring
+        if self.local is not None and not averaged:
+            regular, scoring = self.local
+        if scoring is not None and scores:
+            return scoring(*args, *extra)
+        return regular(*args, *extra)
+
+    def _check_ddp(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
+        """Raise if these weights are in the buckets of a DistributedDataParallel."""
+        ddp = running_ddp()
+        if ddp is None:
+            return
+        if self._ddp is None or self._ddp() is not ddp:
+            self._ddp, self._bucketed = weakref.ref(ddp), {id(p) for p in averaged_by(ddp)}
+        for p, subspace in zip(params, subspaces, strict=True):
+            if id(p) in self._bucketed:
+                model = getattr(ddp.module, "_orig_mod", ddp.module)
+                raise CompactGradError(
+                    f"{subspace.name} gets a compact gradient, and DistributedDataParallel has it "
+                    "in a bucket of full ones. Call grass_fx.distributed.data_parallel(model) "
+                    "before DistributedDataParallel(model), with the same model, here "
+                    f"{type(model).__name__}: for a part of it DistributedDataParallel knows "
+                    "nothing of the call."
+                )
+
+    def _averages(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> bool:
+        """Whether this call's graph is to average gradients, or they are averaged afterwards.
+
+        Afterwards, all at once, if some are there already: a sum is averaged at the price of one.
+        """
+        replicas = subspaces[0].replicas
+        if replicas is None:
+            raise DistributedError(
+                f"{subspaces[0].name}: the option process_group averages its compact gradient, and "
+                "nothing averages those of other parameters. Call "
+                "grass_fx.distributed.data_parallel(model, process_group) before the first step."
+            )
+        held = (p.grad for p in params)
+        empty = all(g is None or (isinstance(g, CompactGrad) and g.zeroed) for g in held)
+        return replicas.syncs() and empty

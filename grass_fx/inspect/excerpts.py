@@ -1,0 +1,50 @@
+"""The part of a graph that makes a weight's gradient, small enough to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx
+
+from grass_fx import _torch_compat as compat
+from grass_fx.inspect.findings import GraphNode
+from grass_fx.inspect.products import COPIES, VIEWS
+from grass_fx.inspect.sizes import size_expression
+
+MOST = 40
+"""Nodes of a picture."""
+
+
+def draw(path: Sequence[fx.Node], labels: Mapping[int, str]) -> tuple[GraphNode, ...]:
+    """The products of a weight's gradient, what is done with them, and what they are made of.
+
+    ``path``: those nodes; ``labels`` names inputs by their position. In the order of execution.
+    """
+    shown: dict[fx.Node, bool] = dict.fromkeys(path, True)  # node -> whether with its inputs
+    waiting = [each for node in path for each in node.all_input_nodes]
+    while waiting and len(shown) < MOST:
+        node = waiting.pop(0)
+        if node in shown:
+            continue
+        shown[node] = node.target in VIEWS or node.target in COPIES
+        if shown[node]:
+            waiting += node.all_input_nodes
+    ordered = sorted(shown)  # by their places in the graph
+    return tuple(_drawn(node, shown, labels) for node in ordered)
+
+
+def _drawn(node: fx.Node, shown: Mapping[fx.Node, bool], labels: Mapping[int, str]) -> GraphNode:
+    value = node.meta.get("val")
+    shape = "" if not isinstance(value, Tensor) else _shape(value)
+    if node.op == "placeholder":
+        place = compat.input_position(node)
+        label = node.name if place is None else labels.get(place, node.name)
+        return GraphNode(node.name, "input", label, shape, ())
+    op = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+    whole = shown[node]
+    inputs = [each.name for each in node.all_input_nodes if each in shown] if whole else []
+    return GraphNode(node.name, "op" if whole else "rest", op, shape, (*inputs,))
+
+
+def _shape(value: Tensor) -> str:
+    return "(" + ", ".join(str(size_expression(size)) for size in value.shape) + ")"

@@ -1,0 +1,241 @@
+"""``grass_fx.explain``: what the backend "grass" does to a model, told without training it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from grass_fx.config import GrassConfig
+from grass_fx.errors import OptionError
+from grass_fx.inspect.cost import MOMENTS, LinearCost
+from grass_fx.inspect.findings import Cost, GraphNode, Weight
+from grass_fx.inspect.report import Report
+from grass_fx.state.sharding import sharding_of
+
+if TYPE_CHECKING:
+    from grass_fx.inspect.tracing import TracedGraph, TracedWeight
+    from grass_fx.passes.find_linear_weights import LinearWeight
+
+__all__ = ["Cost", "GraphNode", "Report", "Weight", "explain"]
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Compile ``model(*args, **kwargs)`` as the backend "grass" would, and tell what it does.
+
+    Graphs are traced, differentiated and rewritten, but no code is generated for them: seconds even
+    where Inductor takes minutes. The model's forward runs once, without gradients, on the given
+    inputs; on the meta device it allocates nothing. Weights, gradients, buffers, random generators
+    and selections stay as they are.
+
+    Amounts before are those of the same graphs at full rank. FLOPs and traffic are those of matrix
+    products with weights (docs/method.md, "What follows from the equations"); state is AdamW's, and
+    all-reduce a ring's, over the initialised process group or else two processes.
+
+    Args:
+        model: a module, compiled already or not, in the mode (train, autocast) it is to train in.
+        options: those of the backend, as for ``torch.compile``.
+        dynamic: as for ``torch.compile``; with symbolic sizes, amounts are sympy expressions.
+
+    Raises:
+        OptionError: an option is impossible, gradients are disabled, or the model is sharded.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"explain: {type(model).__name__} is no torch.nn.Module.")
+    if not torch.is_grad_enabled():
+        raise OptionError("explain: gradients are disabled here, and nothing would be rewritten.")
+    model = getattr(model, "_orig_mod", model)
+    if any(p in sharding_of for p in model.parameters()):
+        raise OptionError(
+            "explain: the model's parameters are sharded. Call explain before fully_shard: the "
+            "same weights are rewritten, and amounts are those of all processes together."
+        )
+    leaves = tree_leaves((args, kwargs))
+    given = [each for each in leaves if isinstance(each, Tensor)]
+    watcher = _Watcher(model, GrassConfig.from_options(options), given)
+    from grass_fx._torch_compat import compiled_apart
+
+    with _left_as_it_is(model), compiled_apart(_call, watcher, dynamic) as compiled:
+        compiled(model, args, kwargs)
+    return watcher.report(model, dict(options or {}))
+
+
+def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward changes: buffers and random generators."""
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kinds = {device.type for device in devices} or {"cuda"}
+    indices = [device.index or 0 for device in devices]
+    try:
+        with torch.random.fork_rng(devices=indices, device_type=min(kinds)):
+            yield
+    finally:
+        for module, names in registered:
+            module._buffers.clear()
+            module._buffers.update(names)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # what never changes may lie in memory anyhow
+                    buffer.copy_(before)
+
+
+@dataclass
+class _Found:
+    """What all graphs together say of a parameter."""
+
+    traced: list[TracedWeight] = field(default_factory=list)
+
+    @property
+    def taken(self) -> LinearWeight | None:
+        """What it is where it is taken."""
+        return next((each.taken for each in self.traced if each.taken is not None), None)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not pushed, in every graph where that is so."""
+        if not self.traced:
+            return "in no compiled training graph"
+        return "; ".join(dict.fromkeys(each.reason for each in self.traced if each.reason))
+
+
+class _Watcher:
+    """A Dynamo backend that looks at graphs instead of compiling them."""
+
+    def __init__(self, model: nn.Module, config: GrassConfig, given: Sequence[Any]) -> None:
+        self.config = config
+        self.found = {p: _Found() for p in model.parameters()}
+        self.symbols: dict[str, int | None] = {}
+        self.graphs: set[int] = set()
+        self.kept: list[Any] = [0, 0]
+        owned = {_storage(each) for each in (*model.parameters(), *model.buffers(), *given)}
+        self.seen = [owned, set(owned)]  # inputs of graphs that are counted, before and after
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from grass_fx.inspect.tracing import trace
+
+        graph = trace(gm, inputs, self.config)
+        if graph is not None:
+            self._tell_apart(graph)
+
+        def run(*args: Any) -> Any:
+            if graph is not None:
+                self._note(graph, args)
+            with torch.no_grad():
+                outputs = gm(*args)
+            return [
+                each.detach().requires_grad_() if needs and not each.requires_grad else each
+                for each, needs in zip(outputs, needed, strict=True)
+            ]
+
+        (results,) = gm.graph.output_node().args
+        needed = [
+            getattr(getattr(each, "meta", {}).get("example_value"), "requires_grad", False)
+            for each in cast("Sequence[Any]", results)
+        ]
+        return run
+
+    def _tell_apart(self, graph: TracedGraph) -> None:
+        """Graphs name sizes by their arguments: other sizes of the same name get another."""
+        new = {}
+        for name, value in graph.symbols.items():
+            free = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(1)))
+            new[name] = next(each for each in free if self.symbols.get(each, value) == value)
+            self.symbols[new[name]] = value
+        graph.rename({name: other for name, other in new.items() if name != other})
+
+    def _note(self, graph: TracedGraph, args: Sequence[Any]) -> None:
+        """One call of a graph; a graph may serve many layers."""
+        self.graphs.add(id(graph))
+        for place, traced in graph.weights.items():
+            if args[place] in self.found:
+                self.found[args[place]].traced.append(traced)
+        for k, kept in enumerate((graph.before, graph.after)):
+            self.kept[k] += kept.bytes
+            for value in (args[place] for place in kept.inputs if place < len(args)):
+                if isinstance(value, Tensor) and _storage(value) not in self.seen[k]:
+                    self.seen[k].add(_storage(value))
+                    self.kept[k] += value.untyped_storage().nbytes()
+
+    def report(self, model: nn.Module, options: Mapping[str, Any]) -> Report:
+        """Everything that was found."""
+        weights, transient, scores = [], [0], 0
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            found = self.found[parameter]
+            weights.append(_weight(name, parameter, found))
+            if found.taken is not None and self.config.needs_scores:
+                transient += [each.scoring_step for each in found.traced]
+                scores += 4 * found.taken.spec.rows
+        held = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        return Report(
+            tuple(weights), held, (self.kept[0], self.kept[1]), max(transient) + scores,
+            len(self.graphs), dict(options), self.symbols,
+        )  # fmt: skip
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
+    """A parameter's costs: of the products in graphs, and of what is held and sent."""
+    count, itemsize, ranks = parameter.numel(), parameter.itemsize, _ranks()
+    full = LinearCost(m=count, n=1, r=1, itemsize=itemsize, moments=MOMENTS["adamw"], ranks=ranks)
+    before = after = Cost(
+        gradient=full.full_gradient_bytes,
+        state=full.full_state_bytes,
+        all_reduce=int(full.full_all_reduce_bytes),
+    )
+    for traced in found.traced:
+        before, after = before + traced.before, after + traced.after
+    weight = Weight(
+        name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), "dense",
+        found.reason, before=before, after=after,
+    )  # fmt: skip
+    if found.taken is None:
+        return weight
+    spec, stack = found.taken.spec, found.taken.spec.stack or 1
+    compact = replace(
+        full, m=count // (stack * spec.size), n=spec.size, r=spec.rank, matrices=stack,
+        replacement=spec.replacement,
+    )  # fmt: skip
+    taken = next(each for each in found.traced if each.taken is not None)
+    return replace(
+        weight,
+        status="taken" if found.reason else "pushed",
+        side=spec.side,
+        rank=spec.rank,
+        kernel=taken.kernel,
+        pictures=taken.pictures,
+        after=replace(
+            after,
+            gradient=compact.gradient_bytes,
+            state=compact.state_bytes,
+            all_reduce=int(compact.all_reduce_bytes),
+        ),
+    )
+
+
+def _ranks() -> int:
+    """Processes of an all-reduce: those of the initialised group, or two."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 2

@@ -1,0 +1,371 @@
+"""The largest rank that fits into a given memory. What is counted: docs/memory-planning.md."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_fx.config import GrassConfig, nearest
+from grass_fx.errors import OptionError
+from grass_fx.inspect.cost import LLAMA, MOMENTS, LinearCost
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rank, and the memory that training with it takes. ``print`` shows a table."""
+
+    memory: int
+    """Bytes there are."""
+    rank: int | float
+    """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or r."""
+    rows: int
+    """r of the weights with the largest selected dimension, ``size``."""
+    size: int
+    parts: dict[str, int]
+    """What takes how many bytes."""
+    full_total: int
+    """Bytes of the same at full rank, scoring step aside."""
+    taken: dict[str, int]
+    """r of every weight that is taken to be taken."""
+    flops: dict[str, float] | None
+    """Of the taken weights' products in one step, at "full rank" and in the "subspace"."""
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is no more than ``memory``; always, unless a rank was asked for."""
+        return self.total <= self.memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {**asdict(self), "total": self.total, "fits": self.fits}
+
+    def __str__(self) -> str:
+        where = f"{self.rows} of {self.size}"
+        rank = where if isinstance(self.rank, int) else f"{self.rank:.6g} ({where})"
+        rows = [*self.parts.items(), ("sum", self.total), ("memory", self.memory)]
+        rows.append(("at full rank", self.full_total))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"rank {rank}, {len(self.taken)} weights in the subspace", ""]
+        lines.append(f"{'':{width}}  {'GB':>9}  {'GiB':>9}")
+        lines += [f"{name:{width}}  {v / 1e9:9.3f}  {v / 2**30:9.3f}" for name, v in rows]
+        if self.flops:
+            full, compact = self.flops["full rank"], self.flops["subspace"]
+            lines += ["", f"FLOPs of their products per step: {compact:.3e} instead of {full:.3e}"]
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def parse_memory(memory: int | str) -> int:
+    """Bytes: of 24 * 2**30, "40GB" (decimal), "24GiB" (binary), "1.5TB".
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+        return memory
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", str(memory), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise OptionError(
+            f"memory={memory!r} is no amount of memory: give bytes as an int, or a string such as "
+            '"40GB" (decimal) or "24GiB" (binary).'
+        )
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def llama_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a LLaMA of ``inspect.cost.LLAMA``: name -> shape.
+
+    Raises:
+        OptionError: the name is not known.
+    """
+    if name not in LLAMA:
+        raise OptionError(f"shape {name!r} is not known: {nearest(name, list(LLAMA))}")
+    hidden, ffn, layers, vocabulary = LLAMA[name]
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden)}
+    for k in range(layers):
+        for each in ("wq", "wk", "wv", "wo"):
+            shapes[f"layers.{k}.attention.{each}.weight"] = (hidden, hidden)
+        for each in ("gate", "up"):
+            shapes[f"layers.{k}.mlp.{each}.weight"] = (ffn, hidden)
+        shapes[f"layers.{k}.mlp.down.weight"] = (hidden, ffn)
+        for each in ("attention_norm", "mlp_norm"):
+            shapes[f"layers.{k}.{each}.weight"] = (hidden,)
+    return {**shapes, "norm.weight": (hidden,), "head.weight": (vocabulary, hidden)}
+
+
+def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
+    """Bytes that autograd keeps of one eager forward for its backward, parameters aside.
+
+    Runs ``model(*inputs, **kwargs)`` where the model is; on the meta device that allocates nothing.
+    """
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}  # holds the tensors, so that no address comes back
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(*inputs, **kwargs)
+    return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
+
+
+# Modules of torch whose matrices are used otherwise than in a matrix product of their own.
+_DENSE_MODULES = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    trains: bool
+    candidate: bool
+
+    def cost(self, config: GrassConfig, moments: int) -> LinearCost:
+        """Of the whole parameter at full rank, r = m; a vector is a matrix of one row."""
+        *stack, rows, columns = (1, 1, *self.shape) if len(self.shape) < 2 else self.shape
+        side = config.side
+        if side == "auto" or self.stacked:  # of stacks, rows are selected whatever side says
+            side = "out" if rows <= columns or self.stacked else "in"
+        scoring = None
+        if config.needs_scores:
+            scoring = "tiles" if config.scoring == "tiles" else "gradient"
+        return LinearCost(
+            rows, columns, rows if side == "out" else columns, 0, config.scoring_period,
+            self.itemsize, side, scoring, config.replacement, moments, matrices=math.prod(stack),
+        )  # fmt: skip
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.shape) == 3
+
+
+def _of_model(model: nn.Module, config: GrassConfig, dtype: torch.dtype | None) -> list[_Parameter]:
+    """All parameters, each once. One that an embedding also has is used by it, and stays dense."""
+    used_otherwise = {
+        id(each)
+        for module in model.modules()
+        if isinstance(module, _DENSE_MODULES)
+        for each in module.parameters(recurse=False)
+    }
+    found = []
+    for name, each in model.named_parameters():
+        itemsize = dtype.itemsize if dtype and each.is_floating_point() else each.itemsize
+        fit = each.dim() in (2, 3) and each.is_floating_point() and each.requires_grad
+        candidate = fit and id(each) not in used_otherwise and config.wants(name) is None
+        found.append(_Parameter(name, tuple(each.shape), itemsize, each.requires_grad, candidate))
+    return found
+
+
+def _of_shapes(
+    shapes: Shapes | Iterable[Sequence[int]], config: GrassConfig, dtype: torch.dtype | None
+) -> list[_Parameter]:
+    if not isinstance(shapes, Mapping):
+        shapes = {str(k): shape for k, shape in enumerate(shapes)}
+    itemsize = (dtype or torch.bfloat16).itemsize
+    return [
+        _Parameter(name, (*shape,), itemsize, True,
+                   len(shape) in (2, 3) and config.wants(name) is None)
+        for name, shape in shapes.items()
+    ]  # fmt: skip
+
+
+def _layer(name: str) -> str:
+    """Which layer a parameter is of: "layers.3" of "layers.3.mlp.up.weight", else it alone."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return match[0] if match else name
+
+
+def _measure(
+    parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
+) -> tuple[dict[str, int], dict[str, LinearCost]]:
+    """Bytes by part, without buffers and activations; and the costs of the taken weights."""
+    taken: dict[str, LinearCost] = {}
+    compact, dense = 0, 0
+    together: Counter[str] = Counter()
+    compact_state = dense_state = inputs = weights = 0
+    for each in parameters:
+        cost = each.cost(config, moments)
+        weights += cost.weight_bytes
+        rank, _ = config.rank_and_block(cost.selected)
+        if each.candidate and rank <= cost.selected:
+            cost = taken[each.name] = replace(cost, r=rank)
+            compact += cost.gradient_bytes
+            together[_layer(each.name)] += cost.gradient_bytes
+            compact_state += cost.state_bytes
+            inputs += cost.graph_input_bytes
+        elif each.trains:
+            dense += cost.full_gradient_bytes
+            together[_layer(each.name)] += cost.full_gradient_bytes
+            dense_state += cost.full_state_bytes
+    if in_backward:  # those of a graph come together, and go before the next graph's
+        gradients = {"gradients of a layer": max(together.values(), default=0)}
+    else:
+        gradients = {"compact gradients": compact, "dense gradients": dense}
+    parts = {
+        "weights": weights,
+        **gradients,
+        "compact state": compact_state,
+        "dense state": dense_state,
+        "selections": inputs,
+    }
+    if config.needs_scores:
+        transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
+        parts["scoring step"] = transient + sum(cost.score_bytes for cost in taken.values())
+    return parts, taken
+
+
+def _full_rank(
+    parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
+) -> int:
+    """Bytes with every parameter dense, which no step scores."""
+    dense = [replace(each, candidate=False) for each in parameters]
+    parts, _ = _measure(dense, config, moments, in_backward)
+    return sum(size for name, size in parts.items() if name != "scoring step")
+
+
+def _fractions(size: int, block: int) -> list[float]:
+    """All fractions of ``size`` worth trying: multiples of 8 rows, of the block where size < 9."""
+    unit = math.lcm(8, block)
+    if unit >= size:
+        unit = block if block < size else 1
+    return [rows / size for rows in range(unit, size, unit)] or [0.5]
+
+
+def plan(
+    model: nn.Module | str | Shapes | Iterable[Sequence[int]],
+    memory: int | str,
+    *,
+    rank: int | float | None = None,
+    tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    optimizer: str = "adamw",
+    activations: int | str | None = None,
+    inputs: Sequence[Any] | None = None,
+    in_backward: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The largest rank with which training fits into ``memory``, and what takes how much of it.
+
+    The rank is a multiple of 8 rows of the largest selected dimension (of one row if that has no
+    more than 8), as a fraction of it, which is rounded for other dimensions as training does
+    (docs/method.md, "rank").
+
+    Which weights are taken is an estimate, made without tracing: matrices and stacks of them that
+    ``include`` and ``exclude`` let in, but those of embeddings (also tied to a head), convolutions
+    and recurrent layers. A matrix that the model adds, such as positions, wants ``exclude``.
+
+    Args:
+        model: a module, on any device; one on the meta device is planned for without memory. Or
+            shapes, {name: (m, n)} or a sequence of them, or a name of ``inspect.cost.LLAMA``.
+        memory: bytes, or "40GB" (decimal), "24GiB" (binary).
+        rank: plan with this rank, as the option ``rank`` of the backend, instead of the largest.
+        tokens: b of one step; only for the FLOPs.
+        dtype: of the parameters; None: as they are, and bfloat16 for shapes.
+        optimizer: "adamw", "momentum" or "sgd": 2, 1 or 0 moments.
+        activations: bytes, as ``memory``.
+        inputs: of the model, in place of ``activations``: they are measured, by
+            :func:`activation_bytes`.
+        in_backward: with ``grass_fx.step_in_backward`` and layers that are compiled one by one:
+            gradients exist for one layer at a time, all parameters of a name up to its first
+            number. In one graph of the whole model they all exist together.
+        options: those of the backend; ``rank`` is set here.
+
+    Raises:
+        OptionError: nothing fits, no weight can be taken, or an argument is impossible.
+    """
+    available, options = parse_memory(memory), dict(options or {})
+    if "rank" in options:
+        raise OptionError("options: give rank as an argument of plan, or leave it to be found.")
+    if optimizer not in MOMENTS:
+        raise OptionError(f"optimizer={optimizer!r} is not known: {nearest(optimizer, [*MOMENTS])}")
+    config, moments, other = GrassConfig.from_options(options), MOMENTS[optimizer], {}
+    notes = ["which weights are taken is an estimate, made without tracing the model"]
+    if isinstance(model, nn.Module):
+        parameters = _of_model(model, config, dtype)
+        other["buffers"] = sum(each.nbytes for each in model.buffers())
+    elif isinstance(model, str):
+        listed = llama_shapes(model)
+        config = replace(config, exclude=(*config.exclude, "embed.weight"))  # looked up in, not fed
+        parameters = _of_shapes(listed, config, dtype)
+    else:
+        parameters = _of_shapes(model, config, dtype)
+    if inputs is not None:
+        if activations is not None or not isinstance(model, nn.Module):
+            raise OptionError("inputs: give them with a module, and without activations.")
+        other["activations"] = activation_bytes(model, *inputs)
+        notes.append("activations are those of an eager forward; a compiled one keeps fewer")
+    elif activations is not None:
+        other["activations"] = parse_memory(activations)
+    else:
+        notes.append("activations are not counted: give activations, or inputs of the model")
+    sizes = [each.cost(config, 0).selected for each in parameters if each.candidate]
+    if not sizes:
+        raise OptionError("there is no linear weight to take: look at include and exclude.")
+
+    def parts_at(rank: int | float) -> dict[str, int]:
+        parts, _ = _measure(parameters, replace(config, rank=rank), moments, in_backward)
+        return {**parts, **{name: size for name, size in other.items() if size}}
+
+    if rank is None:
+        fractions = _fractions(max(sizes), config.block)
+        count = bisect.bisect_right(fractions, available, key=lambda f: sum(parts_at(f).values()))
+        if count == 0:
+            raise OptionError(
+                f"memory={memory!r} is too little: the smallest rank, {fractions[0]:.6g}, needs "
+                f"{sum(parts_at(fractions[0]).values()) / 1e9:.3f} GB. Use a smaller dtype, "
+                "gradient checkpointing, fewer tokens, or layers compiled one by one with "
+                "grass_fx.step_in_backward."
+            )
+        rank = fractions[count - 1]
+    config = replace(config, rank=rank)
+    _, taken = _measure(parameters, config, moments, in_backward)
+    if not taken:
+        raise OptionError(f"rank={rank} exceeds the selected dimension of every weight.")
+    full = _full_rank(parameters, config, moments, in_backward)
+    flops = None
+    if tokens is not None:
+        costs = [replace(cost, b=tokens) for cost in taken.values()]
+        flops = {
+            "full rank": float(sum(cost.full_step_flops for cost in costs)),
+            "subspace": float(sum(cost.step_flops for cost in costs)),
+        }
+        if any(cost.matrices > 1 for cost in costs):
+            notes.append("each matrix of a stack is counted with all tokens, as if it met them all")
+    if in_backward:
+        notes.append("gradients: as if layers were compiled one by one")
+    if config.needs_scores and config.scoring == "auto":
+        notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
+    largest = max(taken.values(), key=lambda cost: cost.selected)
+    ranks = {name: cost.r for name, cost in taken.items()}
+    sums = full + sum(other.values())
+    return Plan(
+        available, rank, largest.r, largest.selected, parts_at(rank), sums, ranks, flops, (*notes,)
+    )

@@ -1,0 +1,260 @@
+"""A Dynamo graph differentiated and rewritten, and what that says of the parameters in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import sympy  # type: ignore[import-untyped]
+from torch import Tensor, fx, nn
+
+from grass_fx import _torch_compat as compat
+from grass_fx.compile.lowering.selected_mm import GATHER, way
+from grass_fx.config import GrassConfig
+from grass_fx.inspect.excerpts import draw
+from grass_fx.inspect.findings import Cost, GraphNode
+from grass_fx.inspect.products import Product, WeightProducts, weight_products
+from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
+from grass_fx.ops import SELECTED_MM
+from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight, find_linear_weights_pass
+from grass_fx.passes.keep_selected import keep_selected_pass
+from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.push_norms import wants_tiles
+from grass_fx.passes.tap_weights import added_positions, tap_weights_pass
+
+FIRST_ALL = "mm, then gather"
+UNREACHED = "no gradient reaches it in this graph"
+ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
+
+
+@dataclass
+class TracedWeight:
+    """What one graph does with a parameter."""
+
+    taken: LinearWeight | None
+    reason: str
+    """Why it is not pushed, or not taken; empty if it is pushed."""
+    before: Cost = Cost()
+    after: Cost = Cost()
+    """Products only: what is held and sent depends on no graph."""
+    kernel: str | None = None
+    pictures: dict[str, tuple[GraphNode, ...]] = field(default_factory=dict)
+    scoring_step: Any = 0
+    """Bytes of the full gradient that a scoring step forms."""
+
+
+@dataclass
+class Kept:
+    """What a graph keeps for its backward: bytes of its own, and which inputs besides."""
+
+    bytes: Any = 0
+    inputs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class TracedGraph:
+    """What :func:`trace` found, by the position of the parameters among the inputs."""
+
+    weights: dict[int, TracedWeight]
+    symbols: dict[str, int | None]
+    before: Kept = field(default_factory=Kept)
+    after: Kept = field(default_factory=Kept)
+
+    def rename(self, symbols: Mapping[str, str]) -> None:
+        """Give symbols other names, in all amounts."""
+        if not symbols:
+            return
+        new = {sympy.Symbol(name): sympy.Symbol(other) for name, other in symbols.items()}
+
+        def renamed(amount: Any) -> Any:
+            return amount.subs(new) if hasattr(amount, "subs") else amount
+
+        for each in self.weights.values():
+            each.before, each.after = each.before.map(renamed), each.after.map(renamed)
+            each.scoring_step = renamed(each.scoring_step)
+        for kept in (self.before, self.after):
+            kept.bytes = renamed(kept.bytes)
+
+
+def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> TracedGraph | None:
+    """Trace a graph at full rank and as rewritten; None if it is no training graph.
+
+    The regular variant is traced; what scoring adds is by the formulas of ``inspect.cost``.
+    """
+    if not any(isinstance(value, Tensor) for value in inputs):
+        return None
+    found = find_linear_weights_pass(gm, inputs, config=config)
+    graph = TracedGraph({}, sizes_of_symbols(inputs))
+
+    def keep(which: Kept, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        which.bytes, which.inputs = _kept(forward, backward)
+
+    plain = compat.copy_dynamo_graph(gm)
+    compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
+    tapped, extended = tap_weights_pass(
+        gm, inputs, found.taken, with_scores=config.needs_scores, score_sync=config.score_sync
+    )
+    tracer = _Tracer(config, found, inputs)
+    compat.compile_aot_eager(tapped, extended, tracer.rewrite, on_partition=tracer.partitioned)
+    if not tracer.parts:
+        return None
+    keep(graph.after, *tracer.parts)
+    graph.weights = tracer.weights()
+    return graph
+
+
+def _kept(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, list[int]]:
+    """Bytes of what the backward gets from the forward; and which of its inputs, by position."""
+    places = forward.graph.find_nodes(op="placeholder")
+    given = {_storage(node): compat.input_position(node) for node in places if _storage(node)}
+    total: Any = 0
+    inputs, seen = set(), set()
+    for node in backward.graph.find_nodes(op="placeholder"):
+        storage = _storage(node)
+        if storage is None or node.name.startswith("tangents") or storage in seen:
+            continue
+        seen.add(storage)
+        if storage in given:
+            inputs.add(given[storage])
+        else:
+            total += size_expression(node.meta["val"].untyped_storage().nbytes())
+    return total, sorted(place for place in inputs if place is not None)
+
+
+def _storage(node: fx.Node) -> Any:
+    """What tells whether two fake tensors share memory; None of what is no tensor."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+class _Tracer:
+    """Looks at one joint graph before and after the passes, and at what it is cut into."""
+
+    def __init__(self, config: GrassConfig, found: FoundWeights, inputs: Sequence[Any]) -> None:
+        self.config, self.found = config, found
+        self.taken = {weight.position: weight for weight in found.taken}
+        self.added = added_positions(found.taken, len(inputs), with_scores=config.needs_scores)
+        self.parameters = {
+            place: value
+            for place, value in enumerate(inputs)
+            if isinstance(value, nn.Parameter) and value.requires_grad
+        }
+        patches = compat.inductor_patches(config.mode, config.inductor)
+        self.tunes = bool(patches.get("max_autotune") or patches.get("max_autotune_gemm"))
+        self.push = PushReport()
+        self.parts: tuple[fx.GraphModule, ...] = ()
+        self.before: dict[int, _Measured] = {}
+        self.after: dict[int, _Measured] = {}
+
+    def rewrite(self, graph: fx.Graph) -> None:
+        """The joint pass: measure, push, measure."""
+        names = {places["indices"]: f"{place}" for place, places in self.added.items()}
+        self.before = self._measured(graph)
+        GrassPasses(self.push, names)(graph)
+        self.after = self._measured(graph)
+        if not self.config.needs_scores and keep_selected_pass(graph):
+            for place, kept in self._measured(graph).items():  # plain products, where it did
+                self.after[place] = replace(self.after[place], ways=kept.ways)
+
+    def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        """Called with the two halves of the step."""
+        self.parts = forward, backward
+
+    def _measured(self, graph: fx.Graph) -> dict[int, _Measured]:
+        labels = {place: role for places in self.added.values() for role, place in places.items()}
+        measured = {}
+        for place, parameter in self.parameters.items():
+            if parameter.dim() < 2:
+                continue
+            proxy = self.added[place]["d"] if place in self.added else None
+            products = weight_products(graph, place, proxy)
+            if products is not None:
+                labels[place] = "weight"
+                picture = draw(products.path, labels) if proxy is not None else ()
+                ways = {self._way(each) for each in products.weight_gradient}
+                measured[place] = _Measured.of(products, picture, ways)
+                del labels[place]
+        return measured
+
+    def _way(self, product: Product) -> str:
+        """How the backend computes it."""
+        if product.node.target != SELECTED_MM:
+            return GATHER
+        dim = cast("int", product.node.args[4])
+        factor = product.factors[dim]
+        strides = factor.stride(dim), factor.stride(1 - dim)
+        return way(factor.device.type, factor.dtype, strides, self.tunes)
+
+    def weights(self) -> dict[int, TracedWeight]:
+        """Everything that is known of each trainable parameter."""
+        again = {n.name for n in self.parts[1].graph.nodes if n.op == "call_function"}
+        left = iter(self.found.left.values())
+        unfit = iter([r for r in self.found.unfit.values() if r != "frozen"])
+        answer: dict[int, TracedWeight] = {}
+        for place, value in self.parameters.items():
+            weight = self.taken.get(place)
+            before, after = (each.get(place, _Measured()) for each in (self.before, self.after))
+            if weight is None:
+                reason = next(left if value.dim() > 1 else unfit)
+            else:
+                reason = self.push.stopped.get(f"{place}", "")
+                if not reason and not after.picture:  # what was pushed ended in zeros
+                    reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
+            traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
+            if weight is not None:
+                traced.pictures = {"before": before.picture, "after": after.picture}
+                if f"{place}" in self.push.stopped:
+                    traced.kernel = FIRST_ALL
+                elif after.ways:
+                    traced.kernel = ", ".join(after.ways)
+                if self.config.needs_scores:
+                    self._add_scoring(traced, value)
+            answer[place] = traced
+        return answer
+
+    def _add_scoring(self, traced: TracedWeight, weight: Tensor) -> None:
+        """One step in K forms the full gradient, or tiles of it besides the compact one."""
+        tiles = weight.dim() == 2 and wants_tiles(weight, self.config.scoring)
+        traced.scoring_step = 0 if tiles else weight.nbytes
+        if self.config.scoring_period == math.inf:
+            return
+        amounts = {}
+        for kind in ("weight_gradient_flops", "weight_gradient_bytes"):
+            full, compact = (getattr(each, kind) for each in (traced.before, traced.after))
+            more = full if tiles and not traced.reason else full - compact
+            amounts[kind] = compact + more / self.config.scoring_period
+        traced.after = replace(traced.after, **amounts)
+
+
+@dataclass
+class _Measured:
+    """A weight's products as amounts: the graph goes on changing."""
+
+    forward: list[tuple[str, Any, Any]] = field(default_factory=list)
+    """Names, FLOPs and bytes."""
+    rest: Cost = Cost()
+    picture: tuple[GraphNode, ...] = ()
+    ways: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, products: WeightProducts, picture: tuple[GraphNode, ...], ways: set[str]
+    ) -> _Measured:
+        """Everything that is to be kept of ``products``."""
+        rest = Cost(
+            input_gradient_flops=sum(each.flops for each in products.input_gradient),
+            input_gradient_bytes=sum(each.bytes for each in products.input_gradient),
+            weight_gradient_flops=sum(each.flops for each in products.weight_gradient),
+            weight_gradient_bytes=sum(each.bytes for each in products.weight_gradient),
+        )
+        forward = [(each.node.name, each.flops, each.bytes) for each in products.forward]
+        return cls(forward, rest, picture, (*sorted(ways),))
+
+    def cost(self, again: set[str]) -> Cost:
+        """All of it; products that the backward computes ``again`` count twice."""
+        times = [(1 + (name in again), flops, size) for name, flops, size in self.forward]
+        flops, size = (sum(each[0] * each[k] for each in times) for k in (1, 2))
+        return self.rest + Cost(forward_flops=flops, forward_bytes=size)

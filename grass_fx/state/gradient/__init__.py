@@ -1,0 +1,14 @@
+"""The gradient on ``weight.grad`` of a taken weight, storing only its selected rows.
+
+compact.py       CompactGrad: what it holds, and how torch's operations reach the handlers below
+copies.py        detach, clone, conversions, pickles; memory that a caller asks for
+scaling.py       multiplying by a number or by a mask, clamping
+accumulation.py  adding: what autograd does, and what a training loop does
+looking.py       what can be asked of it: norms, sums, extremes, comparisons, histograms
+lists.py         operations on lists of gradients, compact and dense mixed
+"""
+
+from grass_fx.state.gradient import accumulation, copies, lists, looking, scaling
+from grass_fx.state.gradient.compact import CompactGrad, Owner, Used
+
+__all__ = ["CompactGrad", "Owner", "Used", "accumulation", "copies", "lists", "looking", "scaling"]

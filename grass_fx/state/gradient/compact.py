@@ -1,0 +1,346 @@
+"""CompactGrad: to the rest of torch a tensor of the weight's shape.
+
+It accumulates, is clipped, unscaled and zeroed like any gradient, and can be looked at. What has no
+meaning without the rows that are not there raises a :class:`~grass_fx.errors.CompactGradError` that
+says what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from grass_fx.errors import CompactGradError
+from grass_fx.state.selection import Selection
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+_HANDLERS: dict[Any, Handler] = {}
+LISTS: dict[Any, Handler] = {}
+"""Handlers of functions of lists, as Python calls them."""
+
+
+def handles(*ops: Any) -> Callable[[Handler], Handler]:
+    """The decorated function answers these operators, or returns NotImplemented."""
+
+    def register(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+class Owner:
+    """A Subspace, weakly; no bare weak reference, which Dynamo takes for what it refers to."""
+
+    def __init__(self, subspace: Any) -> None:
+        self._ref = weakref.ref(subspace)
+
+    def get(self) -> Any:
+        """The Subspace, or None if it is gone."""
+        return self._ref()
+
+
+class Used:
+    """The mark of the gradients that one optimizer has stepped with; ``warned``: see there."""
+
+    warned = False
+
+
+@dataclass(slots=True)
+class Cell:
+    """What a gradient holds. Detached copies share it: what is done to one is done to all."""
+
+    compact: Tensor
+    selection: Selection
+    scores: Tensor | None = None
+    zeroed: bool = False
+    local: bool = True
+    projected: bool = False
+    owner: Owner | None = None
+    used: Used | None = None
+
+    def empty(self) -> None:
+        """Hold zeros: of any selection, of every process, of no step."""
+        self.scores, self.used = None, None
+        self.zeroed, self.projected = True, False
+
+
+class CompactGrad(Tensor):
+    """The compact gradient C of a weight (m, n), equations 2 and 3 of docs/method.md.
+
+    Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``selection``, the
+    :class:`~grass_fx.Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the
+    rows' squared gradient norms in a scoring step, else None. ``zeroed``: ``zero_`` has emptied it,
+    and it adopts the next one's selection. ``local``: some of it is this process's alone, no
+    average over the processes that train together (grass_fx.distributed). ``projected``: some of it
+    came dense, and was projected when it was added. ``owner``: the Subspace whose step ends when an
+    optimizer steps with this gradient, whichever parameter it is on; None if that is gone.
+    ``used``: an optimizer has stepped with it.
+    """
+
+    _cell: Cell
+
+    @staticmethod
+    def __new__(
+        cls: Any,
+        compact: Tensor,
+        selection: Selection,
+        shape: Sequence[int],
+        scores: Tensor | None = None,
+        zeroed: bool = False,
+        local: bool = True,
+        projected: bool = False,
+        owner: Any = None,
+    ) -> CompactGrad:
+        by = None if owner is None else owner.owner
+        return wrap(Cell(compact, selection, scores, zeroed, local, projected, by), shape)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def compact(self) -> Tensor:
+        return self._cell.compact
+
+    @property
+    def selection(self) -> Selection:
+        return self._cell.selection
+
+    @property
+    def scores(self) -> Tensor | None:
+        return self._cell.scores
+
+    @property
+    def zeroed(self) -> bool:
+        return self._cell.zeroed
+
+    @property
+    def local(self) -> bool:
+        return self._cell.local
+
+    @property
+    def projected(self) -> bool:
+        return self._cell.projected
+
+    @property
+    def owner(self) -> Any:
+        return None if self._cell.owner is None else self._cell.owner.get()
+
+    @property
+    def used(self) -> bool:
+        return self._cell.used is not None
+
+    def mark_used(self, by: Used) -> None:
+        """An optimizer has stepped with it: it should be zeroed before the next backward."""
+        self._cell.used = by
+
+    def mark_averaged(self) -> None:
+        """It holds the average over all processes now."""
+        self._cell.local = False
+
+    def derived(self, compact: Tensor, scores: Tensor | None = None, **changes: Any) -> CompactGrad:
+        """A gradient of its own with other numbers: of the same weight, and of no step yet."""
+        cell = dataclasses.replace(self._cell, compact=compact, scores=scores, used=None, **changes)
+        return wrap(cell, self.shape)
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
+        """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
+        return self.selection.embed(self.compact, self.shape)
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        parts = [
+            f"shape={tuple(self.shape)}",
+            f"compact={tuple(self.compact.shape)}",
+            f"dim={self.selection.dim}",
+            f"dtype={self.dtype}",
+        ]
+        if self.device.type != "cpu":
+            parts.append(f"device='{self.device}'")
+        if self.scores is not None:
+            parts.append("with scores")
+        return f"CompactGrad({', '.join(parts)})"
+
+    __format__ = object.__format__
+
+    # ``module.to(dtype)`` assigns ``grad.data``, which replaces only what torch keeps of a tensor.
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, CompactGrad):
+            raise CompactGradError(
+                f"the compact gradient of {self.selection.name} cannot become a dense tensor in "
+                "place: assign weight.grad = ... instead."
+            )
+        theirs: Any = torch.Tensor.data
+        theirs.__set__(self, value)
+        self._cell = value._cell
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        s, c = self.selection, self._cell
+        state = (c.compact, s.indices, s.scale, s.dim, s.generation, s.name)
+        marks = (c.zeroed, c.local, c.projected)
+        return _rebuild, (*state, tuple(self.shape), c.scores, *marks, s.draw)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
+        # Of another weight, which is a copy too: that has a subspace of its own.
+        compact, scores = copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo)
+        return self.derived(compact, scores, owner=None)
+
+    # --- memory that is not there -----------------------------------------------------------------
+
+    def share_memory_(self) -> CompactGrad:
+        """Move C, and scores if it has some, to shared memory."""
+        self.compact.share_memory_()
+        if self.scores is not None:
+            self.scores.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether C is in shared memory."""
+        return self.compact.is_shared()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A NumPy array of the whole matrix, zeros included, that cannot be written to."""
+        array = self.to_dense().numpy(force=force)
+        array.flags.writeable = False  # what is written would not reach the gradient
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def tolist(self) -> Any:
+        """The whole matrix as nested lists, zeros included."""
+        return self.to_dense().tolist()
+
+    def untyped_storage(self) -> Any:
+        """The memory of C: all that there is."""
+        return self.compact.untyped_storage()
+
+    def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
+        raise CompactGradError(f"the compact gradient of {self.selection.name} {_NO_MEMORY}")
+
+    data_ptr = storage = _typed_storage = _no_memory
+    __dlpack__ = __dlpack_device__ = _no_memory
+    __cuda_array_interface__ = property(_no_memory)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        handler = _HANDLERS.get(func) or _HANDLERS.get(func.overloadpacket)
+        result = handler(func, args, kwargs or {}) if handler else NotImplemented
+        if result is NotImplemented:
+            raise _cannot(func, (args, kwargs))
+        return result
+
+
+class BesideDTensors(CompactGrad):
+    """A gradient whose C is a DTensor, as those of dense parameters are then.
+
+    Of a list of both torch asks the class of the first, and DTensor knows no compact gradients. So
+    functions of lists are handled before that choice.
+    """
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            handler = LISTS.get(func)
+            result = handler(func, args, kwargs or {}) if handler else func(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            raise _cannot(func, (args, kwargs))
+        return result
+
+
+def wrap(cell: Cell, shape: Sequence[int]) -> CompactGrad:
+    """A gradient of a weight of ``shape`` that holds ``cell``."""
+    compact = cell.compact
+    made: CompactGrad = torch.Tensor._make_wrapper_subclass(
+        BesideDTensors if isinstance(compact, DTensor) else CompactGrad,
+        shape,
+        dtype=compact.dtype,
+        device=compact.device,
+    )
+    # Whoever asks for its memory in C++ gets an error, instead of reading what is not there.
+    if not torch.compiler.is_dynamo_compiling():  # which does not know the function
+        torch._C._set_throw_on_mutable_data_ptr(made)
+    made._cell = cell
+    return made
+
+
+def _rebuild(
+    compact: Tensor,
+    indices: Tensor,
+    scale: Tensor | None,
+    dim: int,
+    generation: int,
+    name: str,
+    shape: tuple[int, ...],
+    scores: Tensor | None,
+    zeroed: bool,
+    local: bool = True,
+    projected: bool = False,
+    draw: int = 0,
+) -> CompactGrad:
+    selection = Selection(indices, scale, dim, generation, name, draw)
+    return CompactGrad(compact, selection, shape, scores, zeroed, local, projected)
+
+
+torch.serialization.add_safe_globals([CompactGrad, _rebuild])
+
+_NO_MEMORY = (
+    "has no memory of the weight's shape. weight.grad.compact is a plain tensor of its selected "
+    "rows, weight.grad.to_dense() makes the whole matrix."
+)
+
+
+def name_in(tree: Any) -> str:
+    """The weight of the first compact gradient among arguments."""
+    found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, CompactGrad))
+    return next((grad.selection.name for grad in found), "a weight")
+
+
+def _cannot(func: Any, arguments: Any) -> CompactGradError:
+    return CompactGradError(
+        f"{name_in(arguments)}: {func} needs rows that its compact gradient does not hold. Use "
+        "weight.grad.compact, a plain tensor of the selected rows, or weight.grad.to_dense(), the "
+        "whole matrix with zeros elsewhere. If this is an optimizer's step: use grass_fx.AdamW, or "
+        "grass_fx.subspace(X) for a torch optimizer class X."
+    )
+
+
+def bare(tree: Any) -> Any:
+    """Arguments with C in the place of each compact gradient."""
+    return tree_map(lambda t: t.compact if isinstance(t, CompactGrad) else t, tree)
+
+
+def times(scores: Tensor | None, factor: Any, power: int = 1) -> Tensor | None:
+    """Scores of a gradient times ``factor``**``power``: squared norms go with its square."""
+    if scores is None:
+        return None
+    if isinstance(factor, DTensor):  # of clipping a sharded model
+        factor = factor.full_tensor()
+    if isinstance(factor, Tensor):
+        factor = factor.to(scores.device, scores.dtype).reshape(())
+    return scores * factor ** (2 * power)
+
+
+def is_factor(value: Any) -> bool:
+    """Whether a product with it is one with a single number."""
+    return not isinstance(value, CompactGrad) and (
+        not isinstance(value, Tensor) or value.numel() == 1
+    )

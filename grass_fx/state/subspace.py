@@ -1,0 +1,443 @@
+"""Each taken weight's subspace: which rows it moves now, and when that changes.
+
+Selections change in one place, :func:`finish_steps`, which grass_fx optimizers call after their
+step (docs/method.md, "Steps, periods, refreshes").
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from grass_fx.config import RULES
+from grass_fx.errors import StateError
+from grass_fx.state import rules
+from grass_fx.state.gradient import Owner
+from grass_fx.state.history import Norms, SelectionHistory
+from grass_fx.state.replicas import Replicas
+from grass_fx.state.saved import check_saved, sound_history
+from grass_fx.state.selection import Selection
+from grass_fx.state.sharding import Sharding
+from grass_fx.state.spec import SubspaceSpec, scale_dtype
+from grass_fx.state.transfers import to_device
+
+log = logging.getLogger(__name__)
+
+Draw = tuple[Tensor, Tensor | None]
+"""Units of one matrix, (r / B,), and ρ per unit with replacement."""
+
+
+_generations = itertools.count()
+"""Numbers of selections: each is given once in a process, and no load restores one."""
+
+
+def selects_rows(state: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a saved :meth:`Subspace.state` is of rows; of a stack it always is."""
+    return weight.dim() == 3 or int(state["subspace_counters"][7]) == 0
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """What a step's end will have made of a subspace: see :meth:`Subspace.become`."""
+
+    step: int
+    retry: bool
+    frozen: bool
+    selection: Selection | None = None
+    """The next one, on the CPU first; None: it stays."""
+    orders: Sequence[Tensor] = ()
+    position: int = 0
+    drawn: Tensor | None = None
+    """Its indices on the CPU, for the history, with the ``norms`` it was drawn by."""
+    norms: Norms = ()
+
+
+class Subspace:
+    """A weight's selection and its schedule. One optimizer step uses one selection.
+
+    ``selection`` is the current :class:`~grass_fx.Selection`; ``step`` counts optimizer steps,
+    ``period`` the draws made; ``scoring_due`` tells whether this step's gradients must carry
+    scores; ``delivered``, whether a compact gradient has arrived in it, ``unfinished`` in how many
+    backwards, the last of which was ``backward``; ``history`` records selections for reports, and
+    decides nothing; ``compilations`` are those that the weight has met since (frame, number), for a
+    warning. ``replicas``: with which other processes it is trained, ``agreed``: whether they have
+    compared options, ``sharding``: how it is spread over them. ``owner`` is what gradients carry.
+    """
+
+    def __init__(
+        self, spec: SubspaceSpec, key: int, name: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.spec, self.name, self.owner = spec, name, Owner(self)
+        self.rule = RULES[spec.selection]
+        self._scale_dtype = scale_dtype(dtype)
+        self.compilations: set[tuple[int, int]] = set()
+        self.replicas: Replicas | None = None
+        self.agreed = False
+        self.backward = self.unfinished = 0
+        self.sharding: Sharding | None = None
+        self._own: tuple[Selection, Selection] | None = None
+        self._inputs: list[Tensor] = []
+        self._given: Selection | None = None  # what the inputs of graphs hold
+        dim = spec.dim if spec.stack is None else 0
+        self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name, -1)
+        self.restart(key, device)
+
+    def restart(self, key: int, device: torch.device) -> None:
+        """Be as before the first step; selections go on being counted."""
+        self.key, self.step, self.period = key, 0, 0
+        self.delivered = self.frozen = self._retry = False
+        units = self.spec.piece_size // self.spec.block
+        # Exhausted walks, one of each matrix: the first draw starts the first permutations.
+        self._orders: Sequence[Tensor] = [torch.arange(units, device="cpu")] * self.spec.pieces
+        self._position = units
+        self._history = SelectionHistory(self.spec.rows)
+        self.become(self._next(Upcoming(0, False, False), *self._draw()))
+        self.selection_on(device)
+
+    @property
+    def scoring_due(self) -> bool:
+        """Whether this step is a scoring step: the last one of a period, or a repeated one."""
+        if not self.rule.needs_scores or self.frozen:
+            return False
+        return self._retry or self._at_period_end(self.step)
+
+    def _at_period_end(self, step: int) -> bool:
+        if self.spec.refresh_every == math.inf:
+            return step == 0
+        return step % int(self.spec.refresh_every) == 0
+
+    @property
+    def history(self) -> SelectionHistory:
+        """Its selections, complete."""
+        self.settle()
+        return self._history
+
+    def settle(self) -> None:
+        """Record the last change of the selection in the history."""
+        self._history.settle()
+
+    def upcoming(
+        self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None
+    ) -> Upcoming:
+        """What the end of this step brings, by the norms of all units of each piece; a pure answer.
+
+        ``norms``: (pieces, units), or None. ``tops``: the units of largest norm of the one piece,
+        ascending, if they are known already.
+        """
+        step = self.step + 1
+        stays = Upcoming(step, self._retry, self.frozen)
+        if not self.rule.needs_scores:
+            return self._next(stays, *self._draw()) if self._at_period_end(step) else stays
+        if not self.scoring_due:
+            return stays
+        by_scores = None if norms is None else self._draw_by(norms, tops or [None] * len(norms))
+        if by_scores is None:
+            log.info("%s: no usable scores, the selection stays for another step", self.name)
+            return replace(stays, retry=True)
+        drawn, known, frozen = by_scores
+        ascending = tops is not None and tops[0] is not None
+        stays = Upcoming(step, False, frozen)
+        return self._next(stays, drawn, self._orders, self._position, known, ascending)
+
+    def become(self, upcoming: Upcoming) -> None:
+        """Be as :meth:`upcoming` said; this cannot fail."""
+        self.delivered, self.unfinished = False, 0
+        self.step, self._retry, self.frozen = upcoming.step, upcoming.retry, upcoming.frozen
+        if upcoming.selection is None:
+            return
+        assert upcoming.drawn is not None
+        self._history.change(upcoming.drawn, self.step, upcoming.norms)
+        self.selection = upcoming.selection
+        self._orders, self._position = upcoming.orders, upcoming.position
+        self.period += 1
+
+    def convert(self, dtype: torch.dtype) -> bool:
+        """The weight is of this dtype now. Whether that changes anything."""
+        if self._scale_dtype == (exact := scale_dtype(dtype)):
+            return False
+        self._scale_dtype, self._given = exact, None
+        if (scale := self.selection.scale) is not None:
+            self.selection = replace(self.selection, scale=scale.to(exact))
+        return True
+
+    def rename(self, name: str) -> None:
+        """Report the weight under another name from now on."""
+        self.name, self.selection = name, replace(self.selection, name=name)
+
+    def selection_on(self, device: torch.device) -> Selection:
+        """The current selection, on the device the weight lives on now."""
+        self.selection = self.selection.to(device)
+        return self.selection
+
+    def own(self, selection: Selection) -> Selection:
+        """What of a selection lies in this process's part of the weight; all of it if unsharded."""
+        if self.sharding is None:
+            return selection
+        if self._own is None or self._own[0] is not selection:
+            self._own = selection, self.sharding.own(selection, self.spec.rows)
+        return self._own[1]
+
+    def _now(self, selection: Selection) -> list[Tensor]:
+        """What :func:`graph_inputs` of it are to hold."""
+        current = [t for t in (self._within(selection), selection.scale) if t is not None]
+        return [t.view(self.spec.indices_shape) for t in current]
+
+    def _within(self, selection: Selection) -> Tensor:
+        """σ, counted within each matrix of a stack."""
+        return selection.indices if self.spec.stack is None else selection.indices % self.spec.size
+
+    def _stream(self, piece: int) -> torch.Generator:
+        """The generator of this draw of one piece."""
+        alone = self.spec.pieces == 1 and self.spec.stack is None
+        purpose = "grass" if alone else f"grass, matrix {piece}"
+        return rules.stream(self.spec.seed, self.key, self.period, purpose)
+
+    @property
+    def _count(self) -> int:
+        return self.spec.piece_rank // self.spec.block
+
+    def _draw(self) -> tuple[list[Draw], Sequence[Tensor], int]:
+        """Without scores: rule 8, or rule 10 (also every rule's first); and the walks after it."""
+        drawn: list[Draw] = []
+        if self.spec.selection == "uniform":
+            even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
+            for k in range(self.spec.pieces):
+                stream = self._stream(k)
+                drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
+            return drawn, self._orders, self._position
+        orders, position = [], self._position
+        for k, order in enumerate(self._orders):
+            stream = self._stream(k)
+            units, order, position = rules.cyclic(order, self._position, self._count, stream)
+            orders.append(order)
+            drawn.append((units, None))
+        return drawn, orders, position
+
+    def _draw_by(
+        self, norms: Tensor, tops: Sequence[Tensor | None]
+    ) -> tuple[list[Draw], Norms, bool] | None:
+        """By scores, with the norms that are held and all of them, and whether they freeze it.
+
+        None if no scores are usable.
+        """
+        drawn: list[Draw | None] = []
+        known: list[tuple[Tensor, Tensor]] = []
+        positive, repeats = self.rule.freezes, self.spec.replacement
+        for k, (each, top) in enumerate(zip(norms, tops, strict=True)):
+            new: Draw | None = None if top is None else (top, None)
+            if new is None:
+                stream = self._stream(k)
+                new = rules.select_by_norms(self.rule, each, self._count, repeats, stream)
+            drawn.append(new)
+            if new is None:
+                positive = False
+                continue
+            held = each[new[0].unique() if repeats else new[0]]
+            known.append((held, each))
+            positive = positive and bool((held > 0).all())
+        if not known:
+            return None
+        if len(known) < len(drawn):  # reads σ back from its device
+            drawn = [new or old for new, old in zip(drawn, self._current(), strict=True)]
+        return cast("list[Draw]", drawn), known, positive
+
+    def _current(self) -> list[Draw]:
+        """The current selection as it was drawn."""
+        block, shape = self.spec.block, (self.spec.pieces, -1)
+        within = self.selection.indices.cpu() % self.spec.piece_size
+        units = within.view(shape)[:, ::block] // block
+        if self.selection.scale is None:
+            return [(each, None) for each in units]
+        scales = self.selection.scale.cpu().view(shape)[:, ::block]
+        return list(zip(units, scales, strict=True))
+
+    def _next(
+        self,
+        after: Upcoming,
+        drawn: Sequence[Draw],
+        orders: Sequence[Tensor],
+        position: int,
+        norms: Norms = (),
+        ascending: bool = False,
+    ) -> Upcoming:
+        """``after`` with the selection that was drawn, on the CPU.
+
+        ``ascending``: it has no ρ, and its units are in order.
+        """
+        rows, scales = [], []
+        for k, (units, scale) in enumerate(drawn):
+            if not ascending:
+                units, order = units.sort(stable=True)
+            within = rules.rows_of(units, self.spec.block)
+            rows.append(within + k * self.spec.piece_size if k else within)
+            if scale is not None:
+                scales.append(scale[order].repeat_interleave(self.spec.block))
+            elif self.spec.replacement:
+                # Rule 10's first selection, in a graph that takes ρ.
+                scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
+        indices = torch.cat(rows)
+        selection = replace(
+            self.selection,
+            indices=indices,
+            scale=torch.cat(scales).to(self._scale_dtype) if scales else None,
+            generation=next(_generations),
+            draw=self.selection.draw + 1,
+        )
+        return replace(
+            after,
+            selection=selection,
+            orders=orders,
+            position=position,
+            drawn=indices,
+            norms=norms,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
+        counters = (
+            self.step, self.period, self.selection.draw, self._position, self.key,
+            int(self.frozen), int(self._retry), self.spec.dim, self.spec.size, self.spec.parts,
+        )  # fmt: skip
+        state = {
+            "subspace_counters": torch.tensor(counters, device="cpu"),
+            "subspace_order": torch.cat([*self._orders]),
+            "subspace_indices": self.selection.indices.clone(),
+        }
+        if self.selection.scale is not None:
+            state["subspace_scale"] = self.selection.scale.clone()
+        return {**state, **self.history.state()}
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise StateError if :meth:`state` of another run is damaged or does not fit this one."""
+        check_saved(self.name, state, self.spec.stack)
+        counters = state["subspace_counters"].tolist()
+        indices, order = state["subspace_indices"], state["subspace_order"]
+        scale = state.get("subspace_scale")
+        rows, units = math.prod(self.spec.indices_shape), sum(o.numel() for o in self._orders)
+        fits = (
+            indices.numel() == rows
+            and order.numel() == units
+            and counters[7:9] == [self.spec.dim, self.spec.size]
+            and (counters[9:] or [1]) == [self.spec.parts]  # without, in checkpoints of before
+            and (scale is not None) == self.spec.replacement
+        )
+        if not fits:
+            raise StateError(
+                f"{self.name}: the saved selection has {indices.numel()} rows of {counters[8]} in "
+                f"{order.numel()} units along dimension {counters[7]}"
+                f"{' with scales' if scale is not None else ''}, but the options ask for "
+                f"{rows} rows of {self.spec.size} in {units} units along "
+                f"dimension {self.spec.dim}{' with scales' if self.spec.replacement else ''}. "
+                "Compile with the rank, block, side and replacement of the saved run."
+            )
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`state`, of which nothing is kept, only copies.
+
+        If it does not fit: StateError, and nothing changed. A history that is damaged starts anew.
+        """
+        self.check(state)
+        counters = state["subspace_counters"].tolist()
+        past = {name: value for name, value in state.items() if name.startswith("history_")}
+        if not sound_history(past, self.spec.rows, counters[0]):
+            past = {}
+        device, scale = self.selection.indices.device, state.get("subspace_scale")
+        indices = state["subspace_indices"].to(device, copy=True)
+        if scale is not None:
+            scale = scale.to(device, self._scale_dtype, copy=True)
+        orders = state["subspace_order"].to("cpu", copy=True).chunk(len(self._orders))
+        history = SelectionHistory.resumed(self.spec.rows, indices.cpu(), counters[0], past)
+        # From here on nothing can fail.
+        self.step, self.period, draw, self._position, self.key = counters[:5]
+        self.frozen, self._retry = self.rule.freezes and bool(counters[5]), bool(counters[6])
+        self._orders, self._history = list(orders), history
+        self.selection = replace(
+            self.selection,
+            indices=indices,
+            scale=scale,
+            generation=next(_generations),
+            draw=draw,
+        )
+
+
+def graph_inputs(
+    subspaces: Sequence[Subspace], devices: Sequence[torch.device]
+) -> list[list[Tensor]]:
+    """σ and, with replacement, ρ of each for a graph: the selection in tensors of one address.
+
+    They change in place with the selection, so that CUDA graphs need not copy them. A gradient is
+    labelled with the selection itself, which never changes. The version counters stay: a backward
+    that comes too late is to meet our error, which names the weight.
+    """
+    changed: list[tuple[Subspace, Selection]] = []
+    held: list[Tensor] = []
+    now: list[Tensor] = []
+    for subspace, device in zip(subspaces, devices, strict=True):
+        selection = subspace.selection_on(device)
+        if subspace._given is selection:
+            continue
+        current = subspace._now(selection)
+        if subspace._given is None or subspace._inputs[0].device != device:
+            subspace._inputs, subspace._given = [t.clone() for t in current], selection
+            continue
+        changed.append((subspace, selection))
+        held += [t.data for t in subspace._inputs]
+        now += current
+    if changed:
+        torch._foreach_copy_(held, now)
+    for subspace, selection in changed:
+        subspace._given = selection
+    return [subspace._inputs for subspace in subspaces]
+
+
+def finish_steps(
+    finished: Iterable[tuple[Subspace, Tensor | None]],
+    check: Callable[[Sequence[tuple[Subspace, Upcoming]]], None] = lambda changed: None,
+) -> None:
+    """Tell subspaces that an optimizer step used their selections; refresh those that are due.
+
+    With the scores s of each, (size,) float32 as its gradient brought them, or None. Scores that
+    are missing, not finite or all zero keep the selection and make the next step a scoring step. In
+    a stack, (e·size,), only the affected matrices keep their selection; if all are affected, the
+    next step scores again.
+
+    ``check`` sees those that are about to change. If it raises, or anything else does, none has.
+    """
+    upcoming: list[tuple[Subspace, Upcoming]] = []
+    alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
+    for subspace, scores in finished:
+        rule, spec = subspace.rule, subspace.spec
+        if scores is None or not subspace.scoring_due:
+            upcoming.append((subspace, subspace.upcoming(None)))
+        elif rule.power or spec.replacement or spec.pieces > 1:
+            pieces = scores.cpu().view(spec.pieces, -1)
+            upcoming.append((subspace, subspace.upcoming(rules.unit_norms(pieces, spec.block))))
+        else:
+            alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
+    for (_, rank, block), entries in alike.items():
+        # The largest of all of them at once: one by one is what a refresh would take longest for.
+        norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
+        tops = rules.tops(norms, rank // block)
+        for (subspace, _), each, top in zip(entries, norms, tops, strict=True):
+            upcoming.append((subspace, subspace.upcoming(each.unsqueeze(0), [top])))
+    check([(subspace, each) for subspace, each in upcoming if each.selection is not None])
+    changed: dict[torch.device, list[int]] = {}
+    for k, (subspace, each) in enumerate(upcoming):
+        device = subspace.selection.indices.device
+        if each.selection is not None and device.type != "cpu":
+            changed.setdefault(device, []).append(k)
+    for device, ks in changed.items():
+        moved = to_device([cast(Tensor, upcoming[k][1].drawn) for k in ks], device)
+        for k, indices in zip(ks, moved, strict=True):
+            subspace, each = upcoming[k]
+            selection = cast(Selection, each.selection).moved(indices)
+            upcoming[k] = subspace, replace(each, selection=selection)
+    for subspace, each in upcoming:
+        subspace.become(each)
