@@ -52,7 +52,7 @@ def test_uuid_follows_every_source_file_of_the_package(tmp_path):
         "shutil.copytree(pathlib.Path(grass_fx.__file__).parent, root / 'grass_fx')\n"
         "passes = pathlib.Path(grass_fx.passes.__file__).parent\n"
         "shutil.copytree(passes, root / 'passes', dirs_exist_ok=True)\n"
-        "p.__file__ = str(root / 'grass_fx' / 'sources.py')\n"
+        "p.__file__ = str(root / 'grass_fx/compile/sources.py')\n"
         "grass_fx.passes.__spec__.submodule_search_locations[:] = [str(root / 'passes')]\n"
         "hashes = [p.source_hash()]\n"
         "lowering = 'grass_fx/compile/lowering/__init__.py'\n"
