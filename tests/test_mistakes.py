@@ -53,6 +53,24 @@ def test_an_optimizer_over_a_copy_of_the_model_is_an_error(make):
         optimizer.step()
 
 
+def test_a_model_that_trained_before_an_optimizer_was_built_is_none_of_its_business():
+    old, compiled = begin()  # of an earlier cell of a notebook, say
+    compiled(X).square().mean().backward()
+    optimizer = grass_fx.AdamW(mlp(8, 6).parameters())
+    optimizer.step()  # without gradients: no error, as of any optimizer
+    assert old[0].weight.grad is not None
+
+
+def test_an_error_names_a_few_of_many_weights():
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(20)))
+    compiled = torch.compile(model, backend=Captured(rank=2))
+    optimizer = grass_fx.AdamW(copy.deepcopy(model).parameters())
+    compiled(X).square().mean().backward()
+    with pytest.raises(OptionError, match="weight, .*weight, ...") as error:
+        optimizer.step()
+    assert str(error.value).count("weight") < 12
+
+
 def test_an_optimizer_over_parameters_that_are_used_elsewhere_warns():
     model, compiled = begin()
     other = mlp(8, 6)

@@ -25,6 +25,10 @@ Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
 
 
+MOST = 8
+"""Weights that an error names."""
+
+
 class SubspaceOptimizer(CheckpointedOptimizer):
     """Base of ``grass_fx.AdamW`` and of ``grass_fx.subspace(...)``.
 
@@ -41,6 +45,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     """Whether :func:`~grass_fx.step_in_backward` was called with it."""
     _under_way: Step | None = None
     """A step that an exception has interrupted."""
+    _built_after = -1
+    """The last backward of any model before this optimizer was built."""
 
     def _prepare(self, plan: Plan) -> list[Operation]:
         """The operations that will update the parameters of ``plan``, their state included.
@@ -73,6 +79,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """As torch's; the parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if not self.records:
+            self._built_after = registry.latest_backward()
         self.records = [*self.records, *self._announce(self.param_groups[-1:], len(self.records))]
 
     # --- one step ---------------------------------------------------------------------------------
@@ -279,11 +287,12 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     def _check_whose_gradients(self) -> None:
         """No parameter has a gradient: an error if compact ones wait where no optimizer looks."""
-        strays = registry.strays()
+        strays = registry.strays(self._built_after)
         if strays:
+            names = ", ".join(strays[:MOST]) + (", ..." if len(strays) > MOST else "")
             raise OptionError(
                 "none of this optimizer's parameters has a gradient, but weights that no optimizer "
-                f"holds have: {', '.join(strays)}. Build the optimizer from the parameters of the "
+                f"holds have: {names}. Build the optimizer from the parameters of the "
                 "model that is compiled, not from a copy."
             )
 

@@ -109,11 +109,15 @@ class Registry:
         record = known(weight)
         return None if record is None else record.left
 
-    def strays(self) -> list[str]:
-        """Names of weights with a compact gradient that are in no optimizer of ours."""
+    def latest_backward(self) -> int:
+        """The number of the last backward that brought a weight that lives a compact gradient."""
+        return max((tag.record.subspace.backward for tag in self._taken), default=-1)
+
+    def strays(self, after: int) -> list[str]:
+        """Names of weights in no optimizer of ours that a backward after ``after`` has reached."""
         held = {id(r.subspace) for optimizer in holders() for r in optimizer.records}
         live = [tag.record.subspace for tag in self._taken]
-        return [s.name for s in live if s.delivered and id(s) not in held]
+        return [s.name for s in live if s.delivered and s.backward > after and id(s) not in held]
 
     def adopt(self, parameter: Tensor, subspace: Subspace) -> None:
         """A parameter that no graph uses has got a gradient of ``subspace``, and steps in it.

@@ -80,7 +80,7 @@ class Subspace:
         self.compilations: set[tuple[int, int]] = set()
         self.replicas: Replicas | None = None
         self.agreed = False
-        self.backward = self.unfinished = 0
+        self.backward, self.unfinished = -1, 0
         self.sharding: Sharding | None = None
         self._own: tuple[Selection, Selection] | None = None
         self._inputs: list[Tensor] = []
