@@ -27,8 +27,9 @@ from grass_fx.backend import grass
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.errors import GrassWarning
+from grass_fx.passes.facts import DynamoFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
-from grass_fx.passes.pipeline import PushReport
+from grass_fx.passes.observers import PushReport
 from zoo import ZOO, Case
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
@@ -93,7 +94,7 @@ class Watched:
 
     def __call__(self, gm: fx.GraphModule, inputs: list, **kwargs) -> Callable:
         found = find_linear_weights_pass(
-            gm, inputs, config=GrassConfig.from_options(self.options)
+            gm.graph, DynamoFacts(GrassConfig.from_options(self.options), inputs)
         )  # a graph of which nothing is taken does not tell what it left
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GrassWarning)

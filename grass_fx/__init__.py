@@ -23,8 +23,7 @@ from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.inspect.explain import explain
 from grass_fx.inspect.pictures import coverage_plot
 from grass_fx.inspect.planning import plan
-from grass_fx.optim import AdamW, step_in_backward
-from grass_fx.optim import subspace
+from grass_fx.optim import AdamW, step_in_backward, subspace
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.selection import Selection
 

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from grass_fx._torch_compat import (
     SET_GRAD_ENABLED,
     compile_aot_eager,
     compile_inductor,
+    copy_dynamo_graph,
     current_compilation,
     inductor_patches,
     overlapping,
@@ -26,20 +28,18 @@ from grass_fx._torch_compat import (
     uses_cuda_graphs,
 )
 from grass_fx.compile import lowering
-from grass_fx.compile.dump import Dump
+from grass_fx.compile.dump import Dump, DumpStages
 from grass_fx.compile.overlap import all_reduce_early
 from grass_fx.compile.runtime import GrassCallable, LeftWeights
 from grass_fx.compile.sources import source_hash
 from grass_fx.config import GrassConfig
 from grass_fx.errors import warn
-from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
-from grass_fx.passes.pipeline import (
-    GrassPasses,
-    PushReport,
-    log_pass,
-    operations,
-)
-from grass_fx.passes.tap_weights import added_positions, scoring_tap, tap, tap_weights_pass
+from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.find_linear_weights import FoundWeights
+from grass_fx.passes.observers import PassLog, PushReport
+from grass_fx.passes.pipeline import FIND, TAP, GrassPasses, Observer, apply
+from grass_fx.passes.signature import REGULAR, Signature, Variant
+from grass_fx.passes.taps import tap
 from grass_fx.state.registry import registry
 from grass_fx.state.sharding import sharding_of
 
@@ -73,10 +73,9 @@ def grass(
     compiler = _Compiler(config, patches)
     if not (torch.is_grad_enabled() or _turns_gradients_on(gm)):
         return compiler.plain(gm, example_inputs)
-    start, before, name = time.perf_counter(), operations(gm.graph), _name_of(gm.graph)
-    found = find_linear_weights_pass(gm, example_inputs, config=config)
-    note = f"{len(found.taken)} taken, {len(found.left)} left, {len(found.unfit)} others"
-    log_pass("find_linear_weights", before, gm.graph, start, note)
+    start, name = time.perf_counter(), _name_of(gm.graph)
+    facts = DynamoFacts(config, example_inputs)
+    found = apply(FIND, gm.graph, facts, [PassLog("", gm.graph)])
     if not found.taken:
         if found.left:
             warn(
@@ -203,80 +202,51 @@ class _Compiler:
         With a process group twice as many: what micro-batches run is averaged later. All are
         compiled here: once the backend has returned, Dynamo's guards are fixed.
         """
+        signature = Signature(found.taken, len(inputs), self.config.needs_scores)
+        facts = DynamoFacts(self.config, inputs, signature)
         dump = Dump(self.config, name)
-        file = dump.write("dynamo", gm.graph, "Dynamo", None, {})
-        report = PushReport()
-        variant = partial(self._variant, gm, inputs, found, dump, file)
-
-        def variants(
-            report: PushReport, local: bool
-        ) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-            regular, scoring = variant(report, local), None
-            if self.config.needs_scores:
-                scoring = variant(PushReport(), local, self.config.scoring)
-            return regular, scoring
-
-        pair, local = variants(report, False), None
-        if any(weight.spec.group is not None for weight in found.taken):
-            local = variants(PushReport(), True)
+        source = dump.write("dynamo", gm.graph, "Dynamo", None, {})
+        indices = {signature.places(w)["indices"]: w for w in found.taken}
+        rows = {place: (w.spec.size, w.spec.block) for place, w in indices.items()}
+        report = PushReport({place: w.name for place, w in indices.items()})
+        averages = any(weight.spec.group is not None for weight in found.taken)
+        variants = [
+            Variant(scoring, local)
+            for local in ((False, True) if averages else (False,))
+            for scoring in ((False, True) if self.config.needs_scores else (False,))
+        ]
+        graphs: dict[Variant, Callable[..., Any]] = {}
+        for variant in variants:
+            stages = DumpStages(dump, variant.name, rows, source)
+            observers = [PassLog(variant.name, gm.graph), stages]
+            if variant == REGULAR:
+                observers.append(report)
+            graphs[variant] = self._variant(gm, replace(facts, variant=variant), observers)
         cuda_graphs = self.config.compiler == "inductor" and uses_cuda_graphs(self.patches)
-        return GrassCallable(found, report, *pair, cuda_graphs, local)
+        return GrassCallable(signature, graphs, found, report, cuda_graphs)
 
     def _variant(
-        self,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        found: FoundWeights,
-        dump: Dump,
-        file: str | None,
-        report: PushReport,
-        local: bool,
-        scoring: str | None = None,
+        self, gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer]
     ) -> Callable[..., Any]:
-        """One variant, compiled; ``file`` is the dump of ``gm``."""
-        variant = ("regular" if scoring is None else "scoring") + ("_local" if local else "")
-        start, before = time.perf_counter(), operations(gm.graph)
-        with_scores = self.config.needs_scores
-        tapped, extended = tap_weights_pass(
-            gm,
-            inputs,
-            found.taken,
-            with_scores=with_scores,
-            scoring=scoring,
-            score_sync=None if local else self.config.score_sync,
-        )
-        log_pass("tap_weights", before, tapped.graph, start, variant)
-        places = added_positions(found.taken, len(inputs), with_scores=with_scores)
-        indices_of = {places[w.position]["indices"]: w for w in found.taken}
-        rows = {place: (w.spec.size, w.spec.block) for place, w in indices_of.items()}
-
-        def stage(name: str, graph: fx.Graph, made_by: str) -> None:
-            nonlocal file
-            file = dump.write(f"{name}_{variant}", graph, made_by, file, rows)
-
-        stage("tapped", tapped.graph, "tap_weights")
-        names = {place: w.name for place, w in indices_of.items()}
-        reshard = _reshards(gm.graph)
-        make_pass = partial(
-            GrassPasses,
-            report,
-            names,
-            stage=stage,
-            variant=variant,
-            reshard=reshard,
-            keeps=not with_scores,
-        )
-        if self.config.compiler == "aot_eager":
+        """One variant, compiled."""
+        config, signature, variant = self.config, facts.signature, facts.variant
+        assert signature is not None and variant is not None
+        tapped = copy_dynamo_graph(gm)
+        extended = apply(TAP, tapped.graph, facts, observers).inputs
+        tapped.recompile()
+        joint = JointFacts(config.needs_scores, _reshards(gm.graph), config.disable_passes)
+        make_pass = partial(GrassPasses, joint, observers)
+        if config.compiler == "aot_eager":
             return compile_aot_eager(tapped, extended, make_pass(()))
         lowering.register()
-        taps = (f"{f.__module__}.{f.__name__}" for f in (tap, scoring_tap))
-        cacheable = dict.fromkeys(taps, source_hash())
+        cacheable = {f"{tap.__module__}.{tap.__name__}": source_hash()}
         patches = dict(self.patches)
-        sharded = any(w.spec.shards for w in found.taken)
-        if sharded or any(w.spec.group for w in found.taken):
+        specs = [weight.spec for weight in signature.weights]
+        sharded = any(spec.shards for spec in specs)
+        if sharded or any(spec.group for spec in specs):
             # Waits of gatherings cannot sink far: each starts beside the product before its own.
             passes = ["raise_comms", "sink_waits"] if sharded else [all_reduce_early]
             patches = overlapping(patches, passes)
-        if scoring is not None and uses_cuda_graphs(patches):
+        if variant.scoring and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
         return compile_inductor(tapped, extended, patches, make_pass, cacheable)

@@ -61,6 +61,10 @@ MODES = (
 )
 
 
+PASSES = ("push_norms", "push_selection", "recompute_gathers", "keep_selected")
+"""What ``disable_passes`` may name: the passes on the joint graph, none of which a number needs."""
+
+
 def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
     """The end of an error message: the closest valid name if there is one, else all of them."""
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
@@ -123,6 +127,9 @@ class GrassConfig:
     """Inductor's own options, as ``torch.compile(options=...)`` takes them."""
     dump_dir: str | None = None
     """A directory that receives the graphs of every stage as text."""
+    disable_passes: tuple[str, ...] = ()
+    """Passes to leave out, by their names, to find out which one a difference comes from: any of
+    :data:`PASSES`. Gradients stay the same; memory and time do not."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -132,6 +139,7 @@ class GrassConfig:
             if not isinstance(self.dump_dir, (str, os.PathLike)):
                 raise OptionError(f"dump_dir={self.dump_dir!r} must be the path of a directory.")
             object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
+        object.__setattr__(self, "disable_passes", self._passes())
         self._check_rank()
         if self.refresh_every != math.inf and not (
             _is_int(self.refresh_every) and self.refresh_every >= 1
@@ -177,6 +185,19 @@ class GrassConfig:
         if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
             raise OptionError(f"{name}={value!r} must be patterns of parameter names.")
         return tuple(patterns)
+
+    def _passes(self) -> tuple[str, ...]:
+        given = self.disable_passes
+        names = (given,) if isinstance(given, str) else given
+        if not isinstance(names, Iterable):
+            raise OptionError(f"disable_passes={given!r} must be names of passes.")
+        names = tuple(names)
+        for name in names:
+            if name not in PASSES:
+                raise OptionError(
+                    f"disable_passes: there is no pass {name!r}: {nearest(name, PASSES)}"
+                )
+        return names
 
     def _inductor_options(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
+from grass_fx.passes.facts import DynamoFacts, Result
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
 from grass_fx.state.records import known
 from grass_fx.state.replicas import replicas_of
@@ -32,7 +32,7 @@ class LinearWeight:
 
 
 @dataclass
-class FoundWeights:
+class FoundWeights(Result):
     """Every parameter of a graph: taken, or not and why."""
 
     taken: list[LinearWeight] = field(default_factory=list)
@@ -46,9 +46,7 @@ class FoundWeights:
     """No candidates, frozen or a vector: name -> reason."""
 
 
-def find_linear_weights_pass(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, config: GrassConfig
-) -> FoundWeights:
+def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeights:
     """List the linear weights of a Dynamo graph; the graph stays as it is.
 
     Taken: a 2-D float parameter that needs a gradient, whose every use is ``x @ W`` or ``x @ W.T``
@@ -61,10 +59,10 @@ def find_linear_weights_pass(
     Left, with a reason: ``include``/``exclude``, other uses (an embedding tied to a head), sizes,
     and tensors of other kinds. Uses are followed by what they compute, never by module names.
     """
-    found = FoundWeights()
-    placeholders = gm.graph.find_nodes(op="placeholder")
+    found, config = FoundWeights(), facts.config
+    placeholders = graph.find_nodes(op="placeholder")
     names = _unique_names(placeholders)
-    for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+    for position, (node, value) in enumerate(zip(placeholders, facts.inputs, strict=True)):
         if not isinstance(value, torch.nn.Parameter):
             continue
         name = names[node]
@@ -82,6 +80,8 @@ def find_linear_weights_pass(
                 found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
             except NotLinear as reason:
                 found.left[name], found.positions[name] = str(reason), position
+    counts = len(found.taken), len(found.left), len(found.unfit)
+    found.note = "{} taken, {} left, {} others".format(*counts)
     return found
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from grass_fx._torch_compat import is_tangent
 from grass_fx.ops import SELECT, SELECTED_MM
-from grass_fx.passes.push import PRODUCTS, SPLITS, Push
+from grass_fx.passes.facts import JointFacts, Result
+from grass_fx.passes.push import PRODUCTS, SPLITS, insert
 from grass_fx.passes.push_rules import RESHAPES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -27,7 +30,7 @@ CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 
 
-def keep_selected_pass(graph: fx.Graph) -> int:
+def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     """Gather the factor that the forward makes there, so that only its selected part is kept.
 
     Before, the backward needs all of x::
@@ -41,11 +44,11 @@ def keep_selected_pass(graph: fx.Graph) -> int:
         select = torch.ops.grass.select.default(x, indices, None, 1)
         mm_1 = torch.ops.aten.mm.default(d_t, select)
 
-    If nothing but products use x in the forward, and nothing but selected products in the backward,
-    which together select less than x has; otherwise x is kept anyway, or is what something else is
-    computed again from. Not inside of activation checkpointing. ρ scales the product, as it did.
-    For joint graphs that are not partitioned yet, of rules without scores: a scoring step needs all
-    of x, and both variants share a forward. Returns how many products take what is kept.
+    Two conditions: in the forward only products use x, and in the backward only selected products,
+    which together select less than x has. Otherwise x is saved anyway, or it is needed to recompute
+    something else. Inputs inside activation checkpointing stay as they are. ρ scales the product,
+    as it did. For joint graphs that are not partitioned yet, of rules without scores: a scoring
+    step needs all of x, and both variants share a forward. Rewritten: the new products.
     """
     backward = _backward(graph)
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -53,24 +56,24 @@ def keep_selected_pass(graph: fx.Graph) -> int:
         factor, sigma = _factor(node), cast(fx.Node, node.args[2])
         if sigma.op == "placeholder" and node in backward and factor not in backward:
             products[_alike(_views(factor)[0])[0]].append(node)
-    count, order = 0, {node: k for k, node in enumerate(graph.nodes)}
+    result = Result()
     for users in products.values():
-        forward = _forward_products(users, backward, order)
+        forward = _forward_products(users, backward)
         if not (forward and _is_less(users)):
             continue
-        last = max(forward, key=order.__getitem__)
-        if all(order[last] < order[node] for node in users):
+        last = max(forward)  # nodes of a graph compare by their places in it
+        if all(last < node for node in users):
             for node in users:
-                _keep(graph, node, last, order)
-            count += len(users)
-    return count
+                result.rewritten.append(_keep(graph, node, last, backward))
+    result.note = f"{result.count} kept"
+    return result
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
     """What depends on a gradient of the outputs."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        tangent = node.op == "placeholder" and is_tangent(node)
         if tangent or any(x in found for x in node.all_input_nodes):
             found.add(node)
     return found
@@ -100,12 +103,10 @@ def _alike(x: fx.Node) -> list[fx.Node]:
     return [y for y in x.all_input_nodes[0].users if (y.target, y.args, y.kwargs) == what]
 
 
-def _forward_products(
-    users: list[fx.Node], backward: set[fx.Node], order: dict[fx.Node, int]
-) -> list[fx.Node]:
+def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
     """The products of the forward that use the factor of ``users`` or a view of it.
 
-    None of them if anything else does, but ``users``: then it is kept anyway.
+    None of them if anything but ``users`` does, too: then it is kept anyway.
     """
     x = _views(_factor(users[0]))[0]
     if x.op != "call_function" or x.target in PARTS:
@@ -120,8 +121,8 @@ def _forward_products(
                 ahead.append(user)
             elif user in users:
                 continue
-            elif user in backward or user not in order or user.target not in PRODUCTS:
-                return []  # not in ``order``: made here, for the backward
+            elif user in backward or user.target not in PRODUCTS:
+                return []
             else:
                 found.append(user)
     return found
@@ -144,7 +145,7 @@ def _is_less(users: list[fx.Node]) -> bool:
     return sum(selected.values()) < 1
 
 
-def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> None:
+def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, backward: set[fx.Node]) -> fx.Node:
     """Replace a selected product by a gather in the forward, after ``last``, and a product."""
     a, b, indices, scale, dim, *block = cast("tuple[Any, ...]", node.args)
     x, *views = _views(_factor(node))
@@ -152,19 +153,19 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, in
     if turned:
         views.pop()
     for view in views:
-        if order[view] >= order[last]:  # autograd has made it in the backward
-            if all(order[each] <= order[last] for each in view.all_input_nodes):
+        if view > last:  # autograd has made it in the backward
+            if all(each <= last for each in view.all_input_nodes):
                 last.append(view)
-                order[view] = order[last]
             last = view
     rows, along = [x, *views][-1], 1 if turned else dim
     with graph.inserting_after(last):
         kept = graph.call_function(SELECT, (rows, indices, None, along, *block))
     kept.meta = {**x.meta, "val": SELECT(rows.meta["val"], indices.meta["val"], None, along)}
     kept.meta.pop("tensor_meta", None)
-    call = Push({}, graph, node, indices, scale, block).call  # before the product
+    call = partial(insert, node)
     part = call(aten.permute.default, kept, [1, 0]) if turned else kept
     new = call(aten.mm.default, *((part, b) if dim == 0 else (a, part)))
+    backward.add(new)  # its other factor may be kept for another weight
     if scale is not None:
         scale = call(aten.unsqueeze.default, scale, 1) if dim == 0 else scale
         new = call(aten.mul.Tensor, new, scale)
@@ -172,3 +173,4 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, order: dict[fx.Node, in
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    return new

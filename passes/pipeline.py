@@ -1,136 +1,123 @@
-"""The one object that Inductor gets: our joint-graph passes, and whatever the user put there."""
+"""The passes in their order, and the one object that Inductor gets: ours, then the user's own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import fx
 
-from grass_fx._torch_compat import CustomGraphPass, input_position
+from grass_fx._torch_compat import CustomGraphPass
 from grass_fx.compile.sources import source_hash
+from grass_fx.passes.facts import JointFacts, Result
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.recompute_gathers import recompute_gathers_pass
-
-log = logging.getLogger(__name__)
-
-Stage = Callable[[str, fx.Graph, str], None]
-"""Receives the name of a stage, its graph, and what made it."""
+from grass_fx.passes.tap_weights import tap_weights_pass
 
 
-@dataclass
-class PushReport:
-    """Per weight: pushed below its matmul, or why not. Empty after a warm cache: no pass ran."""
+@dataclass(frozen=True)
+class Pass:
+    """One pass: ``run(graph, facts)`` rewrites the graph and says what it did.
 
-    pushed: list[str] = field(default_factory=list)
-    stopped: dict[str, str] = field(default_factory=dict)
+    ``makes`` is what dumped files call the graph behind it. ``when`` says for which graphs it is.
+    """
 
-
-def operations(graph: fx.Graph) -> Counter[str]:
-    """How many of each operation a graph has; empty unless it will be logged."""
-    if not log.isEnabledFor(logging.DEBUG):
-        return Counter()
-    return Counter(_operation(node) for node in graph.nodes if node.op != "output")
+    name: str
+    run: Callable[[fx.Graph, Any], Any]
+    makes: str = ""
+    when: Callable[[Any], bool] = lambda facts: True
 
 
-def _operation(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return str(node.target) if node.op == "call_method" else node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target).removesuffix(".default")
-    return getattr(node.target, "__name__", str(node.target))
+FIND = Pass("find_linear_weights", find_linear_weights_pass)
+TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
+"""On the graph of Dynamo: FIND once per compilation, TAP once per variant."""
+
+JOINT = (
+    Pass("push_norms", push_norms_pass, makes="normed"),
+    Pass("push_selection", push_selection_pass, makes="pushed"),
+    Pass("recompute_gathers", recompute_gathers_pass, when=lambda facts: facts.reshards),
+    Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
+)
+"""On the joint graph of AOTAutograd, once per variant. ``push_norms`` is first because it may free
+a gradient of the need to be whole; ``keep_selected`` goes by what ``push_selection`` made."""
+
+AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
+"""What makes the graph that JOINT gets, as observers are told of it."""
 
 
-def log_pass(name: str, before: Counter[str], graph: fx.Graph, start: float, note: str) -> None:
-    """One line: the operations that are fewer and more than ``before``, and the time since."""
-    if not log.isEnabledFor(logging.DEBUG):
-        return
-    after = operations(graph)
-    fewer, more = sorted((before - after).items()), sorted((after - before).items())
-    changes = [f"-{count} {key}" for key, count in fewer] + [
-        f"+{count} {key}" for key, count in more
-    ]
-    took = 1e3 * (time.perf_counter() - start)
-    log.debug("%s: %s, %.1f ms (%s)", name, ", ".join(changes) or "no change", took, note)
+@dataclass(frozen=True)
+class Step:
+    """What observers are told of: a pass has run, or was left out by ``disable_passes``."""
+
+    by: Pass
+    result: Result
+    seconds: float = 0.0
+    disabled: bool = False
+
+
+class Observer(Protocol):
+    """Logs, dumps, ``explain``: each sees every graph of a run, and changes none."""
+
+    def __call__(self, graph: fx.Graph, step: Step) -> None: ...
+
+
+def apply(each: Pass, graph: fx.Graph, facts: Any, observers: Sequence[Observer]) -> Any:
+    """Run one pass, tell the observers, and return its result."""
+    start = time.perf_counter()
+    result = each.run(graph, facts)
+    step = Step(each, result, time.perf_counter() - start)
+    for observer in observers:
+        observer(graph, step)
+    return result
+
+
+def run(
+    passes: Sequence[Pass], graph: fx.Graph, facts: JointFacts, observers: Sequence[Observer]
+) -> None:
+    """Run those of ``passes`` that are for this graph, in their order."""
+    apply(AOT, graph, facts, observers)
+    for each in passes:
+        if each.name in facts.disabled:
+            for observer in observers:
+                observer(graph, Step(each, Result(), disabled=True))
+        elif each.when(facts):
+            apply(each, graph, facts, observers)
 
 
 class GrassPasses(CustomGraphPass):
-    """Order: 1. ``push_norms``, which may free a gradient of the need to be whole;
-    2. ``push_selection``; 3. ``recompute_gathers``, if ``reshard``; 4. ``keep_selected``, if
-    ``keeps``; 5. the passes that the user has configured in Inductor.
+    """:data:`JOINT` and then ``users``, the passes that the user has configured in Inductor.
 
-    ``indices_of`` names the weight of each indices input, by its position among the inputs;
-    ``report`` receives what was pushed, ``stage`` the graphs between the passes, and ``variant`` is
-    what the log calls the graph. None of these changes what the passes do to a graph; ``reshard``
-    and ``keeps`` do.
+    ``facts`` are all that the passes go by besides the graph. ``observers`` change nothing.
     """
 
     def __init__(
         self,
-        report: PushReport,
-        indices_of: Mapping[int, str],
+        facts: JointFacts,
+        observers: Sequence[Observer] = (),
         users: tuple[Callable[[fx.Graph], None], ...] = (),
-        stage: Stage | None = None,
-        variant: str = "regular",
-        reshard: bool = False,
-        keeps: bool = False,
     ) -> None:
-        self.report, self.indices_of, self.users, self.stage = report, indices_of, users, stage
-        self.variant, self.reshard, self.keeps = variant, reshard, keeps
+        self.facts, self.observers, self.users = facts, observers, users
 
     def __call__(self, graph: fx.Graph) -> None:
-        self._show("joint", graph, "AOTAutograd")
-        start, before = time.perf_counter(), operations(graph)
-        changed = push_norms_pass(graph)
-        log_pass("push_norms", before, graph, start, self.variant)
-        if changed:
-            self._show("normed", graph, "push_norms")
-        start, before = time.perf_counter(), operations(graph)
-        result = push_selection_pass(graph)
-        for indices in result.pushed:
-            self.report.pushed.append(self._name(indices))
-        for indices, reason in result.stopped.items():
-            self.report.stopped[self._name(indices)] = reason
-        note = f"{self.variant}, {len(result.pushed)} pushed, {len(result.stopped)} stopped"
-        log_pass("push_selection", before, graph, start, note)
-        self._show("pushed", graph, "push_selection")
-        if self.reshard:
-            log.debug("recompute_gathers: %d gathered again", recompute_gathers_pass(graph))
-        if self.keeps:
-            start, before = time.perf_counter(), operations(graph)
-            count = keep_selected_pass(graph)
-            log_pass("keep_selected", before, graph, start, f"{self.variant}, {count} kept")
-            if count:
-                self._show("kept", graph, "keep_selected")
+        run(JOINT, graph, self.facts, self.observers)
         for user_pass in self.users:
             user_pass(graph)
 
-    def _show(self, stage: str, graph: fx.Graph, made_by: str) -> None:
-        if self.stage is not None:
-            self.stage(stage, graph, made_by)
-
-    def _name(self, indices: fx.Node) -> str:
-        position = input_position(indices)
-        return indices.name if position is None else self.indices_of.get(position, indices.name)
-
     def uuid(self) -> Any:
-        """Everything the passes depend on: our sources, torch, and the user's passes.
+        """A hash of everything the passes depend on: our sources, torch, the facts, the user's.
 
-        No option of ours is in it but ``reshard`` and ``keeps``, because no pass on the joint graph
-        reads one: what the others decide is in the graph already. None (no caching) if a user's
-        pass has no uuid.
+        What other options decide is in the graph already. None (no caching) if a user's pass has no
+        uuid.
         """
         ids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.users]
         if any(i is None for i in ids):
             return None
-        parts = [source_hash(), self.reshard, self.keeps, *map(repr, ids)]
+        parts = [source_hash(), repr(self.facts), *map(repr, ids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

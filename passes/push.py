@@ -1,9 +1,13 @@
-"""A selection on its way down: what the rules of ``push_rules`` make their nodes with."""
+"""A selection on its way down: what the rules of ``push_rules`` plan with.
+
+A rule changes no graph. It returns a :class:`Planned` node, made of other planned and of existing
+ones; :func:`emit` then makes those that the finished plan needs.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -35,6 +39,68 @@ def make_early(node: fx.Node) -> None:
         g.append(node)
 
 
+class Planned:
+    """A call that :func:`emit` may add to the graph. It reads like the node that it will be."""
+
+    op = "call_function"
+
+    def __init__(
+        self, target: Any, args: Any, kwargs: Any, value: Any, stop: str | None = None
+    ) -> None:
+        self.target, self.args, self.kwargs, self.meta = target, args, kwargs, {"val": value}
+        self.stop = stop
+        """Why this selection stays above its input, for one that does."""
+
+
+Value = fx.Node | Planned
+
+
+def values(arguments: Any) -> Any:
+    """Arguments of a call with the fake value of each node among them."""
+    return fx.node.map_aggregate(
+        arguments, lambda x: x.meta["val"] if isinstance(x, (fx.Node, Planned)) else x
+    )
+
+
+def planned_in(arguments: Any) -> Iterator[Planned]:
+    """The planned nodes among the arguments of a call."""
+    found: list[Planned] = []
+    fx.node.map_aggregate(arguments, lambda x: found.append(x) if isinstance(x, Planned) else None)
+    yield from found
+
+
+def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node before another one, with its value and the other one's origin."""
+    with before.meta["val"].fake_mode:
+        value = target(*values(args), **values(kwargs))
+    return _insert(before, target, args, kwargs, value)
+
+
+def _insert(before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+    with before.graph.inserting_before(before):
+        name = target.overloadpacket.__name__
+        new = before.graph.create_node("call_function", target, args, kwargs, name)
+    new.meta["val"] = value
+    # Not all of meta: what belongs to the old operator's signature would mislead Inductor.
+    for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "autograd_backward"):
+        if key in before.meta:
+            new.meta[key] = before.meta[key]
+    return new
+
+
+def emit(plan: Planned, push: Push) -> fx.Node:
+    """Add what ``plan`` needs to the graph, before the selection that was pushed."""
+    made: dict[Planned, fx.Node] = {}
+
+    def node_of(argument: Any) -> Any:
+        return made[argument] if isinstance(argument, Planned) else argument
+
+    for each in push.needed(plan):
+        args, kwargs = fx.node.map_aggregate((each.args, each.kwargs), node_of)
+        made[each] = _insert(push.select, each.target, args, kwargs, each.meta["val"])
+    return made[plan]
+
+
 class Push:
     """One selection on its way down."""
 
@@ -50,28 +116,52 @@ class Push:
         self.rules = rules
         self.graph, self.select, self.indices, self.scale = graph, select, indices, scale
         self.block = block  # empty, or the one argument after ``dim``
-        self.stops: list[str] = []
-        self.made: dict[Any, fx.Node] = {}  # nodes reached on two ways are selected once
+        self.planned: list[Planned] = []  # in the order in which rules ask for them
+        self.made: dict[Any, Value] = {}  # nodes reached on two ways are selected once
+        self.reports = True  # whether a selection that stays above something is worth telling
 
     @property
     def rank(self) -> int:
         """r."""
         return int(self.indices.meta["val"].shape[-1])
 
-    def below(self, node: Any, dim: int, user: fx.Node) -> fx.Node | None:
-        """The selection of ``node`` along ``dim``, made below it; None if it stays above it."""
-        try:
-            if not isinstance(node, fx.Node) or node.op != "call_function":
-                raise Stop("its gradient is an input of the graph")
-            self.check(node, user)
-            rule = self.rules.get(node.target)
-            if rule is None:
-                made_by = node.args[0] if node.target is operator.getitem else node
-                raise Stop(f"no rule for {cast(fx.Node, made_by).target}")
-            return rule(self, node, dim % node.meta["val"].dim())
-        except Stop as reason:
-            self.stops.append(str(reason))
-            return None
+    def of(self, node: Any, dim: int, user: Any) -> Value:
+        """The selection of ``node``, which ``user`` uses, as deep as it goes."""
+        key = node, dim, self.indices, self.scale
+        if key not in self.made:
+            try:
+                self.made[key] = self._below(node, dim, user)
+            except Stop as reason:
+                self.made[key] = self.selected(node, dim, str(reason) if self.reports else None)
+        return self.made[key]
+
+    def _below(self, node: Any, dim: int, user: fx.Node) -> Value:
+        """The selection of ``node``, made of selections of its inputs."""
+        if not isinstance(node, fx.Node) or node.op != "call_function":
+            raise Stop("its gradient is an input of the graph")
+        self.check(node, user)
+        rule = self.rules.get(node.target)
+        if rule is None:
+            made_by = node.args[0] if node.target is operator.getitem else node
+            raise Stop(f"no rule for {cast(fx.Node, made_by).target}")
+        return rule(self, node, dim % node.meta["val"].dim())
+
+    def selected(self, node: Any, dim: int, stop: str | None = None) -> Planned:
+        """The selection of ``node``, made above it; ``stop``: why not below."""
+        made = self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
+        made.stop = stop
+        return made
+
+    def needed(self, plan: Value) -> list[Planned]:
+        """What ``plan`` is made of and itself, in an order in which it can be made."""
+        found: set[Planned] = set()
+        ahead = [plan]
+        while ahead:
+            each = ahead.pop()
+            if isinstance(each, Planned) and each not in found:
+                found.add(each)
+                ahead += planned_in((each.args, each.kwargs))
+        return [each for each in self.planned if each in found]
 
     def is_whole(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether more of ``node`` is needed than selections, so that it is in memory anyway."""
@@ -103,25 +193,13 @@ class Push:
             ahead += other.users
         return None
 
-    def of(self, node: Any, dim: int, user: fx.Node) -> fx.Node:
-        """The selection of ``node``, made as deep as it goes."""
-        key = node, dim, self.indices, self.scale
-        if key not in self.made:
-            below = self.below(node, dim, user)
-            self.made[key] = self.selected(node, dim) if below is None else below
-        return self.made[key]
-
-    def selected(self, node: fx.Node, dim: int) -> fx.Node:
-        """The selection of ``node``, made above it."""
-        return self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
-
     def spans(self, x: fx.Node, node: fx.Node, dim: int) -> bool:
         """Whether ``x`` has the selected dimension of ``node``, and is not broadcast along it."""
         shape, full = x.meta["val"].shape, node.meta["val"].shape
         own = dim - len(full) + len(shape)
         return own >= 0 and bool(shape[own] == full[dim])
 
-    def broadcast(self, x: fx.Node, node: fx.Node, dim: int) -> fx.Node:
+    def broadcast(self, x: fx.Node, node: fx.Node, dim: int) -> Value:
         """The selection of ``x`` as it stands in the shape of ``node``, its user."""
         if self.spans(x, node, dim):
             return self.of(x, dim - node.meta["val"].dim() + x.meta["val"].dim(), node)
@@ -141,8 +219,8 @@ class Push:
         return self.other(indices, self.scale, self.aligned(start))
 
     def inside(
-        self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: fx.Node | None
-    ) -> fx.Node:
+        self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: Value | None
+    ) -> Value:
         """The selected rows that lie in ``x``, which is rows [start, start + size); else ``other``.
 
         All r rows of ``x`` are made, those outside from some row of it, so that shapes stay.
@@ -173,29 +251,29 @@ class Push:
     ) -> Push:
         """The same selection by other indices, as they count rows below some operation."""
         push = Push(rules or self.rules, self.graph, self.select, indices, scale, block)
-        push.stops, push.made = self.stops, self.made
+        push.planned, push.made, push.reports = self.planned, self.made, self.reports
         return push
 
-    def contiguous(self, x: fx.Node) -> fx.Node:
+    def quiet(self) -> Push:
+        """The same selection of what leaves no gradient whole, wherever it stops."""
+        push = self.other(self.indices, self.scale, self.block)
+        push.reports = False
+        return push
+
+    def contiguous(self, x: Value) -> Value:
         """``x``, copied where it does not lie so; what a collective sends has to."""
         if x.meta["val"].is_contiguous():
             return x
         return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before the selection, with its value and the old one's origin."""
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Planned:
+        """A planned call of ``target``."""
         args = fx.node.map_aggregate(args, self._known)
-        with self.graph.inserting_before(self.select):
-            name = target.overloadpacket.__name__
-            new = self.graph.create_node("call_function", target, args, kwargs, name)
-        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.select.meta["val"].fake_mode:
-            new.meta["val"] = target(*values[0], **values[1])
-        # Not all of meta: what belongs to the old operator's signature would mislead Inductor.
-        for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "autograd_backward"):
-            if key in self.select.meta:
-                new.meta[key] = self.select.meta[key]
-        return new
+            value = target(*values(args), **values(kwargs))
+        made = Planned(target, args, kwargs, value)
+        self.planned.append(made)
+        return made
 
     def _known(self, value: Any) -> Any:
         """A symbolic size as the node that is it: in the code of a graph a symbol has no value."""
@@ -214,4 +292,4 @@ class Push:
         return value  # Inductor, which reads graphs node by node, knows what it is
 
 
-Rule = Callable[[Push, fx.Node, int], fx.Node]
+Rule = Callable[[Push, fx.Node, int], Value]

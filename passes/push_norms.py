@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SQUARED_NORMS
+from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import make_early
 from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, dim_below_reshape
 
@@ -17,7 +18,7 @@ LARGE_GRADIENT = 64 << 20
 """Bytes from which on ``scoring="auto"`` forms no full gradient on a GPU."""
 
 
-def push_norms_pass(graph: fx.Graph) -> int:
+def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     """Replace ``squared_norms`` of a full weight gradient by norms taken tile by tile.
 
     Before::
@@ -35,9 +36,9 @@ def push_norms_pass(graph: fx.Graph) -> int:
 
     Where it is wanted (:func:`wants_tiles`), where nothing but transposes, views and conversions
     lies between, and nothing but a selection needs the gradient besides; elsewhere the norms only
-    move up to their gradient. Returns how many.
+    move up to their gradient. Rewritten: the new norms.
     """
-    count = 0
+    result = Result()
     for norms in graph.find_nodes(op="call_function", target=SQUARED_NORMS):
         g, dim, *scoring = norms.args
         make_early(norms)
@@ -55,8 +56,8 @@ def push_norms_pass(graph: fx.Graph) -> int:
         new.meta.update(norms.meta)
         norms.replace_all_uses_with(new)
         graph.erase_node(norms)
-        count += 1
-    return count
+        result.rewritten.append(new)
+    return result
 
 
 def wants_tiles(g: torch.Tensor, scoring: str = "auto") -> bool:

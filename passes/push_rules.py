@@ -1,8 +1,8 @@
 """Below which operations a selection moves, and what is there then: one small function for each.
 
-A rule gets the push, a node and the dimension of the node that is selected; it returns the node
-that is the selection of ``node``, made from selections of what ``node`` is made of. With P from
-equation 1 of docs/method.md: PᵀF(x) = F′(Pᵀx), for all F that are linear along the selected
+A rule gets the push, a node and the dimension of the node that is selected. It returns the planned
+selection of ``node``, made from selections of the node's inputs; the graph stays as it is. With P
+from equation 1 of docs/method.md: PᵀF(x) = F′(Pᵀx), for all F that are linear along the selected
 dimension. Where a rule does not apply it raises :class:`Stop` with the reason.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import SELECTED_MM
-from grass_fx.passes.push import FACTORS, PRODUCTS, SPLITS, Push, Rule, Stop
+from grass_fx.passes.push import FACTORS, PRODUCTS, SPLITS, Planned, Push, Rule, Stop, Value
 
 aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
 
@@ -52,13 +52,13 @@ rule = registers_in(RULES)
 
 
 @rule(aten.mm.default)
-def _mm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _mm(push: Push, node: fx.Node, dim: int) -> Value:
     """select(a @ b) = selected_mm(a, b): what all of this is for."""
     return push.call(SELECTED_MM, *node.args, push.indices, push.scale, dim, *push.block)
 
 
 @rule(aten.bmm.default)
-def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
     """A batch of products: the factor that has the selected dimension is selected."""
     a, b = cast("tuple[fx.Node, fx.Node]", node.args)
     if node.meta["val"].shape[0] == 1 and dim > 0:  # as einsum makes it
@@ -73,15 +73,12 @@ def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
-def _add_product(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _add_product(push: Push, node: fx.Node, dim: int) -> Value:
     """select(β c + α a @ b) = β select(c) + α select(a @ b)."""
     c, a, b = cast("tuple[fx.Node, ...]", node.args)
     product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
-    with push.graph.inserting_before(node):
-        plain = push.graph.call_function(product, (a, b))
-    plain.meta = dict(node.meta)
-    below = RULES[product](push, plain, dim)
-    push.graph.erase_node(plain)
+    plain = Planned(product, (a, b), {}, node.meta["val"])
+    below = RULES[product](push, cast(fx.Node, plain), dim)
     c = push.broadcast(c, node, dim)
     beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
     c = c if beta == 1 else push.call(aten.mul.Tensor, c, beta)
@@ -93,7 +90,7 @@ def _add_product(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor)
-def _sum(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _sum(push: Push, node: fx.Node, dim: int) -> Value:
     """Several uses of one weight: select(G ± G′) = select(G) ± select(G′)."""
     if not all(isinstance(x, fx.Node) for x in node.args):
         raise Stop(f"{node.name} adds a number")
@@ -118,22 +115,20 @@ def _inner_sum(node: fx.Node) -> fx.Node | None:
 
 
 @rule(*FACTORS)
-def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
     """select(s ∘ t) = select(s) ∘ select(t), with ρ once; what is constant there stays as it is."""
     spanning = [x for x in node.all_input_nodes if push.spans(x, node, dim)]
     dividing = node.target in (aten.div.Tensor, aten.div.Scalar) and node.args[0] not in spanning
     if not spanning or dividing or node.args[0] is node.args[-1]:
         raise Stop(f"{node.name} is no product with something that is selected")
-    new: dict[Any, fx.Node] = {}
+    new: dict[Any, Value] = {}
     for k, x in enumerate(spanning):
         along = dim - node.meta["val"].dim() + x.meta["val"].dim()
         each = push if k == 0 else push.unscaled()
         full = x.meta["val"].shape == node.meta["val"].shape
         # What is no product, or a smaller one that others need, is in memory: nothing is gained.
         deeper = has_product(x) and (full or not push.is_whole(x, node))
-        if not full:  # what stops below it leaves no gradient whole
-            each = each.other(each.indices, each.scale, each.block)
-            each.stops = []
+        each = each if full else each.quiet()  # what stops below it leaves no gradient whole
         new[x] = each.of(x, along, node) if deeper else each.selected(x, along)
     return push.call(node.target, *(new.get(x, x) for x in node.args))
 
@@ -155,12 +150,12 @@ def has_product(node: Any) -> bool:
 
 
 @rule(aten.neg.default)
-def _neg(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _neg(push: Push, node: fx.Node, dim: int) -> Value:
     return push.call(aten.neg.default, push.of(node.args[0], dim, node))
 
 
 @rule(aten.sum.dim_IntList)
-def _sum_over(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _sum_over(push: Push, node: fx.Node, dim: int) -> Value:
     """Sums over other dimensions: of a batch that one weight was expanded to."""
     x, dims, *keepdim = cast("tuple[Any, ...]", node.args)
     ndim = x.meta["val"].dim()
@@ -176,24 +171,23 @@ def _sum_over(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.permute.default)
-def _permute(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _permute(push: Push, node: fx.Node, dim: int) -> Value:
     x, dims = cast("tuple[fx.Node, list[int]]", node.args)
     below = push.of(x, dims[dim], node)
     if below.target is aten.permute.default:
-        inner, first = cast("tuple[fx.Node, list[int]]", below.args)
+        inner, first = cast("tuple[Value, list[int]]", below.args)
         if [first[d] for d in dims] == list(range(len(dims))):
-            push.graph.erase_node(below)  # AOTAutograd transposes a linear's gradient twice
-            return inner
+            return inner  # AOTAutograd transposes a linear's gradient twice
     return push.call(aten.permute.default, below, dims)
 
 
 @rule(aten.t.default)
-def _t(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _t(push: Push, node: fx.Node, dim: int) -> Value:
     return push.call(aten.t.default, push.of(node.args[0], 1 - dim, node))
 
 
 @rule(aten.transpose.int)
-def _transpose(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _transpose(push: Push, node: fx.Node, dim: int) -> Value:
     x, first, second = cast("tuple[fx.Node, int, int]", node.args)
     ndim = node.meta["val"].dim()
     swap = {first % ndim: second % ndim, second % ndim: first % ndim}
@@ -201,7 +195,7 @@ def _transpose(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(*RESHAPES)
-def _reshape(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
     """Where the selected dimension is one dimension on both sides."""
     x = cast(fx.Node, node.args[0])
     new = list(node.meta["val"].shape)
@@ -221,7 +215,7 @@ def dim_below_reshape(old: Sequence[int], new: Sequence[int], dim: int) -> int |
 
 
 @rule(aten.expand.default)
-def _expand(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _expand(push: Push, node: fx.Node, dim: int) -> Value:
     """Equal copies along other dimensions, or along the selected one."""
     x = cast(fx.Node, node.args[0])
     shape = list(node.meta["val"].shape)
@@ -230,13 +224,13 @@ def _expand(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(*CONVERSIONS)
-def _convert(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _convert(push: Push, node: fx.Node, dim: int) -> Value:
     x, *rest = node.args
     return push.call(node.target, push.of(x, dim, node), *rest, **node.kwargs)
 
 
 @rule(*COPIES)
-def _same(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _same(push: Push, node: fx.Node, dim: int) -> Value:
     return push.of(node.args[0], dim, node)
 
 
@@ -244,7 +238,7 @@ def _same(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.slice.Tensor)
-def _slice(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _slice(push: Push, node: fx.Node, dim: int) -> Value:
     """A part of a larger gradient: the weight was concatenated with others."""
     x, over, start, end, step = _slice_of(node, 1, dim)
     if over != dim:
@@ -255,7 +249,7 @@ def _slice(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(operator.getitem)
-def _part(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _part(push: Push, node: fx.Node, dim: int) -> Value:
     """One part of a split."""
     parts, k = cast("tuple[fx.Node, int]", node.args)
     if parts.target not in SPLITS:
@@ -271,7 +265,7 @@ def _part(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.cat.default)
-def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _cat(push: Push, node: fx.Node, dim: int) -> Value:
     """Parts of a weight that are used apart. Along the selected dimension each part pays r rows."""
     parts, *over = cast("tuple[Any, ...]", node.args)
     across = (over or [0])[0] % node.meta["val"].dim()
@@ -280,7 +274,7 @@ def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
     size = node.meta["val"].shape[dim]
     if len(parts) * push.rank > size:
         raise Stop(f"{node.name} has {len(parts)} parts, too many for {push.rank} rows of {size}")
-    start, below = 0, None
+    start, below = 0, cast("Value | None", None)
     for x in parts:
         length = x.meta["val"].shape[dim]
         below = push.inside(x, start, length, dim, node, below)
@@ -290,7 +284,7 @@ def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.slice_scatter.default)
-def _slice_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _slice_scatter(push: Push, node: fx.Node, dim: int) -> Value:
     """The gradient of a weight of which a part is used."""
     base, x = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     _, over, start, end, step = _slice_of(node, 2, dim)
@@ -303,7 +297,7 @@ def _slice_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.select_scatter.default)
-def _select_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
     """The same with one matrix of a stack."""
     base, x, over, index = cast("tuple[Any, ...]", node.args)
     over %= node.meta["val"].dim()
@@ -314,7 +308,7 @@ def _select_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.select.int)
-def _select_int(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _select_int(push: Push, node: fx.Node, dim: int) -> Value:
     """One matrix of a batch of gradients."""
     x, over, index = cast("tuple[Any, ...]", node.args)
     over %= x.meta["val"].dim()
@@ -322,7 +316,7 @@ def _select_int(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.full.default)
-def _constant(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _constant(push: Push, node: fx.Node, dim: int) -> Value:
     """What parts are written into: zeros."""
     shape, value = cast("tuple[list[int], Any]", node.args)
     if value != 0:
@@ -357,12 +351,12 @@ def _slice_of(node: fx.Node, before: int, dim: int) -> tuple[fx.Node, int, Any, 
 
 
 @rule(c10d.wait_tensor.default)
-def _wait(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _wait(push: Push, node: fx.Node, dim: int) -> Value:
     return push.call(node.target, push.of(node.args[0], dim, node))
 
 
 @rule(c10d.all_reduce.default)
-def _all_reduce(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _all_reduce(push: Push, node: fx.Node, dim: int) -> Value:
     """All ranks have one sum and select alike in it, so only what is selected travels."""
     x, op, group = node.args
     if op not in ("sum", "avg"):
@@ -371,7 +365,7 @@ def _all_reduce(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(c10d.reduce_scatter_tensor.default)
-def _reduce_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _reduce_scatter(push: Push, node: fx.Node, dim: int) -> Value:
     """Each rank selects rows of its own part: those of all ranks are summed, r for each."""
     x, op, ranks, group = cast("tuple[fx.Node, str, int, str]", node.args)
     if op not in ("sum", "avg"):

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import fx
 
 from grass_fx.ops import SELECT
-from grass_fx.passes.push import Push, make_early
+from grass_fx.passes.facts import JointFacts, Result
+from grass_fx.passes.push import Planned, Push, emit, make_early
 from grass_fx.passes.push_rules import COLLECTIVES, RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
-
-@dataclass
-class PushResult:
-    """What became of a joint graph's selections."""
-
-    pushed: list[fx.Node] = field(default_factory=list)
-    """The ``indices`` nodes of the selections that reached every matmul below them."""
-    stopped: dict[fx.Node, str] = field(default_factory=dict)
-    """``indices`` node -> why a selection stayed above something: slower, and still right."""
-
-    @property
-    def modified(self) -> bool:
-        """Whether the graph changed."""
-        return bool(self.pushed)
+TOO_DEEP = "its gradient is made by more operations than can be followed"
 
 
-def push_selection_pass(graph: fx.Graph) -> PushResult:
+def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     """Replace ``select`` of a full weight gradient by the product of what it selects.
 
     Before::
@@ -46,29 +33,35 @@ def push_selection_pass(graph: fx.Graph) -> PushResult:
     The product stands where its factors are made. ``select`` is linear and moves through the
     operations of ``push_rules.RULES`` (equations 2 and 3 of docs/method.md). It stops, and is left
     there with its reason, at a node of another kind and at one whose full value is needed anyway
-    (the scores of a scoring step). Graphs without a selection, inference graphs among them, stay as
-    they are.
+    (the scores of a scoring step). Each way down is planned first, and then made. Graphs without a
+    selection, inference graphs among them, stay as they are.
+
+    Rewritten and stopped: the ``indices`` nodes of selections that reached every matmul below them,
+    and of those that stayed above something.
     """
-    result = PushResult()
+    result = Result()
     for select in graph.find_nodes(op="call_function", target=SELECT):
         g, indices, scale, dim, *block = cast("tuple[Any, ...]", select.args)
         make_early(select)
         rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
         push = Push(rules, graph, select, indices, scale, block)
         try:
-            new = push.below(g, dim, select)
+            plan = push.of(g, dim, select)
         except RecursionError:
-            new = None
-            push.stops.append("its gradient is made by more operations than can be followed")
-        if push.stops:
-            result.stopped[indices] = "; ".join(push.stops)
+            result.stopped[indices] = TOO_DEEP
+            continue
+        stops = [each.stop for each in push.needed(plan) if each.stop is not None]
+        if stops:
+            result.stopped[indices] = "; ".join(stops)
         else:
-            result.pushed.append(indices)
-        if new is not None:
-            if any(user.target in COLLECTIVES for user in select.users):
-                new = push.contiguous(new)
-            select.replace_all_uses_with(new)
-            _erase_unused(graph, select)
+            result.rewritten.append(indices)
+        if cast(Planned, plan).stop is not None and plan.args[0] is g:
+            continue  # it stays where it is
+        if any(user.target in COLLECTIVES for user in select.users):
+            plan = push.contiguous(plan)
+        select.replace_all_uses_with(emit(cast(Planned, plan), push))
+        _erase_unused(graph, select)
+    result.note = f"{result.count} pushed, {len(result.stopped)} stopped"
     return result
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from grass_fx.ops import SELECT
 from grass_fx.passes import push_rules
-from grass_fx.passes.push import FACTORS, Push, Rule, Stop
+from grass_fx.passes.push import FACTORS, Push, Rule, Stop, Value
 from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, RULES, dim_below_reshape
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -27,7 +27,7 @@ rule = push_rules.registers_in(STACK_RULES)
 
 
 @rule(aten.bmm.default)
-def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
     """The factor that has the selected dimension is selected, matrix by matrix."""
     a, b = cast("tuple[fx.Node, fx.Node]", node.args)
     if dim == 1:
@@ -38,7 +38,7 @@ def _bmm(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten._grouped_mm.default)
-def _grouped_mm(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _grouped_mm(push: Push, node: fx.Node, dim: int) -> Value:
     """Tokens sorted by matrix, each one's end in ``offs``: σ of a token is that of its matrix."""
     a, b, offs, *rest = cast("tuple[Any, ...]", node.args)
     if a.meta["val"].dim() != 2 or b.meta["val"].dim() != 2:
@@ -61,7 +61,7 @@ def _grouped_mm(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
-def _index_put(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _index_put(push: Push, node: fx.Node, dim: int) -> Value:
     """The gradient of the matrices that each token was sent to, one product for each token."""
     base, where, values, *accumulate = cast("tuple[Any, ...]", node.args)
     if len(where) != 1 or where[0].meta["val"].dim() != 1:
@@ -79,7 +79,7 @@ def _of_tokens(push: Push, group: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 @rule(aten.permute.default)
-def _permute(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _permute(push: Push, node: fx.Node, dim: int) -> Value:
     """Also two in a row, as einsum makes them, where the first dimension comes back."""
     x, dims = cast("tuple[fx.Node, list[int]]", node.args)
     if dims[0] == 0:
@@ -94,14 +94,14 @@ def _permute(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.transpose.int)
-def _transpose(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _transpose(push: Push, node: fx.Node, dim: int) -> Value:
     if any(cast(int, d) % node.meta["val"].dim() == 0 for d in node.args[1:]):
         raise Stop(f"{node.name} moves the dimension of a stack")
     return RULES[aten.transpose.int](push, node, dim)
 
 
 @rule(*RESHAPES)
-def _reshape(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
     """Where both dimensions stay, or of matrices in one to their stack."""
     x, shape = cast(fx.Node, node.args[0]), list(node.meta["val"].shape)
     old = list(x.meta["val"].shape)
@@ -122,7 +122,7 @@ def _reshape(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(*FACTORS)
-def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
     """By numbers, and elementwise where every factor that is selected is a stack itself."""
     shape = node.meta["val"].shape
     for x in node.all_input_nodes:
@@ -133,7 +133,7 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.select_scatter.default)
-def _select_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
     """The gradient of one matrix that is used by itself."""
     base, x, over, index = cast("tuple[Any, ...]", node.args)
     if over % node.meta["val"].dim() != 0:
@@ -143,7 +143,7 @@ def _select_scatter(push: Push, node: fx.Node, dim: int) -> fx.Node:
 
 
 @rule(aten.cat.default)
-def _cat(push: Push, node: fx.Node, dim: int) -> fx.Node:
+def _cat(push: Push, node: fx.Node, dim: int) -> Value:
     """Stacks, or matrices, that were taken apart."""
     parts, *over = cast("tuple[Any, ...]", node.args)
     if (over or [0])[0] % node.meta["val"].dim() != 0:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -23,7 +24,7 @@ REGION = 100_000
 """The region of recomputation, apart from those of activation checkpointing, counted from 0."""
 
 
-def recompute_gathers_pass(graph: fx.Graph) -> int:
+def recompute_gathers_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     """Mark what gathers parameters for the partitioner, which then keeps shards only.
 
     Before, all of the forward, and of it the backward needs ``wait_tensor``::
@@ -32,7 +33,7 @@ def recompute_gathers_pass(graph: fx.Graph) -> int:
         wait_tensor = torch.ops._c10d_functional.wait_tensor.default(all_gather)
 
     After: the same, with ``meta["recompute"]``, and both once more in the backward. Views and
-    conversions of a gathered parameter are marked with it. Returns how many gatherings there are.
+    conversions of a gathered parameter are marked with it. Rewritten: the gatherings.
     """
     shards: set[fx.Node] = set()
     gathered: set[fx.Node] = set()
@@ -50,4 +51,4 @@ def recompute_gathers_pass(graph: fx.Graph) -> int:
     for node in gathered:
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         node.meta["ac_graph_id"] = REGION
-    return sum(node.target is c10d.all_gather_into_tensor.default for node in gathered)
+    return Result([n for n in gathered if n.target is c10d.all_gather_into_tensor.default])

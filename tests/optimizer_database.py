@@ -30,6 +30,9 @@ SOME = {
 REFUSED = ("LBFGS", "SparseAdam")
 """What grass_fx.subspace refuses: classes that do not step each parameter on a dense gradient."""
 
+LACKS = ("amsgrad", "capturable", "differentiable")
+"""What grass_fx.AdamW refuses, if it is true: it names subspace(torch.optim.AdamW) instead."""
+
 ADDED_LATER = ("foreach", "fused", "differentiable", "maximize", "capturable")
 """Arguments that groups in checkpoints of older versions of torch lack."""
 
@@ -55,6 +58,11 @@ def every(name: str) -> list[dict[str, Any]]:
         for way in each
         if not (way.get("foreach") and torch.is_tensor(given.get("lr")))  # torch refuses that
     ]
+
+
+def ours(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of configurations of torch.optim.AdamW those that grass_fx.AdamW takes."""
+    return [each for each in configurations if not any(each.get(name) for name in LACKS)]
 
 
 def names() -> list[str]:

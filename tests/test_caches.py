@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,19 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import grass_fx
-from grass_fx._torch_compat import compile_aot_eager, compile_inductor, trace_static
+from grass_fx._torch_compat import (
+    compile_aot_eager,
+    compile_inductor,
+    copy_dynamo_graph,
+    trace_static,
+)
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
+from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
-from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.observers import PushReport
+from grass_fx.passes.pipeline import GrassPasses
+from grass_fx.passes.signature import REGULAR, Signature
 from grass_fx.passes.tap_weights import tap_weights_pass
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
@@ -75,7 +84,7 @@ def test_the_added_inputs_keep_their_addresses(rule):
         optimizer.zero_grad()
         compiled(torch.randn(5, 8)).square().mean().backward()
         graph = backend.only
-        made = [proxy for stored in graph._stored for proxy in stored]
+        made = graph._stored
         subspace = registry.get(model[0].weight)
         given = graph_inputs([subspace], [torch.device("cpu")])[0]
         seen.append(tuple(t.data_ptr() for t in (*made, *given)))
@@ -187,11 +196,14 @@ def replayed(graph):
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
     def backend(gm, inputs):
-        found = find_linear_weights_pass(gm, inputs, config=GrassConfig(rank=4))
-        tapped, extended = tap_weights_pass(gm, inputs, found.taken)
-        passes = GrassPasses(PushReport(), {})
-        compiled = compile_aot_eager(tapped, extended, passes, replayed)
-        return GrassCallable(found, PushReport(), compiled, None, cuda_graphs)
+        facts = DynamoFacts(GrassConfig(rank=4), inputs)
+        found = find_linear_weights_pass(gm.graph, facts)
+        signature = Signature(found.taken, len(inputs), with_scores=False)
+        facts = replace(facts, signature=signature, variant=REGULAR)
+        tapped = copy_dynamo_graph(gm)
+        extended = tap_weights_pass(tapped.graph, facts).inputs
+        compiled = compile_aot_eager(tapped, extended, GrassPasses(JointFacts()), replayed)
+        return GrassCallable(signature, {REGULAR: compiled}, found, PushReport(), cuda_graphs)
 
     model = mlp(8, 12, bias=False)
     twin, compiled = copy.deepcopy(model), torch.compile(model, backend=backend)

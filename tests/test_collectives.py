@@ -11,6 +11,7 @@ from expecttest import assert_expected_inline
 from test_push_selection import traced
 
 from grass_fx.ops import SELECT
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import text
 
@@ -45,7 +46,7 @@ def rewritten(gradient, group, scale=None, dim=0):
 
     inputs = ROWS, scale, torch.randn(6, 4), torch.randn(6, 4)
     gm = traced(run, *inputs)
-    result = push_selection_pass(gm.graph)
+    result = push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     lines = text(gm.graph).replace("torch.ops.", "").replace(".default", "").splitlines()
     lines = [line.strip().replace(f"'{group}'", "'group'") for line in lines[1:]]
@@ -55,7 +56,7 @@ def rewritten(gradient, group, scale=None, dim=0):
 
 def test_an_all_reduce_sums_what_is_selected(group):
     result, code = rewritten(reduced, group)
-    assert result.pushed and not result.stopped
+    assert result.rewritten and not result.stopped
     assert_expected_inline(
         code,
         """\
@@ -70,7 +71,7 @@ return wait_tensor_1
 
 def test_a_reduce_scatter_sums_the_rows_of_all_ranks(group):
     result, code = rewritten(scattered, group, torch.rand(3))
-    assert result.pushed and not result.stopped
+    assert result.rewritten and not result.stopped
     assert_expected_inline(
         code,
         """\
@@ -128,7 +129,7 @@ def compare(rank, ranks, folder):
             inputs, run = (torch.tensor(rows), scale, d, x), selecting(gradient, ranks)
             want = run(*inputs)
             gm = traced(run, *inputs)
-            assert push_selection_pass(gm.graph).pushed
+            assert push_selection_pass(gm.graph, JointFacts()).rewritten
             gm.recompile()
             torch.testing.assert_close(gm(*inputs), want)
     dist.destroy_process_group()

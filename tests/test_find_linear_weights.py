@@ -7,6 +7,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from grass_fx.config import GrassConfig
+from grass_fx.passes.facts import DynamoFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from helpers import Captured, mlp, taken_and_left
 
@@ -187,7 +188,7 @@ def test_a_subclass_parameter_is_left():
     odd = nn.Parameter(torch.randn(12, 8).as_subclass(Odd))
     inputs = [odd, nn.Parameter(torch.randn(12, 8)), X8]
     gm = fx.GraphModule(nn.Module(), graph)
-    found = find_linear_weights_pass(gm, inputs, config=GrassConfig(rank=2))
+    found = find_linear_weights_pass(gm.graph, DynamoFacts(GrassConfig(rank=2), inputs))
     assert [w.name for w in found.taken] == ["plain"]
     assert found.left == {"odd": "a tensor subclass, Odd"}
 

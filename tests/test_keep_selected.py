@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from test_push_selection import count, traced
 from torch import nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput, TangentAOTInput
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import grass_fx
 from grass_fx.compile.lowering.selected_mm import GATHER, MEASURED, way
-from grass_fx.inspect.explain import tracing
+from grass_fx.inspect import tracing
 from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.keep_selected import keep_selected_pass
-from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.pipeline import GrassPasses
 from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, text
 
@@ -27,12 +29,12 @@ def kept(function, *inputs, **more):
     """The graph after the pass, the number of products, and proof that the numbers are the same."""
     gm = traced(function, *inputs)
     for node in gm.graph.find_nodes(op="placeholder"):
-        if node.name.startswith("tangents"):  # as AOTAutograd names the gradients of outputs
-            node.target = node.name
+        if node.name.startswith("tangents"):  # as AOTAutograd marks the gradients of outputs
+            node.meta["desc"] = TangentAOTInput(PlainAOTOutput(0))
     for node in gm.graph.nodes:
         node.meta.update(more if node.target is aten.mul.Tensor else {})
     want = gm(*inputs)
-    changed = keep_selected_pass(gm.graph)
+    changed = keep_selected_pass(gm.graph, JointFacts()).count
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(*inputs), want, rtol=1e-12, atol=1e-12)
@@ -230,7 +232,7 @@ def test_inference_graphs_stay_as_they_are():
 
 
 def test_the_cache_knows_of_it():
-    uuids = {GrassPasses(PushReport(), {}, keeps=each).uuid() for each in (True, False)}
+    uuids = {GrassPasses(JointFacts(with_scores=each)).uuid() for each in (True, False)}
     assert len(uuids) == 2
 
 

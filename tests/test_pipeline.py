@@ -11,9 +11,19 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import grass_fx
+from grass_fx._torch_compat import compile_aot_eager, copy_dynamo_graph
+from grass_fx.compile.runtime import GrassCallable
 from grass_fx.compile.sources import source_hash
-from grass_fx.passes.pipeline import GrassPasses, PushReport
-from helpers import mlp, uncached
+from grass_fx.config import PASSES, GrassConfig
+from grass_fx.errors import OptionError
+from grass_fx.ops import SELECT
+from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from grass_fx.passes.observers import DISABLED, PushReport
+from grass_fx.passes.pipeline import JOINT, GrassPasses
+from grass_fx.passes.signature import REGULAR, Signature
+from grass_fx.passes.tap_weights import tap_weights_pass
+from helpers import Captured, mlp, uncached
 
 
 class CountMatmuls(CustomGraphPass):
@@ -30,7 +40,7 @@ class CountMatmuls(CustomGraphPass):
 
 
 def manager(*users):
-    return GrassPasses(PushReport(), {}, users)
+    return GrassPasses(JointFacts(), users=users)
 
 
 def test_uuid_is_the_same_for_the_same_passes_and_differs_with_the_users():
@@ -130,3 +140,72 @@ def test_inference_graphs_run_the_users_pass_alone():
 
 def test_source_hash_is_remembered():
     assert source_hash() is source_hash()
+
+
+# --- the order, its observers, and disable_passes -------------------------------------------------
+
+
+def test_the_names_that_disable_passes_takes_are_those_of_the_pipeline():
+    assert tuple(each.name for each in JOINT) == PASSES
+
+
+def test_what_the_passes_go_by_is_in_the_uuid():
+    facts = [JointFacts(), JointFacts(with_scores=True), JointFacts(reshards=True)]
+    facts += [JointFacts(disabled=(name,)) for name in PASSES]
+    assert len({GrassPasses(each).uuid() for each in facts}) == len(facts)
+
+
+def test_an_unknown_pass_is_an_error_that_names_the_nearest():
+    for given, remedy in ((["keep_select"], "'keep_selected'"), ("tap_weights", "'push_norms'"), (3, "names")):
+        with pytest.raises(OptionError, match=rf"disable_passes.*{remedy}"):
+            GrassConfig.from_options({"disable_passes": given})
+    assert GrassConfig(disable_passes="push_norms").disable_passes == ("push_norms",)
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("selection", ["cyclic", "top"])
+def test_without_any_one_pass_gradients_are_the_same(name, selection):
+    options = {"rank": 4, "selection": selection, "scoring": "tiles", "disable_passes": name}
+    model, x, backend = mlp(8, 16, 12), torch.randn(32, 8), Captured(**options)
+    torch.compile(model, backend=backend)(x).square().mean().backward()
+    weights = [model[0].weight, model[2].weight]
+    full = torch.autograd.grad(model(x).square().mean(), weights)
+    for w, g in zip(weights, full, strict=True):
+        torch.testing.assert_close(w.grad.compact, w.grad.selection.project(g))
+        if selection == "top":
+            torch.testing.assert_close(w.grad.scores, g.square().sum(0))
+    report = backend.only.report
+    if name == "push_selection":
+        assert [*report.stopped.values()] == [DISABLED, DISABLED] and not report.pushed
+    else:
+        assert not report.stopped and len(report.pushed) == 2
+
+
+def test_observers_see_every_graph_of_one_run_and_what_was_left_out():
+    seen = []
+
+    def observer(graph, step):
+        gathers = len(graph.find_nodes(op="call_function", target=SELECT))
+        seen.append((step.by.name, step.disabled, step.result.count, gathers))
+
+    def backend(gm, inputs):
+        facts = DynamoFacts(GrassConfig(rank=4), inputs)
+        found = find_linear_weights_pass(gm.graph, facts)
+        signature = Signature(found.taken, len(inputs), with_scores=False)
+        facts = DynamoFacts(facts.config, inputs, signature, REGULAR)
+        tapped = copy_dynamo_graph(gm)
+        extended = tap_weights_pass(tapped.graph, facts).inputs
+        tapped.recompile()
+        passes = GrassPasses(JointFacts(disabled=("push_norms",)), [observer])
+        return GrassCallable(
+            signature, {REGULAR: compile_aot_eager(tapped, extended, passes)}, found, PushReport()
+        )
+
+    model = mlp(8, 16, 12)
+    torch.compile(model, backend=backend)(torch.randn(32, 8)).sum().backward()
+    assert seen == [
+        ("AOTAutograd", False, 0, 2),
+        ("push_norms", True, 0, 2),
+        ("push_selection", False, 2, 0),
+        ("keep_selected", False, 1, 1),  # the first layer's input is one of the graph
+    ]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_push_selection import products, traced
 
 from grass_fx.ops import SELECT
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_selection import push_selection_pass
 
 aten = torch.ops.aten
@@ -117,7 +118,7 @@ def test_random_chains_select_what_select_after_would(dim, scaled, chain, data):
 
     indices = torch.tensor(sorted(rows))
     gm = traced(run, d, x, indices, scale)
-    push_selection_pass(gm.graph)
+    push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     gm.recompile()
     want = SELECT(gradient(), indices, scale, dim)

@@ -7,6 +7,7 @@ from test_push_selection import B, M, N, count, products, traced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_norms import LARGE_GRADIENT, push_norms_pass, wants_tiles
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import Captured, mlp, text
@@ -19,8 +20,8 @@ def pushed(function, *inputs):
     """The graph after both passes and how many norms moved, once the numbers are proven equal."""
     gm = traced(function, *inputs)
     want = gm(*inputs)
-    moved = push_norms_pass(gm.graph)
-    push_selection_pass(gm.graph)
+    moved = push_norms_pass(gm.graph, JointFacts()).count
+    push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(*inputs), want, rtol=1e-6, atol=1e-6)
@@ -159,7 +160,7 @@ def test_tiles_are_for_large_gradients_on_a_gpu():
 def test_a_graph_without_norms_stays_as_it_is():
     gm = traced(lambda x, w: torch.relu(x @ w), torch.randn(B, N), torch.randn(N, M))
     before = text(gm.graph)
-    assert push_norms_pass(gm.graph) == 0 and text(gm.graph) == before
+    assert push_norms_pass(gm.graph, JointFacts()).count == 0 and text(gm.graph) == before
 
 
 class Shapes(TorchDispatchMode):

@@ -7,6 +7,7 @@ from expecttest import assert_expected_inline
 from test_push_selection import B, M, N, products, traced
 
 from grass_fx.ops import SELECT
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_rules import RULES
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import text
@@ -30,7 +31,7 @@ def rewritten(gradient, dim=0, inputs=None, rows=ROWS, scale=None):
     gm = traced(run, rows, scale, *factors)
     TESTED.update(n.target for n in gm.graph.nodes)
     want = gm(rows, scale, *factors)
-    result = push_selection_pass(gm.graph)
+    result = push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(rows, scale, *factors), want, rtol=1e-12, atol=1e-12)

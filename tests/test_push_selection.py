@@ -6,6 +6,7 @@ from expecttest import assert_expected_inline
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import Captured, mlp, text
 
@@ -27,7 +28,7 @@ def pushed(function, *inputs):
     """The graph before and after the pass, its result, and proof that the numbers are the same."""
     gm = traced(function, *inputs)
     before, want = text(gm.graph), gm(*inputs)
-    result = push_selection_pass(gm.graph)
+    result = push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(*inputs), want, rtol=1e-12, atol=1e-12)
@@ -69,7 +70,7 @@ def forward(self, d_1, x_1, indices_1):
     return mul
 """,
     )
-    assert [n.name for n in result.pushed] == ["indices_1"] and not result.stopped
+    assert [n.name for n in result.rewritten] == ["indices_1"] and not result.stopped
 
 
 def test_a_product_stands_where_its_factors_are_made():
@@ -117,7 +118,7 @@ def forward(self, d_1, x_1, d2_1, x2_1, indices_1, scale_1):
     return add_1
 """,
     )
-    assert result.pushed and not result.stopped
+    assert result.rewritten and not result.stopped
 
 
 CHAINS = {
@@ -163,7 +164,7 @@ def test_every_rule_keeps_the_numbers(name, dim, scaled):
     scale = torch.rand(R, dtype=torch.float64)
     inputs = (*products(), torch.tensor([0, 2, 2]), scale)
     _, graph, result = pushed(gradient, *inputs)
-    assert result.pushed and not result.stopped
+    assert result.rewritten and not result.stopped
     assert count(graph, SELECT) == 0
     assert count(graph, SELECTED_MM) == (2 if name == "add" else 1)
     full = [n for n in graph.nodes if n.op == "call_function" and n.meta["val"].shape == (M, N)]
@@ -188,7 +189,7 @@ def test_an_unknown_operation_stops_the_selection_with_its_reason(reason):
 
     d, x, *_ = products()
     _, graph, result = pushed(gradient, d, x, torch.tensor([0, 2, 4]))
-    assert not result.pushed
+    assert not result.rewritten
     assert reason in next(iter(result.stopped.values()))
     assert count(graph, aten.mm.default) == 1 and count(graph, SELECT) == 1
 
@@ -227,9 +228,9 @@ def test_a_gradient_that_comes_from_outside_stops():
 def test_a_graph_without_selections_stays_as_it_is():
     gm = traced(lambda x, w: torch.relu(x @ w), torch.randn(B, N), torch.randn(N, M))
     before = text(gm.graph)
-    result = push_selection_pass(gm.graph)
+    result = push_selection_pass(gm.graph, JointFacts())
     assert text(gm.graph) == before
-    assert not result.modified and not result.stopped
+    assert not result.rewritten and not result.stopped
 
 
 def test_an_inference_graph_has_nothing_to_push(tmp_path):

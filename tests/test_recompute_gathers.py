@@ -7,7 +7,8 @@ from expecttest import assert_expected_inline
 from test_push_selection import traced
 from torch.utils.checkpoint import CheckpointPolicy
 
-from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.facts import JointFacts
+from grass_fx.passes.pipeline import GrassPasses
 from grass_fx.passes.recompute_gathers import recompute_gathers_pass
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -27,7 +28,7 @@ def gather(x, group):
 
 def marked(gm):
     """The nodes that the partitioner is to compute again, and how many gatherings there are."""
-    count = recompute_gathers_pass(gm.graph)
+    count = recompute_gathers_pass(gm.graph, JointFacts()).count
     marks = {CheckpointPolicy.MUST_RECOMPUTE: "again: ", None: "once:  "}
     lines = [
         f"{marks[node.meta.get('recompute')]}{node.name}"
@@ -75,5 +76,5 @@ def test_a_shared_parameter_and_graphs_without_any(group):
 
 
 def test_the_cache_knows_of_it():
-    uuids = {GrassPasses(PushReport(), {}, reshard=each).uuid() for each in (True, False)}
+    uuids = {GrassPasses(JointFacts(reshards=each)).uuid() for each in (True, False)}
     assert len(uuids) == 2

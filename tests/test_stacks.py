@@ -11,6 +11,7 @@ from torch import nn
 
 import grass_fx
 from grass_fx.ops import SELECT
+from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.push_stack_rules import STACK_RULES
 from grass_fx.state import rules
@@ -144,7 +145,7 @@ def rewritten(gradient, *inputs, rows=((0, 2), (1, 3))):
     gm = traced(lambda indices, *xs: SELECT(gradient(*xs), indices, None, 1),
                 torch.tensor(rows), *inputs)  # fmt: skip
     want = gm(torch.tensor(rows), *inputs)
-    result = push_selection_pass(gm.graph)
+    result = push_selection_pass(gm.graph, JointFacts())
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(torch.tensor(rows), *inputs), want)
@@ -243,8 +244,8 @@ def test_what_mixes_the_matrices_stops_the_selection(reason):
     inputs = torch.tensor([[0], [1], [1]]), torch.randn(3, 3, 5), torch.randn(3, 5, 3)
     gm = traced(gradient, *inputs)
     before = text(gm.graph)
-    result = push_selection_pass(gm.graph)
-    assert reason in next(iter(result.stopped.values())) and not result.pushed
+    result = push_selection_pass(gm.graph, JointFacts())
+    assert reason in next(iter(result.stopped.values())) and not result.rewritten
     assert text(gm.graph) == before and aten.transpose.int in STACK_RULES
 
 

@@ -1,34 +1,39 @@
 """tap_weights: every use of a linear weight goes through a tap; the value stays."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
+from grass_fx._torch_compat import copy_dynamo_graph
 from grass_fx.config import GrassConfig
+from grass_fx.passes.facts import DynamoFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
-from grass_fx.passes.tap_weights import proxy_of, tap_weights_pass
+from grass_fx.passes.signature import Signature, Variant, proxy_of
+from grass_fx.passes.tap_weights import tap_weights_pass
 from helpers import Captured, mlp
 
 
 class Tapping:
     """A backend that shows a graph before and after the pass, and runs the original."""
 
-    def __init__(self, scoring=None, **options):
+    signature = Signature
+
+    def __init__(self, scoring=False, **options):
         self.config, self.scoring = GrassConfig(**options), scoring
 
     def __call__(self, gm, inputs):
-        found = find_linear_weights_pass(gm, inputs, config=self.config)
+        facts = DynamoFacts(self.config, inputs)
+        found = find_linear_weights_pass(gm.graph, facts)
         self.original, self.before = gm, str(gm.code).strip()
-        self.tapped, self.inputs = tap_weights_pass(
-            gm,
-            inputs,
-            found.taken,
-            with_scores=self.config.needs_scores,
-            scoring=self.scoring,
-        )
+        signature = self.signature(found.taken, len(inputs), self.config.needs_scores)
+        facts = replace(facts, signature=signature, variant=Variant(scoring=self.scoring))
+        self.tapped = copy_dynamo_graph(gm)
+        self.inputs = tap_weights_pass(self.tapped.graph, facts).inputs
+        self.tapped.recompile()
         return gm.forward
 
 
@@ -36,9 +41,8 @@ def code(gm) -> str:
     """A graph's statements, without types, clean-up and the long common parts of names."""
     lines = (line.split(";  ")[0] for line in gm.code.strip().splitlines())
     lines = (re.sub(r" : torch[\w.]+", "", line) for line in lines)
-    lines = (
-        re.sub(r"[lL]_(self|fn)_parameters_|grass_fx_passes_tap_weights_", "", x) for x in lines
-    )
+    lines = (re.sub(r"[lL]_(self|fn)_parameters_|grass_fx_passes_taps_", "", x) for x in lines)
+    lines = (re.sub(r"(?<=[(,] )(\w+) = |(?<=\()(\w+) = ", r"\1\2=", x) for x in lines)  # keywords
     return "\n".join(x for x in lines if not re.match(r" +(\w+) = \1$", x)) + "\n"
 
 
@@ -83,7 +87,7 @@ def forward(self, weight_, L_args_0_):
         """\
 def forward(self, weight_, L_args_0_, weight_d, weight_indices):
     l_args_0_ = L_args_0_
-    tap = tap(weight_, weight_d, None, weight_indices, None, 0)
+    tap = tap(weight_, dim=0, d=weight_d, indices=weight_indices)
     linear = torch._C._nn.linear(l_args_0_, tap, None)
     return (linear,)
 """,
@@ -100,15 +104,15 @@ def forward(self, weight_, L_args_0_, weight_d, weight_indices):
 
 def test_scoring_variant_has_the_same_inputs_and_yields_row_norms():
     model, x = nn.Linear(8, 6, bias=False), torch.randn(4, 8)
-    tapping = Tapping(rank=2, side="out", selection="top", scoring="auto")
+    tapping = Tapping(rank=2, side="out", selection="top", scoring=True)
     torch.compile(model, backend=tapping)(x)
     assert_expected_inline(
         code(tapping.tapped),
         """\
 def forward(self, weight_, L_args_0_, weight_d, weight_e, weight_indices):
     l_args_0_ = L_args_0_
-    scoring_tap = scoring_tap(weight_, weight_d, weight_e, weight_indices, None, 0)
-    linear = torch._C._nn.linear(l_args_0_, scoring_tap, None)
+    tap = tap(weight_, dim=0, scoring='auto', d=weight_d, e=weight_e, indices=weight_indices)
+    linear = torch._C._nn.linear(l_args_0_, tap, None)
     return (linear,)
 """,
     )
@@ -134,7 +138,7 @@ def test_a_shared_weight_gets_one_tap_for_all_its_uses():
         """\
 def forward(self, w_, L_x_, w_d, w_indices):
     l_x_ = L_x_
-    tap = tap(w_, w_d, None, w_indices, None, 0)
+    tap = tap(w_, dim=0, d=w_d, indices=w_indices)
     matmul = l_x_ @ tap
     relu = torch.relu(matmul)
     t = tap.t()

@@ -35,7 +35,8 @@ import grass_fx
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
-from grass_fx.passes.pipeline import PushReport
+from grass_fx.passes.observers import PushReport
+from grass_fx.passes.signature import REGULAR, Signature
 from grass_fx.state.registry import Demand, registry
 from grass_fx.state.spec import SubspaceSpec
 from roofline import LARGE, Roofline, Timer
@@ -81,11 +82,10 @@ class Ours(Side):
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self.spec = SubspaceSpec.of(CONFIG, SIZE, 0, "out")
         super().__init__(weights, self.spec.compact_shape((SIZE, SIZE)))
-        found = FoundWeights(
-            [LinearWeight(k, f"{k}", (SIZE, SIZE), self.spec) for k in range(len(weights))]
-        )
+        taken = [LinearWeight(k, f"{k}", (SIZE, SIZE), self.spec) for k in range(len(weights))]
+        signature, found = Signature(taken, len(taken), False), FoundWeights(taken=taken)
         self.demand = Demand(registry, [self.spec] * len(weights), [""] * len(weights))
-        self.callable = GrassCallable(found, PushReport(), self.compiled, None)
+        self.callable = GrassCallable(signature, {REGULAR: self.compiled}, found, PushReport())
 
     def compiled(self, *inputs: Tensor) -> Tensor:
         return NoCompute.apply(self.ready, *inputs[len(self.weights) :: 2])

@@ -18,6 +18,7 @@ from grass_fx._torch_compat.aot import (
     compile_aot_eager,
     gradient_of_input,
     input_position,
+    is_tangent,
     trace_static,
 )
 from grass_fx._torch_compat.backward import (
@@ -95,6 +96,7 @@ __all__ = [
     "ignore_in_ddp",
     "inductor_patches",
     "input_position",
+    "is_tangent",
     "is_multiple",
     "library_call",
     "managed_by_fsdp",

@@ -47,6 +47,16 @@ def input_position(node: fx.Node) -> int | None:
     return getattr(node.meta.get("desc"), "idx", None)
 
 
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a joint graph's placeholder is the gradient of an output, or a part of one."""
+    from torch._functorch._aot_autograd.descriptors import TangentAOTInput
+
+    desc: Any = node.meta.get("desc")
+    while hasattr(desc, "base"):  # a tensor inside a subclass, such as DTensor
+        desc = desc.base
+    return isinstance(desc, TangentAOTInput)
+
+
 def gradient_of_input(graph: fx.Graph, position: int) -> fx.Node | None:
     """The node of a joint graph that is the gradient of one of the backend's inputs."""
     output = graph.output_node()

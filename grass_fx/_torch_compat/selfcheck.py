@@ -44,6 +44,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "differentiating a graph": (
         "torch._functorch._aot_autograd.descriptors.PlainAOTInput.idx",
         "torch._functorch._aot_autograd.descriptors.GradAOTOutput.grad_of",
+        "torch._functorch._aot_autograd.descriptors.TangentAOTInput",
         "torch._functorch._aot_autograd.utils.make_boxed_func",
         "torch._functorch.partitioners.min_cut_rematerialization_partition(compiler)",
         "torch._dynamo.backends.common.aot_autograd"

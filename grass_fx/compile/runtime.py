@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from grass_fx._torch_compat import averaged_by, current_backward, running_ddp
 from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError, warn
-from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
-from grass_fx.passes.pipeline import PushReport
-from grass_fx.passes.tap_weights import proxies
+from grass_fx.passes.find_linear_weights import FoundWeights
+from grass_fx.passes.observers import PushReport
+from grass_fx.passes.signature import Signature, Variant
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import Demand, Left, registry
 from grass_fx.state.selection import Selection
@@ -40,12 +40,11 @@ def _warn_unfinished(name: str) -> None:
 class _Delivery:
     """One call of one graph: the weights' subspaces and selections at its forward."""
 
-    weights: Sequence[LinearWeight]
+    signature: Signature
     subspaces: Sequence[Subspace]
     selections: Sequence[Selection]
-    with_scores: bool
-    stored: list[list[Tensor]]
-    """The graph's proxies of each weight: shared by weights that are alike, and by all calls."""
+    stored: list[Tensor]
+    """The graph's proxies, which all of its calls share; made at the first one."""
     averaged: bool
     """Whether the graph averages gradients over the processes of a group."""
     copies: bool
@@ -55,8 +54,7 @@ class _Delivery:
 class DeliverGradients(torch.autograd.Function):
     """Makes the proxies of a call, and turns their gradients into the weights' CompactGrads.
 
-    One node for all weights of a graph. In: the weights. Out: d of every weight, then e of every
-    weight if the rule needs scores.
+    One node for all weights of a graph. In: the weights. Out: the proxies of the signature.
     """
 
     @staticmethod
@@ -64,10 +62,8 @@ class DeliverGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
         if not delivery.stored:
-            delivery.stored[:] = _proxies(delivery, weights)  # of two threads: the same twice
-        return tuple(
-            proxy.detach() for role in zip(*delivery.stored, strict=True) for proxy in role
-        )
+            delivery.stored[:] = delivery.signature.proxies(weights)  # of two threads: twice
+        return tuple(proxy.detach() for proxy in delivery.stored)
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -80,10 +76,14 @@ class DeliverGradients(torch.autograd.Function):
                 "graph is differentiated once: compute this loss with the model itself, which is "
                 "not compiled."
             )
-        count, backward = len(delivery.weights), current_backward()
+        backward, signature = current_backward(), delivery.signature
         results: list[Tensor | None] = []
-        for k in range(count):
-            compact, subspace, selection = grads[k], delivery.subspaces[k], delivery.selections[k]
+        for k, arrived in enumerate(signature.split(grads)):
+            compact, subspace, selection = (
+                arrived["d"],
+                delivery.subspaces[k],
+                delivery.selections[k],
+            )
             if compact is None:
                 results.append(None)
                 continue
@@ -105,10 +105,10 @@ class DeliverGradients(torch.autograd.Function):
                 if subspace.unfinished == PATIENCE:
                     _warn_unfinished(subspace.name)
             # A graph scores all its weights if one is due; the others' scores are dropped.
-            scores = grads[count + k] if delivery.with_scores and subspace.scoring_due else None
+            scores = arrived.get("e") if subspace.scoring_due else None
             if subspace.sharding is not None:
                 compact = subspace.sharding.whole(compact)
-            averaged = delivery.averaged and delivery.weights[k].spec.group is not None
+            averaged = delivery.averaged and signature.weights[k].spec.group is not None
             results.append(
                 CompactGrad(
                     compact,
@@ -120,18 +120,6 @@ class DeliverGradients(torch.autograd.Function):
                 )
             )
         return (None, *results)
-
-
-def _proxies(delivery: _Delivery, weights: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The proxies of each weight. A graph's weights are of the same shapes in every call."""
-    shared: dict[Any, list[Tensor]] = {}
-    made = []
-    for weight, w in zip(delivery.weights, weights, strict=True):
-        alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
-        if alike not in shared:
-            shared[alike] = proxies(weight, w, delivery.with_scores)
-        made.append(shared[alike])
-    return made
 
 
 class LeftWeights:
@@ -164,33 +152,33 @@ class GrassCallable:
 
     ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
     Weights are found by the Parameter that arrives, so that one graph can serve many layers.
-    ``regular`` and ``scoring`` average gradients where the weights have a process group; ``local``
-    are the two of micro-batches that are averaged later.
+    ``graphs`` has the regular variant; the scoring one, if the rule needs scores; and, if the
+    weights have a process group, the local ones of micro-batches that are averaged later.
     ``cuda_graphs`` says that the regular variant runs as CUDA graphs, whose outputs live until the
     next call only: a gradient that is accumulated must live longer.
     """
 
     def __init__(
         self,
+        signature: Signature,
+        graphs: Mapping[Variant, Callable[..., Any]],
         found: FoundWeights,
         report: PushReport,
-        regular: Callable[..., Any],
-        scoring: Callable[..., Any] | None,
         cuda_graphs: bool = False,
-        local: tuple[Callable[..., Any], Callable[..., Any] | None] | None = None,
     ) -> None:
+        self.signature, self.graphs = signature, dict(graphs)
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
-        self.regular, self.scoring, self.local = regular, scoring, local
-        specs, names = [w.spec for w in found.taken], [w.name for w in found.taken]
+        self._averages_some = any(variant.local for variant in graphs)
+        specs, names = [w.spec for w in signature.weights], [w.name for w in signature.weights]
         self._demand = Demand(registry, specs, names)
         self._left = LeftWeights(found) if found.left else None
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()
-        self._stored: list[list[Tensor]] = []
+        self._stored: list[Tensor] = []
 
     def __call__(self, *args: Any) -> Any:
-        weights = self.found.taken
-        params = [args[weight.position] for weight in weights]
+        signature = self.signature
+        params = [args[weight.position] for weight in signature.weights]
         subspaces = self._demand(params)
         if self._left is not None:
             self._left.note(args)
@@ -206,26 +194,20 @@ class GrassCallable:
                 subspace.agreed = True
         inputs = graph_inputs(subspaces, [p.device for p in params])
         selections = [s.selection for s in subspaces]
-        with_scores = self.scoring is not None
-        scores = with_scores and any(s.scoring_due for s in subspaces)
-        copies = self.cuda_graphs and not scores
-        averaged = self.local is not None and self._averages(params, subspaces)
+        scoring = signature.with_scores and any(s.scoring_due for s in subspaces)
+        averaged = self._averages_some and self._averages(params, subspaces)
         delivery = _Delivery(
-            weights, subspaces, selections, with_scores, self._stored, averaged, copies
+            signature,
+            subspaces,
+            selections,
+            self._stored,
+            averaged,
+            copies=self.cuda_graphs and not scoring,
         )
         with torch.enable_grad():  # the graph may turn gradients on itself
-            made = DeliverGradients.apply(delivery, *params)
-        count = len(weights)
-        extra: list[Tensor] = []
-        for k, given in enumerate(inputs):
-            extra.extend(made[k::count])
-            extra.extend(given)
-        regular, scoring = self.regular, self.scoring
-        if self.local is not None and not averaged:
-            regular, scoring = self.local
-        if scoring is not None and scores:
-            return scoring(*args, *extra)
-        return regular(*args, *extra)
+            proxies = DeliverGradients.apply(delivery, *params)
+        graph = self.graphs[Variant(scoring, local=self._averages_some and not averaged)]
+        return graph(*args, *signature.added(proxies, inputs))
 
     def _check_ddp(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:
         """Raise if these weights are in the buckets of a DistributedDataParallel."""

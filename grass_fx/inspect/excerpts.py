@@ -10,6 +10,7 @@ from grass_fx import _torch_compat as compat
 from grass_fx.inspect.findings import GraphNode
 from grass_fx.inspect.products import COPIES, VIEWS
 from grass_fx.inspect.sizes import size_expression
+from grass_fx.ops import SELECT
 
 MOST = 40
 """Nodes of a picture."""
@@ -26,7 +27,7 @@ def draw(path: Sequence[fx.Node], labels: Mapping[int, str]) -> tuple[GraphNode,
         node = waiting.pop(0)
         if node in shown:
             continue
-        shown[node] = node.target in VIEWS or node.target in COPIES
+        shown[node] = node.target in VIEWS or node.target in COPIES or node.target is SELECT
         if shown[node]:
             waiting += node.all_input_nodes
     ordered = sorted(shown)  # by their places in the graph

@@ -163,7 +163,7 @@ def _backward_nodes(graph: fx.Graph) -> Collection[fx.Node]:
     """All that depends on an output's gradient."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        tangent = node.op == "placeholder" and compat.input_position(node) is None
+        tangent = node.op == "placeholder" and compat.is_tangent(node)
         if tangent or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found

@@ -19,11 +19,13 @@ from grass_fx.inspect.findings import Cost, GraphNode
 from grass_fx.inspect.products import Product, WeightProducts, weight_products
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
 from grass_fx.ops import SELECTED_MM
+from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight, find_linear_weights_pass
-from grass_fx.passes.keep_selected import keep_selected_pass
-from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.observers import PushReport
+from grass_fx.passes.pipeline import AOT, GrassPasses, Step
 from grass_fx.passes.push_norms import wants_tiles
-from grass_fx.passes.tap_weights import added_positions, tap_weights_pass
+from grass_fx.passes.signature import REGULAR, Signature
+from grass_fx.passes.tap_weights import tap_weights_pass
 
 FIRST_ALL = "mm, then gather"
 UNREACHED = "no gradient reaches it in this graph"
@@ -86,7 +88,8 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     """
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
-    found = find_linear_weights_pass(gm, inputs, config=config)
+    facts = DynamoFacts(config, inputs)
+    found = find_linear_weights_pass(gm.graph, facts)
     graph = TracedGraph({}, sizes_of_symbols(inputs))
 
     def keep(which: Kept, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -94,11 +97,14 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
 
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
-    tapped, extended = tap_weights_pass(
-        gm, inputs, found.taken, with_scores=config.needs_scores, score_sync=config.score_sync
-    )
-    tracer = _Tracer(config, found, inputs)
-    compat.compile_aot_eager(tapped, extended, tracer.rewrite, on_partition=tracer.partitioned)
+    signature = Signature(found.taken, len(inputs), config.needs_scores)
+    tapped = compat.copy_dynamo_graph(gm)
+    facts = replace(facts, signature=signature, variant=REGULAR)
+    extended = tap_weights_pass(tapped.graph, facts).inputs
+    tapped.recompile()
+    tracer = _Tracer(config, found, signature, inputs)
+    passes = GrassPasses(JointFacts(config.needs_scores, False, config.disable_passes), [tracer])
+    compat.compile_aot_eager(tapped, extended, passes, on_partition=tracer.partitioned)
     if not tracer.parts:
         return None
     keep(graph.after, *tracer.parts)
@@ -131,12 +137,14 @@ def _storage(node: fx.Node) -> Any:
 
 
 class _Tracer:
-    """Looks at one joint graph before and after the passes, and at what it is cut into."""
+    """Observes a run of the passes: the joint graph before and after, and what it is cut into."""
 
-    def __init__(self, config: GrassConfig, found: FoundWeights, inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, config: GrassConfig, found: FoundWeights, signature: Signature, inputs: Sequence[Any]
+    ) -> None:
         self.config, self.found = config, found
         self.taken = {weight.position: weight for weight in found.taken}
-        self.added = added_positions(found.taken, len(inputs), with_scores=config.needs_scores)
+        self.added = {weight.position: signature.places(weight) for weight in found.taken}
         self.parameters = {
             place: value
             for place, value in enumerate(inputs)
@@ -144,20 +152,19 @@ class _Tracer:
         }
         patches = compat.inductor_patches(config.mode, config.inductor)
         self.tunes = bool(patches.get("max_autotune") or patches.get("max_autotune_gemm"))
-        self.push = PushReport()
+        names = {places["indices"]: f"{place}" for place, places in self.added.items()}
+        self.push = PushReport(names)
         self.parts: tuple[fx.GraphModule, ...] = ()
         self.before: dict[int, _Measured] = {}
         self.after: dict[int, _Measured] = {}
 
-    def rewrite(self, graph: fx.Graph) -> None:
-        """The joint pass: measure, push, measure."""
-        names = {places["indices"]: f"{place}" for place, places in self.added.items()}
-        self.before = self._measured(graph)
-        GrassPasses(self.push, names)(graph)
-        self.after = self._measured(graph)
-        if not self.config.needs_scores and keep_selected_pass(graph):
-            for place, kept in self._measured(graph).items():  # plain products, where it did
-                self.after[place] = replace(self.after[place], ways=kept.ways)
+    def __call__(self, graph: fx.Graph, step: Step) -> None:
+        """Measure what the passes get, and what each of them leaves: the last counts."""
+        self.push(graph, step)
+        if step.by is AOT:
+            self.before = self.after = self._measured(graph)
+        elif step.result.count or step.result.stopped:
+            self.after = self._measured(graph)
 
     def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
         """Called with the two halves of the step."""

@@ -37,12 +37,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
-from grass_fx._torch_compat import compile_aot_eager, fake_mode_of, trace_static
+from grass_fx._torch_compat import (
+    compile_aot_eager,
+    copy_dynamo_graph,
+    fake_mode_of,
+    trace_static,
+)
 from grass_fx.compile import lowering
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
+from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
-from grass_fx.passes.pipeline import GrassPasses, PushReport
+from grass_fx.passes.observers import PushReport
+from grass_fx.passes.pipeline import GrassPasses
+from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.tap_weights import tap_weights_pass
 
 H100 = types.SimpleNamespace(
@@ -391,15 +399,17 @@ def tapped_backward(
         return run
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = find_linear_weights_pass(gm, inputs, config=graph_config)
+        facts = DynamoFacts(graph_config, inputs)
+        found = find_linear_weights_pass(gm.graph, facts)
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
-        scoring = graph_config.scoring if scores else None
-        tapped, extended = tap_weights_pass(
-            gm, inputs, found.taken, with_scores=scores, scoring=scoring
-        )
-        passes = GrassPasses(PushReport(), {}, keeps=not scores)
+        variant, tapped = Variant(scoring=scores), copy_dynamo_graph(gm)
+        signature = Signature(found.taken, len(inputs), scores)
+        facts = DynamoFacts(graph_config, inputs, signature, variant)
+        extended = tap_weights_pass(tapped.graph, facts).inputs
+        tapped.recompile()
+        passes = GrassPasses(JointFacts(with_scores=scores))
         compiled = compile_aot_eager(tapped, extended, passes, on_backward)
-        return GrassCallable(found, PushReport(), compiled, compiled if scores else None)
+        return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
 
     out = torch.compile(model, backend=backend, dynamic=dynamic)(x)
     out.square().sum().backward()  # whose gradients differ in every element

@@ -1,0 +1,86 @@
+"""What watches the passes: a log of what each did, and a report of what became of each weight."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from grass_fx._torch_compat import input_position
+from grass_fx.passes.pipeline import AOT, Step
+
+log = logging.getLogger(__name__)
+
+DISABLED = "the option disable_passes leaves push_selection out"
+
+
+class PassLog:
+    """One line per pass: the operations that are fewer and more than before it, and the time.
+
+    ``what`` names the graph; ``before`` is the graph that the first pass gets, if no run of
+    :data:`~grass_fx.passes.pipeline.JOINT` begins with it.
+    """
+
+    def __init__(self, what: str, before: fx.Graph | None = None) -> None:
+        self._what, self._before = what, _operations(before)
+
+    def __call__(self, graph: fx.Graph, step: Step) -> None:
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        before, self._before = self._before, _operations(graph)
+        if step.by is AOT:
+            return
+        if step.disabled:
+            log.debug("%s: disabled (%s)", step.by.name, self._what)
+            return
+        fewer, more = before - self._before, self._before - before
+        changes = [f"-{count} {name}" for name, count in sorted(fewer.items())]
+        changes += [f"+{count} {name}" for name, count in sorted(more.items())]
+        took, note = 1e3 * step.seconds, ", ".join(filter(None, (self._what, step.result.note)))
+        log.debug(
+            "%s: %s, %.1f ms (%s)", step.by.name, ", ".join(changes) or "no change", took, note
+        )
+
+
+def _operations(graph: fx.Graph | None) -> Counter[str]:
+    """How many of each operation a graph has; empty unless it will be logged."""
+    if graph is None or not log.isEnabledFor(logging.DEBUG):
+        return Counter()
+    return Counter(_operation(node) for node in graph.nodes if node.op != "output")
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target) if node.op == "call_method" else node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+@dataclass
+class PushReport:
+    """Per weight: pushed below its matmul, or why not. Empty after a warm cache: no pass ran.
+
+    ``names`` are the weights', by the positions of their indices among the graph's inputs.
+    """
+
+    names: Mapping[int, str] = field(default_factory=dict)
+    pushed: list[str] = field(default_factory=list)
+    stopped: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, graph: fx.Graph, step: Step) -> None:
+        """Observe a run of the passes."""
+        if step.by.name != "push_selection":
+            return
+        if step.disabled:
+            self.stopped.update(dict.fromkeys(self.names.values(), DISABLED))
+        self.pushed += map(self._name, step.result.rewritten)
+        self.stopped.update({self._name(k): why for k, why in step.result.stopped.items()})
+
+    def _name(self, indices: fx.Node) -> str:
+        position = input_position(indices)
+        return indices.name if position is None else self.names.get(position, indices.name)
