@@ -19,7 +19,6 @@ from grass_fx._torch_compat import (
     SET_GRAD_ENABLED,
     compile_aot_eager,
     compile_inductor,
-    copy_dynamo_graph,
     current_compilation,
     inductor_patches,
     overlapping,
@@ -37,7 +36,7 @@ from grass_fx.errors import warn
 from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PassLog, PushReport
-from grass_fx.passes.pipeline import FIND, TAP, GrassPasses, Observer, apply
+from grass_fx.passes.pipeline import FIND, GrassPasses, Observer, apply, tapped
 from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.taps import tap
 from grass_fx.state.registry import registry
@@ -218,7 +217,7 @@ class _Compiler:
         graphs: dict[Variant, Callable[..., Any]] = {}
         for variant in variants:
             stages = DumpStages(dump, variant.name, rows, source)
-            observers = [PassLog(variant.name, gm.graph), stages]
+            observers: list[Observer] = [PassLog(variant.name, gm.graph), stages]
             if variant == REGULAR:
                 observers.append(report)
             graphs[variant] = self._variant(gm, replace(facts, variant=variant), observers)
@@ -231,13 +230,11 @@ class _Compiler:
         """One variant, compiled."""
         config, signature, variant = self.config, facts.signature, facts.variant
         assert signature is not None and variant is not None
-        tapped = copy_dynamo_graph(gm)
-        extended = apply(TAP, tapped.graph, facts, observers).inputs
-        tapped.recompile()
+        graph, extended = tapped(gm, facts, observers)
         joint = JointFacts(config.needs_scores, _reshards(gm.graph), config.disable_passes)
         make_pass = partial(GrassPasses, joint, observers)
         if config.compiler == "aot_eager":
-            return compile_aot_eager(tapped, extended, make_pass(()))
+            return compile_aot_eager(graph, extended, make_pass(()))
         lowering.register()
         cacheable = {f"{tap.__module__}.{tap.__name__}": source_hash()}
         patches = dict(self.patches)
@@ -249,4 +246,4 @@ class _Compiler:
             patches = overlapping(patches, passes)
         if variant.scoring and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
-        return compile_inductor(tapped, extended, patches, make_pass, cacheable)
+        return compile_inductor(graph, extended, patches, make_pass, cacheable)

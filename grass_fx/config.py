@@ -26,7 +26,7 @@ SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh":
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """What the runtime must know of a selection rule."""
 
     needs_scores: bool
@@ -40,12 +40,12 @@ class Rule:
 
 
 RULES = {
-    "cyclic": Rule(needs_scores=False),
-    "uniform": Rule(needs_scores=False, replacement=True),
-    "multinomial_norm": Rule(needs_scores=True, replacement=True, power=1),
-    "multinomial_norm_sq": Rule(needs_scores=True, replacement=True, power=2),
-    "top": Rule(needs_scores=True),
-    "frozen_top": Rule(needs_scores=True, freezes=True),
+    "cyclic": SelectionRule(needs_scores=False),
+    "uniform": SelectionRule(needs_scores=False, replacement=True),
+    "multinomial_norm": SelectionRule(needs_scores=True, replacement=True, power=1),
+    "multinomial_norm_sq": SelectionRule(needs_scores=True, replacement=True, power=2),
+    "top": SelectionRule(needs_scores=True),
+    "frozen_top": SelectionRule(needs_scores=True, freezes=True),
 }
 
 SIDES = ("auto", "out", "in")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from grass_fx.config import GrassConfig
-
-if TYPE_CHECKING:
-    from grass_fx.passes.signature import Signature, Variant
+from grass_fx.passes.signature import Signature, Variant
 
 
 @dataclass(frozen=True)

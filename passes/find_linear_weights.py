@@ -13,22 +13,11 @@ from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, Result
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
+from grass_fx.passes.signature import LinearWeight
 from grass_fx.state.records import known
 from grass_fx.state.replicas import replicas_of
 from grass_fx.state.sharding import Shards, common_parts, sharding_of
 from grass_fx.state.spec import SubspaceSpec
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """A parameter that is taken."""
-
-    position: int
-    """Its position among the graph's inputs."""
-    name: str
-    """Its name, relative to the compiled region."""
-    shape: tuple[int, ...]
-    spec: SubspaceSpec
 
 
 @dataclass

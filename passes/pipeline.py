@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from grass_fx._torch_compat import CustomGraphPass
+from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph
 from grass_fx.compile.sources import source_hash
-from grass_fx.passes.facts import JointFacts, Result
+from grass_fx.passes.facts import DynamoFacts, JointFacts, Result
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
@@ -76,6 +76,16 @@ def apply(each: Pass, graph: fx.Graph, facts: Any, observers: Sequence[Observer]
     for observer in observers:
         observer(graph, step)
     return result
+
+
+def tapped(
+    gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer] = ()
+) -> tuple[fx.GraphModule, Sequence[Any]]:
+    """A tapped copy of a Dynamo graph, and its example inputs."""
+    copy = copy_dynamo_graph(gm)
+    inputs = apply(TAP, copy.graph, facts, observers).inputs
+    copy.recompile()
+    return copy, inputs
 
 
 def run(

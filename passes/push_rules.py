@@ -60,7 +60,7 @@ def _mm(push: Push, node: fx.Node, dim: int) -> Value:
 @rule(aten.bmm.default)
 def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
     """A batch of products: the factor that has the selected dimension is selected."""
-    a, b = cast("tuple[fx.Node, fx.Node]", node.args)
+    a, b = cast("tuple[Value, Value]", node.args)
     if node.meta["val"].shape[0] == 1 and dim > 0:  # as einsum makes it
         a, b = push.call(aten.squeeze.dim, a, 0), push.call(aten.squeeze.dim, b, 0)
         compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1, *push.block)
@@ -75,7 +75,7 @@ def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
 @rule(aten.addmm.default, aten.baddbmm.default)
 def _add_product(push: Push, node: fx.Node, dim: int) -> Value:
     """select(β c + α a @ b) = β select(c) + α select(a @ b)."""
-    c, a, b = cast("tuple[fx.Node, ...]", node.args)
+    c, a, b = cast("tuple[Any, ...]", node.args)
     product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
     plain = Planned(product, (a, b), {}, node.meta["val"])
     below = RULES[product](push, cast(fx.Node, plain), dim)

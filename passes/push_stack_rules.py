@@ -29,7 +29,7 @@ rule = push_rules.registers_in(STACK_RULES)
 @rule(aten.bmm.default)
 def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
     """The factor that has the selected dimension is selected, matrix by matrix."""
-    a, b = cast("tuple[fx.Node, fx.Node]", node.args)
+    a, b = cast("tuple[Value, Value]", node.args)
     if dim == 1:
         a = push.selected(a, 1)
     else:
@@ -71,7 +71,7 @@ def _index_put(push: Push, node: fx.Node, dim: int) -> Value:
     return push.call(node.target, below[0], where, below[1], *accumulate)
 
 
-def _of_tokens(push: Push, group: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+def _of_tokens(push: Push, group: Value) -> tuple[Value, Value | None]:
     """σ and ρ of each token's matrix: (tokens, r)."""
     indices = push.call(aten.index.Tensor, push.indices, [group])
     scale = push.scale and push.call(aten.index.Tensor, push.scale, [group])

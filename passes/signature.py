@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from grass_fx.passes.find_linear_weights import LinearWeight
 from grass_fx.state.spec import SubspaceSpec, scale_dtype
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A parameter that is taken."""
+
+    position: int
+    """Its position among the graph's inputs."""
+    name: str
+    """Its name, relative to the compiled region."""
+    shape: tuple[int, ...]
+    spec: SubspaceSpec
 
 
 class Role(NamedTuple):

@@ -11,8 +11,8 @@ from torch import fx
 from grass_fx._torch_compat import fake_mode_of, mark_added_placeholder
 from grass_fx.passes.averaging import collectives_of
 from grass_fx.passes.facts import DynamoFacts, Result
-from grass_fx.passes.find_linear_weights import LinearWeight, gathered
-from grass_fx.passes.signature import Variant
+from grass_fx.passes.find_linear_weights import gathered
+from grass_fx.passes.signature import LinearWeight, Variant
 from grass_fx.passes.taps import TapSpec, tap
 
 

@@ -73,4 +73,4 @@ def tap(
     """The weight ``w``, tapped: the fields of :class:`TapSpec`, then the added inputs by role."""
     spec = TapSpec(dim, block, tuple(map(Collective._make, collectives)), scoring, score_sync)
     with torch.enable_grad():  # a graph may turn gradients on after its taps
-        return Tap.apply(w, spec, tuple(added), *added.values())  # type: ignore[no-any-return]
+        return Tap.apply(w, spec, tuple(added), *added.values())

@@ -18,7 +18,6 @@ import grass_fx
 from grass_fx._torch_compat import (
     compile_aot_eager,
     compile_inductor,
-    copy_dynamo_graph,
     trace_static,
 )
 from grass_fx.compile.runtime import GrassCallable
@@ -26,9 +25,8 @@ from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import GrassPasses
+from grass_fx.passes.pipeline import GrassPasses, tapped
 from grass_fx.passes.signature import REGULAR, Signature
-from grass_fx.passes.tap_weights import tap_weights_pass
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
 from grass_fx.state.subspace import graph_inputs
@@ -199,10 +197,8 @@ def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
         facts = DynamoFacts(GrassConfig(rank=4), inputs)
         found = find_linear_weights_pass(gm.graph, facts)
         signature = Signature(found.taken, len(inputs), with_scores=False)
-        facts = replace(facts, signature=signature, variant=REGULAR)
-        tapped = copy_dynamo_graph(gm)
-        extended = tap_weights_pass(tapped.graph, facts).inputs
-        compiled = compile_aot_eager(tapped, extended, GrassPasses(JointFacts()), replayed)
+        graph, extended = tapped(gm, replace(facts, signature=signature, variant=REGULAR))
+        compiled = compile_aot_eager(graph, extended, GrassPasses(JointFacts()), replayed)
         return GrassCallable(signature, {REGULAR: compiled}, found, PushReport(), cuda_graphs)
 
     model = mlp(8, 12, bias=False)

@@ -12,7 +12,8 @@ from helpers import interpreted_by_triton
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("test_gpu.py tests it on the GPU that there is", allow_module_level=True)
-from grass_fx.testing.virtual_gpu import SHARED_MEMORY, compile_kernel, generate, tapped_backward
+from grass_fx.testing.kernels import SHARED_MEMORY, compile_kernel
+from grass_fx.testing.virtual_gpu import generate, tapped_backward
 
 B, M, N, R = 8192, 4096, 4096, 512  # 128 large tiles: the chip is full without cutting B
 HALF = (torch.float16, torch.bfloat16)

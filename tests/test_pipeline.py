@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import grass_fx
-from grass_fx._torch_compat import compile_aot_eager, copy_dynamo_graph
+from grass_fx._torch_compat import compile_aot_eager
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.compile.sources import source_hash
 from grass_fx.config import PASSES, GrassConfig
@@ -20,9 +20,8 @@ from grass_fx.ops import SELECT
 from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import DISABLED, PushReport
-from grass_fx.passes.pipeline import JOINT, GrassPasses
+from grass_fx.passes.pipeline import JOINT, GrassPasses, tapped
 from grass_fx.passes.signature import REGULAR, Signature
-from grass_fx.passes.tap_weights import tap_weights_pass
 from helpers import Captured, mlp, uncached
 
 
@@ -156,7 +155,11 @@ def test_what_the_passes_go_by_is_in_the_uuid():
 
 
 def test_an_unknown_pass_is_an_error_that_names_the_nearest():
-    for given, remedy in ((["keep_select"], "'keep_selected'"), ("tap_weights", "'push_norms'"), (3, "names")):
+    for given, remedy in (
+        (["keep_select"], "'keep_selected'"),
+        ("tap_weights", "'push_norms'"),
+        (3, "names"),
+    ):
         with pytest.raises(OptionError, match=rf"disable_passes.*{remedy}"):
             GrassConfig.from_options({"disable_passes": given})
     assert GrassConfig(disable_passes="push_norms").disable_passes == ("push_norms",)
@@ -192,13 +195,10 @@ def test_observers_see_every_graph_of_one_run_and_what_was_left_out():
         facts = DynamoFacts(GrassConfig(rank=4), inputs)
         found = find_linear_weights_pass(gm.graph, facts)
         signature = Signature(found.taken, len(inputs), with_scores=False)
-        facts = DynamoFacts(facts.config, inputs, signature, REGULAR)
-        tapped = copy_dynamo_graph(gm)
-        extended = tap_weights_pass(tapped.graph, facts).inputs
-        tapped.recompile()
+        graph, extended = tapped(gm, DynamoFacts(facts.config, inputs, signature, REGULAR))
         passes = GrassPasses(JointFacts(disabled=("push_norms",)), [observer])
         return GrassCallable(
-            signature, {REGULAR: compile_aot_eager(tapped, extended, passes)}, found, PushReport()
+            signature, {REGULAR: compile_aot_eager(graph, extended, passes)}, found, PushReport()
         )
 
     model = mlp(8, 16, 12)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grass_fx.config import RULES
+from grass_fx.state.refresh import finish_steps
 from grass_fx.state.rules import (
     cyclic,
     multinomial,
@@ -20,7 +21,7 @@ from grass_fx.state.rules import (
     unit_norms,
 )
 from grass_fx.state.spec import SubspaceSpec
-from grass_fx.state.subspace import Subspace, finish_steps
+from grass_fx.state.subspace import Subspace
 
 SIGMAS = 5  # every draw is seeded: a statistical test that passes once always passes
 RANDOM_RULES = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}

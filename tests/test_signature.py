@@ -5,15 +5,14 @@ import copy
 import pytest
 import torch
 
-from grass_fx._torch_compat import compile_aot_eager, copy_dynamo_graph
+from grass_fx._torch_compat import compile_aot_eager
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, JointFacts
-from grass_fx.passes.find_linear_weights import LinearWeight, find_linear_weights_pass
+from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import GrassPasses
-from grass_fx.passes.signature import REGULAR, Role, Signature, Variant, proxy_of
-from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.passes.pipeline import GrassPasses, tapped
+from grass_fx.passes.signature import REGULAR, LinearWeight, Role, Signature, Variant, proxy_of
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.spec import SubspaceSpec
 from helpers import mlp
@@ -91,16 +90,13 @@ def test_one_more_role_is_a_change_in_one_place(selection):
         variants = [REGULAR, Variant(scoring=True)][: 1 + config.needs_scores]
         graphs = {}
         for variant in variants:
-            tapped = copy_dynamo_graph(gm)
-            facts = DynamoFacts(config, inputs, signature, variant)
-            extended = tap_weights_pass(tapped.graph, facts).inputs
-            tapped.recompile()
-            names = [n.name for n in tapped.graph.find_nodes(op="placeholder")]
+            graph, extended = tapped(gm, DynamoFacts(config, inputs, signature, variant))
+            names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
             for each in found.taken:
                 for role, place in signature.places(each).items():
                     assert names[place].endswith(f"_{role}") and "more" in signature.places(each)
             joint = GrassPasses(JointFacts(config.needs_scores))
-            graphs[variant] = compile_aot_eager(tapped, extended, joint)
+            graphs[variant] = compile_aot_eager(graph, extended, joint)
         made.append(GrassCallable(signature, graphs, found, PushReport()))
         return made[-1]
 

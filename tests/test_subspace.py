@@ -13,9 +13,10 @@ from torch import nn
 import grass_fx
 from grass_fx.config import RULES, GrassConfig
 from grass_fx.errors import GrassWarning, StateError
+from grass_fx.state.refresh import finish_steps
 from grass_fx.state.registry import Demand, Registry
 from grass_fx.state.spec import SubspaceSpec
-from grass_fx.state.subspace import Subspace, finish_steps
+from grass_fx.state.subspace import Subspace
 
 SIZE = 12
 CPU = torch.device("cpu")

@@ -8,12 +8,11 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from grass_fx._torch_compat import copy_dynamo_graph
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from grass_fx.passes.pipeline import tapped
 from grass_fx.passes.signature import Signature, Variant, proxy_of
-from grass_fx.passes.tap_weights import tap_weights_pass
 from helpers import Captured, mlp
 
 
@@ -31,9 +30,7 @@ class Tapping:
         self.original, self.before = gm, str(gm.code).strip()
         signature = self.signature(found.taken, len(inputs), self.config.needs_scores)
         facts = replace(facts, signature=signature, variant=Variant(scoring=self.scoring))
-        self.tapped = copy_dynamo_graph(gm)
-        self.inputs = tap_weights_pass(self.tapped.graph, facts).inputs
-        self.tapped.recompile()
+        self.tapped, self.inputs = tapped(gm, facts)
         return gm.forward
 
 

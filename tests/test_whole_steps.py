@@ -186,7 +186,7 @@ def test_selections_change_all_or_none(monkeypatch):
         assert len(changed) == 2
         raise RuntimeError("processes differ")
 
-    from grass_fx.state.subspace import finish_steps
+    from grass_fx.state.refresh import finish_steps
 
     with pytest.raises(RuntimeError, match="processes differ"):
         finish_steps(finished, disagree)

@@ -34,9 +34,9 @@ from environment import as_line, environment
 import grass_fx
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight
+from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.signature import REGULAR, Signature
+from grass_fx.passes.signature import REGULAR, LinearWeight, Signature
 from grass_fx.state.registry import Demand, registry
 from grass_fx.state.spec import SubspaceSpec
 from roofline import LARGE, Roofline, Timer

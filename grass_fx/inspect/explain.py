@@ -21,7 +21,7 @@ from grass_fx.state.sharding import sharding_of
 
 if TYPE_CHECKING:
     from grass_fx.inspect.tracing import TracedGraph, TracedWeight
-    from grass_fx.passes.find_linear_weights import LinearWeight
+    from grass_fx.passes.signature import LinearWeight
 
 __all__ = ["Cost", "GraphNode", "Report", "Weight", "explain"]
 

@@ -20,12 +20,11 @@ from grass_fx.inspect.products import Product, WeightProducts, weight_products
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
 from grass_fx.ops import SELECTED_MM
 from grass_fx.passes.facts import DynamoFacts, JointFacts
-from grass_fx.passes.find_linear_weights import FoundWeights, LinearWeight, find_linear_weights_pass
+from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import AOT, GrassPasses, Step
+from grass_fx.passes.pipeline import AOT, GrassPasses, Step, tapped
 from grass_fx.passes.push_norms import wants_tiles
-from grass_fx.passes.signature import REGULAR, Signature
-from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.passes.signature import REGULAR, LinearWeight, Signature
 
 FIRST_ALL = "mm, then gather"
 UNREACHED = "no gradient reaches it in this graph"
@@ -98,13 +97,10 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
     signature = Signature(found.taken, len(inputs), config.needs_scores)
-    tapped = compat.copy_dynamo_graph(gm)
-    facts = replace(facts, signature=signature, variant=REGULAR)
-    extended = tap_weights_pass(tapped.graph, facts).inputs
-    tapped.recompile()
+    taps, extended = tapped(gm, replace(facts, signature=signature, variant=REGULAR))
     tracer = _Tracer(config, found, signature, inputs)
     passes = GrassPasses(JointFacts(config.needs_scores, False, config.disable_passes), [tracer])
-    compat.compile_aot_eager(tapped, extended, passes, on_partition=tracer.partitioned)
+    compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
     if not tracer.parts:
         return None
     keep(graph.after, *tracer.parts)

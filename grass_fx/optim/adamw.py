@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError, StateError, UnsupportedGradError
 from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
 from grass_fx.optim.carry import Move, carried, carried_rows
+from grass_fx.optim.dense import count_as_torch, step_as_torch
 from grass_fx.optim.entries import Kept
 from grass_fx.optim.rounding import round_stochastically, rounding_stream
 from grass_fx.optim.stepping import Operation
@@ -120,7 +120,7 @@ class AdamW(SubspaceOptimizer):
         for group in self.param_groups:  # as torch's AdamW does
             for p in group["params"]:
                 if "step" in (own := self.state.get(p, {})):
-                    own["step"] = _count(own["step"], p, bool(group["fused"]))
+                    own["step"] = count_as_torch(own["step"], p, bool(group["fused"]))
 
     def _check_switches(self, group: Mapping[str, Any]) -> None:
         for name, why in _NOT_HERE.items():
@@ -327,7 +327,7 @@ class AdamW(SubspaceOptimizer):
         states = [self._dense_state(p, bool(group["fused"])) for p in params]
         firsts, seconds = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))
         steps = [s["step"] for s in states]
-        _torchs_adamw(params, [p.grad for p in params], firsts, seconds, steps, group)
+        step_as_torch(params, [p.grad for p in params], firsts, seconds, steps, group)
 
     def _step_dense_rounded(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
@@ -338,7 +338,7 @@ class AdamW(SubspaceOptimizer):
         w, g, m, v = (t.float() for t in held)
         rounding = self._rounding(p, group, int(state["step"]))
         settings = {**group, "fused": None}
-        _torchs_adamw([w], [g], [m], [v], [state["step"]], settings)
+        step_as_torch([w], [g], [m], [v], [state["step"]], settings)
         held[0].copy_(round_stochastically(w, rounding))
         held[2].copy_(m)
         held[3].copy_(v)
@@ -347,7 +347,7 @@ class AdamW(SubspaceOptimizer):
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
             state.clear()
-            state["step"] = _count(0, p, fused)
+            state["step"] = count_as_torch(0, p, fused)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
@@ -393,33 +393,3 @@ def _is_least_zero(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and bool(value >= 0)
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
-
-
-def _count(steps: Any, p: Tensor, fused: bool) -> Tensor:
-    """``steps`` as torch's AdamW has them: in a tensor, where and as exact as its kernels ask."""
-    if fused:
-        return torch.as_tensor(steps, dtype=torch.float32, device=p.device)
-    if isinstance(steps, Tensor):
-        return steps
-    exact = torch.get_default_dtype() == torch.float64
-    return torch.tensor(float(steps), dtype=torch.float64 if exact else torch.float32, device="cpu")
-
-
-def _torchs_adamw(
-    params: Any, grads: Any, firsts: Any, seconds: Any, steps: Any, group: Mapping[str, Any]
-) -> None:
-    beta1, beta2 = group["betas"]
-    adamw(
-        params,
-        grads,
-        firsts,
-        seconds,
-        [],
-        steps,
-        amsgrad=False,
-        maximize=bool(group["maximize"]),
-        has_complex=any(map(torch.is_complex, params)),
-        beta1=beta1,
-        beta2=beta2,
-        **{k: group[k] for k in ("lr", "eps", "weight_decay", "foreach", "fused")},
-    )

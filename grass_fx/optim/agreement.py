@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grass_fx.state.refresh import Finished
 from grass_fx.state.replicas import Replicas
 from grass_fx.state.subspace import Subspace, Upcoming
-
-Finished = list[tuple[Subspace, "Tensor | None"]]
-"""The subspaces that were stepped in, with the scores their gradients brought."""
 
 _REMEDY = (
     "Every process must take the same steps with the same options, from the same checkpoint. To go "

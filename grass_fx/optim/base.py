@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
-from grass_fx.optim.agreement import Finished, check_selections, with_common_scores
+from grass_fx.optim.agreement import check_selections, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
 from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
 from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
 from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.refresh import Finished, finish_steps, scores_on_host
 from grass_fx.state.registry import registry
 from grass_fx.state.selection import Selection
 from grass_fx.state.sharding import local
-from grass_fx.state.subspace import Subspace, finish_steps
-from grass_fx.state.transfers import reading
+from grass_fx.state.subspace import Subspace
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
 """For each parameter group, the parameters to step, with their compact gradients if they have."""
@@ -124,7 +124,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         finished = self._finished(plan)
         for earlier in self._early.values():
             finished += earlier
-        on_host = _to_host(with_common_scores(finished))
+        on_host = scores_on_host(with_common_scores(finished))
 
         def end() -> None:
             for subspace, _ in finished:
@@ -385,24 +385,6 @@ def selection_entries(selection: Selection) -> dict[str, Tensor]:
     draw = torch.tensor(selection.draw, device="cpu")
     entries = {"indices": selection.indices, "generation": draw}
     return entries if selection.scale is None else {**entries, "scale": selection.scale}
-
-
-def _to_host(finished: Finished) -> Callable[[], Finished]:
-    """Begins to copy the scores that are due; what it returns waits for them, on the CPU then."""
-    scored = [
-        (k, scores)
-        for k, (subspace, scores) in enumerate(finished)
-        if scores is not None and subspace.scoring_due
-    ]
-    copied = reading([scores for _, scores in scored])
-
-    def wait() -> Finished:
-        result = list(finished)
-        for (k, _), scores in zip(scored, copied(), strict=True):
-            result[k] = finished[k][0], scores
-        return result
-
-    return wait
 
 
 def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:

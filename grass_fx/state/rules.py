@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from grass_fx.config import Rule
+from grass_fx.config import SelectionRule
 
 Q_FLOOR = 1e-12
 """q is floored here before 1/√(k q), so that ρ stays finite."""
@@ -121,7 +121,7 @@ def _filled(units: Tensor, total: int, count: int, generator: torch.Generator) -
 
 
 def select_by_norms(
-    rule: Rule, norms: Tensor, count: int, replacement: bool, gen: torch.Generator
+    rule: SelectionRule, norms: Tensor, count: int, replacement: bool, gen: torch.Generator
 ) -> tuple[Tensor, Tensor | None] | None:
     """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero.
 

@@ -55,7 +55,7 @@ class _Launcher:
     """Stands for a compiled kernel: ``run`` computes the grid and interprets."""
 
     def __init__(self, name: str, body: str, folder: Path) -> None:
-        from grass_fx.testing.virtual_gpu import kernel_of
+        from grass_fx.testing.kernels import kernel_of
 
         self.kernel = kernel_of(name, body)
         self.function = self.kernel.load(folder)

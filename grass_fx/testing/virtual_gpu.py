@@ -10,15 +10,11 @@ needs ``triton`` installed.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import re
-import subprocess
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,7 +35,6 @@ from torch.utils._triton import has_triton
 
 from grass_fx._torch_compat import (
     compile_aot_eager,
-    copy_dynamo_graph,
     fake_mode_of,
     trace_static,
 )
@@ -49,9 +44,9 @@ from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import GrassPasses
+from grass_fx.passes.pipeline import GrassPasses, tapped
 from grass_fx.passes.signature import REGULAR, Signature, Variant
-from grass_fx.passes.tap_weights import tap_weights_pass
+from grass_fx.testing.kernels import Kernel, kernel_of
 
 H100 = types.SimpleNamespace(
     name="virtual H100", gcnArchName="", major=9, minor=0, multi_processor_count=132,
@@ -59,9 +54,6 @@ H100 = types.SimpleNamespace(
     warp_size=32, total_memory=80 << 30, shared_memory_per_block_optin=232448, clock_rate=1980000,
     shared_memory_per_multiprocessor=233472, L2_cache_size=50 << 20,
 )  # fmt: skip
-
-SHARED_MEMORY = {80: 166912, 90: 232448}
-"""What a block of threads may use at most, in bytes, by compute capability."""
 
 
 def _named_target() -> Any:
@@ -160,39 +152,6 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One Triton kernel of a generated module."""
-
-    name: str
-    source: str
-    """A python module that defines it, by plain ``@triton.jit``."""
-    signature: Mapping[str, str]
-    warps: int
-    stages: int
-
-    @property
-    def is_template(self) -> bool:
-        """Whether it comes from a template, not from Inductor's own code generation."""
-        return self.name.startswith("triton_tem")
-
-    def save(self, folder: Path) -> Path:
-        """The module as a file, which the interpreter's process can import."""
-        path = folder / f"{self.name}.py"
-        path.write_text(self.source, encoding="utf-8")
-        return path
-
-    def load(self, folder: Path) -> Any:
-        """The ``triton.jit`` function."""
-        import importlib.util
-
-        spec = importlib.util.spec_from_file_location(self.name, self.save(folder))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, self.name)
-
-
-@dataclass(frozen=True)
 class Module:
     """What Inductor generated for one graph."""
 
@@ -216,22 +175,6 @@ class Module:
     def extern_calls(self) -> list[str]:
         """Calls of library kernels, such as ``mm``."""
         return re.findall(r"^\s+extern_kernels\.(\w+)\(", self.code, re.M)
-
-
-def kernel_of(name: str, body: str) -> Kernel:
-    """A kernel from the text that ``async_compile.triton`` gets."""
-    meta = body[body.index("triton_meta=") :]
-    signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1))  # type: ignore[union-attr]
-    warps, stages = (
-        int(match.group(1)) if (match := re.search(rf"{key}=(\d+)", body)) else default
-        for key, default in (
-            ("num_warps", 8 if "triton_heuristics.foreach(" in body else 4),
-            ("num_stages", 1),
-        )
-    )
-    source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", body, flags=re.S)
-    source = source.replace("triton_helpers.set_driver_to_gpu()\n", "")
-    return Kernel(name, source, signature, warps, stages)
 
 
 Like = torch.Tensor | torch.SymInt | tuple[Sequence[int | str], torch.dtype]
@@ -402,64 +345,12 @@ def tapped_backward(
         facts = DynamoFacts(graph_config, inputs)
         found = find_linear_weights_pass(gm.graph, facts)
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
-        variant, tapped = Variant(scoring=scores), copy_dynamo_graph(gm)
-        signature = Signature(found.taken, len(inputs), scores)
-        facts = DynamoFacts(graph_config, inputs, signature, variant)
-        extended = tap_weights_pass(tapped.graph, facts).inputs
-        tapped.recompile()
+        variant, signature = Variant(scoring=scores), Signature(found.taken, len(inputs), scores)
+        graph, extended = tapped(gm, DynamoFacts(graph_config, inputs, signature, variant))
         passes = GrassPasses(JointFacts(with_scores=scores))
-        compiled = compile_aot_eager(tapped, extended, passes, on_backward)
+        compiled = compile_aot_eager(graph, extended, passes, on_backward)
         return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
 
     out = torch.compile(model, backend=backend, dynamic=dynamic)(x)
     out.square().sum().backward()  # whose gradients differ in every element
     return seen
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A kernel compiled for one compute capability."""
-
-    ptx: str
-    shared: int
-    """Shared memory of a block of threads, in bytes."""
-    spilled: int
-    """Bytes of registers that are spilled to memory, stores and loads together."""
-
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether products run on tensor cores."""
-        return "wgmma" in self.ptx or "mma.sync" in self.ptx
-
-
-def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
-    """Triton's compilation for sm_80 or sm_90, and what ptxas says about it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    # Sizes that Inductor would try too: of reductions few rows at a time, of the rest many numbers.
-    rows = 8 if kernel.name.startswith(("triton_red", "triton_per")) else 256
-    constants = {"XBLOCK": rows, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
-    constexprs = {k: constants[k] for k, ty in kernel.signature.items() if ty == "constexpr"}
-    signature = dict(kernel.signature)
-    # As torch's launcher knows it: every buffer begins at a multiple of 16 bytes.
-    aligned = [["tt.divisibility", 16]]
-    attributes = {(k,): aligned for k, ty in enumerate(signature.values()) if ty[0] == "*"}
-    with tempfile.TemporaryDirectory() as folder:
-        source = ASTSource(kernel.load(Path(folder)), signature, constexprs, attributes)
-        out = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": kernel.warps, "num_stages": kernel.stages},
-        )
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(out.asm["ptx"], encoding="utf-8")
-        arch = re.search(r"\.target (sm_\w+)", out.asm["ptx"]).group(1)  # type: ignore[union-attr]
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-        report = subprocess.run(
-            [str(ptxas), "-v", f"-arch={arch}", str(ptx), "-o", str(Path(folder, "cubin"))],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return Compiled(out.asm["ptx"], out.metadata.shared, spilled)

@@ -1,0 +1,85 @@
+"""The end of an optimizer step: the one place where selections change.
+
+The optimizers of grass_fx call :func:`finish_steps` (docs/method.md, "Steps, periods, refreshes").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from grass_fx.state import rules
+from grass_fx.state.selection import Selection
+from grass_fx.state.subspace import Subspace, Upcoming
+from grass_fx.state.transfers import reading, to_device
+
+Finished = list[tuple[Subspace, Tensor | None]]
+"""Subspaces whose step ends, with the scores s of each, (size,) float32, or None."""
+
+
+def scores_on_host(finished: Finished) -> Callable[[], Finished]:
+    """Begin to copy the scores that are due; the function returned waits for them, on the CPU."""
+    scored = [
+        (k, scores)
+        for k, (subspace, scores) in enumerate(finished)
+        if scores is not None and subspace.scoring_due
+    ]
+    copied = reading([scores for _, scores in scored])
+
+    def wait() -> Finished:
+        result = list(finished)
+        for (k, _), scores in zip(scored, copied(), strict=True):
+            result[k] = finished[k][0], scores
+        return result
+
+    return wait
+
+
+def finish_steps(
+    finished: Iterable[tuple[Subspace, Tensor | None]],
+    check: Callable[[Sequence[tuple[Subspace, Upcoming]]], None] = lambda changed: None,
+) -> None:
+    """Tell subspaces that an optimizer step used their selections; refresh those that are due.
+
+    With the scores s of each, (size,) float32 as its gradient brought them, or None. Scores that
+    are missing, not finite or all zero keep the selection and make the next step a scoring step. In
+    a stack, (e·size,), only the affected matrices keep their selection; if all are affected, the
+    next step scores again.
+
+    ``check`` sees those that are about to change. If it raises, or anything else does, none has.
+    """
+    upcoming: list[tuple[Subspace, Upcoming]] = []
+    alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
+    for subspace, scores in finished:
+        rule, spec = subspace.rule, subspace.spec
+        if scores is None or not subspace.scoring_due:
+            upcoming.append((subspace, subspace.upcoming(None)))
+        elif rule.power or spec.replacement or spec.pieces > 1:
+            pieces = scores.cpu().view(spec.pieces, -1)
+            upcoming.append((subspace, subspace.upcoming(rules.unit_norms(pieces, spec.block))))
+        else:
+            alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
+    for (_, rank, block), entries in alike.items():
+        # The largest of all of them at once: one by one is what a refresh would take longest for.
+        norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
+        tops = rules.tops(norms, rank // block)
+        for (subspace, _), each, top in zip(entries, norms, tops, strict=True):
+            upcoming.append((subspace, subspace.upcoming(each.unsqueeze(0), [top])))
+    check([(subspace, each) for subspace, each in upcoming if each.selection is not None])
+    changed: dict[torch.device, list[int]] = {}
+    for k, (subspace, each) in enumerate(upcoming):
+        device = subspace.selection.indices.device
+        if each.selection is not None and device.type != "cpu":
+            changed.setdefault(device, []).append(k)
+    for device, ks in changed.items():
+        moved = to_device([cast(Tensor, upcoming[k][1].drawn) for k in ks], device)
+        for k, indices in zip(ks, moved, strict=True):
+            subspace, each = upcoming[k]
+            selection = cast(Selection, each.selection).moved(indices)
+            upcoming[k] = subspace, replace(each, selection=selection)
+    for subspace, each in upcoming:
+        subspace.become(each)
