@@ -74,7 +74,7 @@ PLACES = [
     (ADAMW, update, "add_rows_", 2),
     (ADAMW, adamw, "carried_rows", 2),
     (ADAMW, adamw, "carried_rows", 3),
-    (ADAMW, adamw, "_torchs_adamw", 1),
+    (ADAMW, adamw, "step_as_torch", 1),
     (SGD, base, "finish_steps", 1),
     (SGD, wrapped, "carried_state", 2),
     (SGD, stand_in, "add_rows_", 2),
