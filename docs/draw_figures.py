@@ -1,4 +1,4 @@
-"""The pictures of docs/how-it-works.md, as SVG that reads in light and in dark.
+"""The pictures of how-it-works.md and architecture.md, as SVG that reads in light and in dark.
 
     python docs/draw_figures.py    # writes docs/figures/
 
@@ -55,10 +55,10 @@ def node(x: float, y: float, w: float, words: str, shape: str = "", kind: str = 
     return lines + (text(x + w / 2, y + 34, shape, f"mid small{on}") if shape else "")
 
 
-def matrix(x: float, y: float, w: float, rows: int, kept: tuple = (), kind: str = "box") -> str:
-    """A matrix of rows 11 high; the kept ones are filled."""
-    bars = "".join(rect(x, y + 11 * i, w, 11, "keep", 0) for i in kept)
-    return rect(x, y, w, 11 * rows, kind, 0) + bars
+def matrix(x: float, y: float, columns: int, h: float, kept: tuple = (), kind: str = "box") -> str:
+    """A matrix of columns 11 wide; the kept ones are filled."""
+    bars = "".join(rect(x + 11 * i, y, 11, h, "keep", 0) for i in kept)
+    return rect(x, y, 11 * columns, h, kind, 0) + bars
 
 
 def picture(height: int, what: str, *parts: str) -> str:
@@ -77,68 +77,72 @@ def gradient() -> str:
 
     def factors(y: float, selected: tuple, kind: str) -> list[str]:
         return [
-            matrix(40, y, 130, 8, selected, kind),
-            text(105, y - 8, "Dᵀ", "mid code"),
-            text(105, y + 106, "m × b", "mid small"),
-            text(187, y + 50, "·", "mid title"),
-            matrix(205, y - 10, 100, 10),
-            text(255, y - 18, "X", "mid code"),
-            text(255, y + 118, "b × n", "mid small"),
-            text(327, y + 50, "=", "mid title"),
+            matrix(40, y, 12, 70),
+            text(106, y - 8, "Dᵀ", "mid code"),
+            text(106, y + 88, "m × b", "mid small"),
+            text(189, y + 40, "·", "mid title"),
+            matrix(207, y - 20, 9, 110, selected, kind),
+            text(256, y - 28, "X", "mid code"),
+            text(256, y + 108, "b × n", "mid small"),
+            text(327, y + 40, "=", "mid title"),
         ]
 
     return picture(
         404,
-        "The full gradient and then a selection, against a product of selected rows",
+        "The full gradient and then a selection, against a product of selected columns",
         text(24, 32, "The full gradient, then a selection", "title"),
-        *factors(74, (), "box"),
-        matrix(350, 74, 100, 8, kept, "full"),
-        text(400, 66, "G", "mid code"),
-        text(400, 180, "m × n: computed, written", "mid small"),
-        arrow("462 118 H 528"),
-        text(494, 110, "select σ", "mid small"),
-        matrix(544, 102, 100, 3, (0, 1, 2)),
-        text(594, 94, "C", "mid code"),
-        text(594, 152, "r × n: all that is kept", "mid small"),
-        text(24, 228, "The selected rows of Dᵀ, then the product", "title"),
-        *factors(268, kept, "none"),
-        matrix(350, 295, 100, 3, (0, 1, 2)),
-        text(400, 287, "C", "mid code"),
-        text(400, 346, "r × n", "mid small"),
-        text(486, 308, "The same numbers for r/m of the work.", "small"),
-        text(486, 326, "G is never formed.", "small"),
+        *factors(86, (), "box"),
+        matrix(350, 86, 9, 70, kept, "full"),
+        text(400, 78, "G", "mid code"),
+        text(400, 174, "m × n: computed, written", "mid small"),
+        arrow("462 120 H 528"),
+        text(494, 112, "select σ", "mid small"),
+        matrix(570, 86, 3, 70, (0, 1, 2)),
+        text(586, 78, "C", "mid code"),
+        text(594, 174, "m × r: all that is kept", "mid small"),
+        text(24, 228, "The selected columns of X, then the product", "title"),
+        *factors(280, kept, "none"),
+        matrix(384, 280, 3, 70, (0, 1, 2)),
+        text(400, 272, "C", "mid code"),
+        text(400, 368, "m × r", "mid small"),
+        text(470, 300, "The same numbers for r/n of the work.", "small"),
+        text(470, 318, "G is never formed, and where nothing", "small"),
+        text(470, 336, "else needs X, only its selected", "small"),
+        text(470, 354, "columns are saved by the forward.", "small"),
     )
 
 
 def graph() -> str:
     """The same as nodes of the graph, with the shapes of the example in inspecting-graphs.md."""
-
-    def inputs(x: float) -> list[str]:
-        return [
-            node(x, 56, 120, "D", "(64, 8)"),
-            node(x + 190, 56, 120, "X", "(64, 32)"),
-            node(x, 128, 120, "permute", "(8, 64)"),
-            arrow(f"{x + 60} 98 V 126"),
-            arrow(f"{x + 60} 170 V 198"),
-            arrow(f"{x + 250} 98 V 218 H {x + 214}"),
-        ]
-
     return picture(
-        390,
-        "The gradient in the graph, before and after push_selection",
+        410,
+        "The gradient in the graph, as AOTAutograd makes it and as it is compiled",
         text(30, 32, "Joint graph", "title"),
-        *inputs(30),
-        node(30, 200, 212, "mm", "(8, 32): the full gradient", "full"),
-        arrow("90 242 V 270"),
-        node(30, 272, 130, "permute, twice", "(8, 32)"),
-        arrow("90 314 V 330"),
-        node(30, 332, 212, "select(σ)", "(4, 32)", "keep"),
-        text(420, 32, "After push_selection", "title"),
-        *inputs(420),
-        node(420, 200, 212, "selected_mm(σ)", "(4, 32)", "keep"),
-        text(420, 288, "No node has the shape of the weight.", "small"),
-        text(420, 306, "Transpositions around the product are gone,", "small"),
-        text(420, 324, "as the selection moved below them.", "small"),
+        node(30, 56, 120, "D", "(64, 8)"),
+        node(220, 56, 120, "X", "(64, 32), saved"),
+        node(30, 128, 120, "permute", "(8, 64)"),
+        arrow("90 98 V 126"),
+        arrow("90 170 V 208"),
+        arrow("280 98 V 228 H 244"),
+        node(30, 210, 212, "mm", "(8, 32): the full gradient", "full"),
+        arrow("90 252 V 280"),
+        node(30, 282, 130, "permute, twice", "(8, 32)"),
+        arrow("90 324 V 346"),
+        node(30, 348, 212, "select(σ)", "(8, 4)", "keep"),
+        text(420, 32, "As it is compiled", "title"),
+        node(420, 56, 120, "D", "(64, 8)"),
+        node(610, 56, 120, "X", "(64, 32)"),
+        node(420, 128, 120, "permute", "(8, 64)"),
+        node(592, 128, 156, "select(σ)", "(64, 4), saved", "keep"),
+        arrow("480 98 V 126"),
+        arrow("670 98 V 126"),
+        arrow("480 170 V 208"),
+        arrow("670 170 V 228 H 634"),
+        node(420, 210, 212, "mm", "(8, 4)", "keep"),
+        text(420, 288, "push_selection moved the selection below", "small"),
+        text(420, 306, "the product; no node has the weight's shape.", "small"),
+        text(420, 324, "keep_selected moved it into the forward,", "small"),
+        text(420, 342, "which saves 4 of 32 columns of X.", "small"),
     )
 
 
@@ -150,7 +154,7 @@ def tap() -> str:
         text(24, 32, "The tap of one weight", "title"),
         node(40, 62, 150, "w", "(m, n)"),
         node(40, 136, 150, "d", "proxy, shape of C"),
-        node(40, 210, 150, "σ", "r row numbers"),
+        node(40, 210, 150, "σ", "r column numbers"),
         node(300, 62, 130, "tap", "returns w"),
         node(530, 62, 190, "linear(x, ·)", "and on to the loss"),
         arrow("190 76 H 298"),
@@ -159,7 +163,7 @@ def tap() -> str:
         arrow("430 76 H 528"),
         arrow("528 92 H 432", back=True),
         text(480, 110, "G", "mid code"),
-        node(300, 160, 130, "select(G, σ)", "C, (r, n)", "keep"),
+        node(300, 160, 130, "select(G, σ)", "C, (m, r)", "keep"),
         arrow("365 104 V 158", back=True),
         arrow("298 182 H 214 V 164 H 192", back=True),
         text(455, 170, "The backward of the tap: nothing to w, C to d.", "small"),
@@ -171,8 +175,64 @@ def tap() -> str:
     )
 
 
+def path() -> str:
+    """One weight's way through the code, from torch.compile to the next selection."""
+    stages = (
+        (
+            "1  compile, once per graph",
+            ("backend.grass", "a Dynamo graph", "box"),
+            ("FIND", "which weights", "box"),
+            ("TAP", "adds d and σ", "box"),
+            ("JOINT", "push, keep", "keep"),
+            ("compile/lowering", "code", "box"),
+        ),
+        (
+            "2  forward",
+            ("GrassCallable", "the call", "box"),
+            ("registry.demand", "its Subspace", "box"),
+            ("graph_inputs", "σ, ρ", "keep"),
+            ("DeliverGradients", "makes d", "box"),
+            ("compiled graph", "saves X[:, σ]", "box"),
+        ),
+        (
+            "3  backward",
+            ("compiled graph", "Dᵀ X[:, σ]", "keep"),
+            ("gradient of d", "C", "keep"),
+            ("DeliverGradients", "backward", "box"),
+            ("CompactGrad", "C with σ", "keep"),
+            ("weight.grad", "reads as (m, n)", "box"),
+        ),
+        (
+            "4  optimizer.step()",
+            ("_plan", "checks", "box"),
+            ("_prepare", "state follows σ", "box"),
+            ("Step.apply", "W[:, σ] moves", "keep"),
+            ("Step.commit", "after all moved", "box"),
+            ("finish_steps", "step + 1", "box"),
+        ),
+        (
+            "5  refresh, every K steps",
+            ("finish_steps", "is one due?", "box"),
+            ("upcoming", "what comes next", "box"),
+            ("state/rules", "draws σ", "keep"),
+            ("check_selections", "all ranks agree", "box"),
+            ("become", "the next σ", "keep"),
+        ),
+    )
+    parts = []
+    for row, (title, *nodes) in enumerate(stages):
+        y = 40 + 92 * row
+        parts.append(text(24, y, title, "title"))
+        for column, (name, detail, kind) in enumerate(nodes):
+            x = 24 + 146 * column
+            parts.append(node(x, y + 12, 128, name, detail, kind))
+            if column:
+                parts.append(arrow(f"{x - 18} {y + 33} H {x - 2}", back=row == 2))
+    return picture(500, "The path of one weight through the code, in five rows", *parts)
+
+
 def timeline() -> str:
-    """Which rows move in which step, of a rule without scores and of one with them."""
+    """Which columns move in which step, of a rule without scores and of one with them."""
     steps, rows, w, h = 16, 12, 19, 11
 
     def grid(x: float, periods: list[tuple[int, tuple]]) -> list[str]:
@@ -197,12 +257,12 @@ def timeline() -> str:
     top = [(0, (1, 4, 6, 10)), (1, (2, 4, 7, 8)), (6, (2, 4, 5, 8)), (11, (2, 3, 5, 8))]
     return picture(
         312,
-        "Which rows are selected in which step, for two rules",
-        text(left, 32, '"cyclic": rows in turn', "title"),
-        text(left, 52, "after m/r periods every row has had one", "small"),
-        text(right, 32, '"top": the rows of largest norm', "title"),
+        "Which columns are selected in which step, for two rules",
+        text(left, 32, '"cyclic": columns in turn', "title"),
+        text(left, 52, "after n/r periods every column has had one", "small"),
+        text(right, 32, '"top": the columns of largest norm', "title"),
         text(right, 52, "scored in the steps marked ▾, one in K", "small"),
-        text(20, 154, "rows", "small"),
+        text(12, 154, "column", "small"),
         *grid(left, walk),
         *(bracket(left, s, s + 5) for s in (0, 5, 10)),
         text(left + w * 2.5, 68, "K = 5", "mid small"),
@@ -211,7 +271,7 @@ def timeline() -> str:
         rect(58, 276, w, h, "keep", 0),
         text(84, 286, "moves", "small"),
         rect(150, 276, w, h, "new", 0),
-        text(176, 286, "moves, still warming up: a row that is new in the selection", "small"),
+        text(176, 286, "moves, still warming up: a column that is new in the selection", "small"),
         rect(560, 276, w, h, "none", 0),
         text(586, 286, "stays as it is", "small"),
     )
@@ -219,7 +279,7 @@ def timeline() -> str:
 
 def figures() -> dict[str, str]:
     """Every picture by the name of its file."""
-    drawn = {"gradient": gradient, "graph": graph, "tap": tap, "timeline": timeline}
+    drawn = {"gradient": gradient, "graph": graph, "tap": tap, "timeline": timeline, "path": path}
     return {f"{name}.svg": draw() for name, draw in drawn.items()}
 
 

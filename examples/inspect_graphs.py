@@ -29,11 +29,8 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "inspecting-graphs.md")
 LISTING = re.compile(r"(<!-- listing: ([\w-]+) -->\n```\w*\n)(.*?)(?=^```$)", re.M | re.S)
 
 
-SELECTED_MM = "grass.selected_mm.default("
-
-
 class TwoLayers(nn.Module):
-    """A weight of each side: `up` has fewer inputs than outputs, `down` fewer outputs."""
+    """The input of `up` is an input of the graph; nothing but `down` needs the other one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +38,7 @@ class TwoLayers(nn.Module):
         self.down = nn.Linear(32, 8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        return self.down(nn.functional.silu(self.up(x)))
 
 
 class SwiGLU(nn.Module):
@@ -77,40 +74,39 @@ def stages() -> dict[str, str]:
     """Every listing by name, in the order of compilation."""
     with fresh_cache():  # on a warm cache no pass runs, and there is no graph to show
         found = dumped(rank=4)
+        out = dumped(rank=4, side="out")
         scored = dumped(rank=4, selection="top")
         tiled = dumped(rank=4, selection="top", scoring="tiles")
         products = {name: matrix_products(name) for name in ("inductor", "grass")}
         block = dumped(SwiGLU, rank=4)
-        block_out = dumped(SwiGLU, rank=4, side="out")
         again = dumped(Checkpointed, rank=4)
         _, backward = halves(Checkpointed)
     joint, pushed = tidy(found["joint_regular"]), tidy(found["pushed_regular"])
-    mlp, mlp_pushed = tidy(block["joint_regular"]), tidy(block["pushed_regular"])
+    kept = tidy(found["kept_regular"])
+    mlp, mlp_kept = tidy(block["joint_regular"]), tidy(block["kept_regular"])
     return {
         "dynamo": tidy(found["dynamo"]),
         "tapped": tidy(found["tapped_regular"]),
         "joint": joint,
-        "pushed": pushed,
+        "pushed": only_for(gradients(pushed), pushed),
+        "kept": kept,
         "before": gradient_of_down(joint),
-        "after": gradient_of_down(pushed),
+        "after": gradient_of_down(kept),
+        "out": gradient_of_down(tidy(out["pushed_regular"])),
         "scoring": gradient_of_down(tidy(scored["pushed_scoring"])),
         "tiles": gradient_of_down(tidy(tiled["pushed_scoring"])),
         "inductor": side_by_side(products),
         "swiglu-dynamo": tidy(block["dynamo"]),
         "swiglu-joint": only_for(gradients(mlp), mlp),
-        "swiglu-pushed": only_for(gradients(mlp_pushed), mlp_pushed),
-        "swiglu-out": selected_products(tidy(block_out["pushed_regular"])),
+        "swiglu-kept": only_for(gradients(mlp_kept), mlp_kept),
         "checkpoint-tapped": tidy(again["tapped_regular"]),
         "checkpoint-backward": backward,
     }
 
 
 def dumped(kind: type[nn.Module] = TwoLayers, **options) -> dict[str, str]:
-    """What `dump_dir` receives, by stage: {"dynamo": ..., "joint_regular": ...}.
-
-    With side "auto", which shows both sides: one weight has fewer inputs, the other fewer outputs.
-    """
-    options = {"side": "auto", "compiler": "aot_eager", **options}
+    """What `dump_dir` receives, by stage: {"dynamo": ..., "joint_regular": ...}."""
+    options = {"compiler": "aot_eager", **options}
     with tempfile.TemporaryDirectory() as folder:
         one_step("grass", {**options, "dump_dir": folder}, kind)
         files = sorted(Path(folder).iterdir())  # 02_joint_regular.py
@@ -159,11 +155,6 @@ def only_for(wanted: list[str], graph: str) -> str:
     return "".join(line.strip() + "\n" for line in kept)
 
 
-def selected_products(graph: str) -> str:
-    """The lines of a tidy graph that are selected products."""
-    return "".join(f"{line.strip()}\n" for line in graph.splitlines() if SELECTED_MM in line)
-
-
 def halves(kind: type[nn.Module]) -> list[str]:
     """The forward and the backward graph that Inductor makes code of, without its own patterns."""
     found: list[str] = []
@@ -171,14 +162,14 @@ def halves(kind: type[nn.Module]) -> list[str]:
     def look(graph: torch.fx.Graph) -> None:
         found.append(tidy(graph_text(graph)))
 
-    options = {"rank": 4, "side": "auto", "inductor": {"post_grad_custom_pre_pass": look}}
+    options = {"rank": 4, "inductor": {"post_grad_custom_pre_pass": look}}
     one_step("grass", options, kind)
     return found
 
 
 def matrix_products(backend: str) -> dict[str, list[str]]:
     """Shapes of the matrix products in the code that Inductor generates, by half of the step."""
-    options = {"rank": 4, "side": "auto"} if backend == "grass" else {}
+    options = {"rank": 4} if backend == "grass" else {}
     _, codes = run_and_get_code(one_step, backend, options)
     halves = {}
     for half, code in zip(("forward", "backward"), codes, strict=True):
