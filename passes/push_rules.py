@@ -130,7 +130,8 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
         deeper = has_product(x) and (full or not push.is_whole(x, node))
         each = each if full else each.quiet()  # what stops below it leaves no gradient whole
         new[x] = each.of(x, along, node) if deeper else each.selected(x, along)
-    return push.call(node.target, *(new.get(x, x) for x in node.args))
+    args = cast("tuple[Any, ...]", node.args)
+    return push.call(node.target, *(new.get(x, x) for x in args))
 
 
 def has_product(node: Any) -> bool:
@@ -333,10 +334,10 @@ def _slice_of(node: fx.Node, before: int, dim: int) -> tuple[fx.Node, int, Any, 
     """
     x = cast(fx.Node, node.args[0])
     defaults = (0, None, None, 1)
-    given = node.args[before:]
+    given, named = cast("tuple[Any, ...]", node.args[before:]), cast("dict[str, Any]", node.kwargs)
     names = ("dim", "start", "end", "step")
     over, start, end, step = (
-        given[k] if k < len(given) else node.kwargs.get(names[k], defaults[k]) for k in range(4)
+        given[k] if k < len(given) else named.get(names[k], defaults[k]) for k in range(4)
     )
     over = cast(int, over) % x.meta["val"].dim()
     size = x.meta["val"].shape[over]
