@@ -58,7 +58,7 @@ def cond_inside(w):
     return w.train(w.compile(call))
 
 
-@use("the body of scan is a graph of its own, and trains dense", compact=0)
+@use("the body of scan is a graph of its own, and trains dense", compact=0, quick=True)
 def scan_inside(w):
     from torch._higher_order_ops.scan import scan
 

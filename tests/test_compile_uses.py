@@ -89,12 +89,6 @@ def test_use_without_inductor(name):
 
 
 @pytest.mark.slow
-@uses(lambda use: not use.quick)
-def test_another_use_without_inductor(name):
-    compare(name, "aot_eager")
-
-
-@pytest.mark.slow
 @uses(lambda use: True)
 def test_use_with_inductor(name):
     compare(name, "inductor")

@@ -52,7 +52,13 @@ NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-every_model = pytest.mark.parametrize("name", ZOO)
+# The longest of the zoo, each much like another that stays.
+LONG = ("mixtral, eager experts", "mixtral, bfloat16", "mixtral, batched_mm experts", "whisper",
+        "mistral", "roberta", "gpt2", "qwen2")  # fmt: skip
+
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in ZOO]
+)
 
 
 def transformers():

@@ -116,6 +116,7 @@ def die(rank):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_the_others():
     with pytest.raises(ProcessExitedException, match="exit code 7"):
         spawn(die, 2, timeout=10)
@@ -142,6 +143,7 @@ def die_saving(rank, folder):
         dcp.save(states, storage_writer=writer(f"{folder}/{step}"))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_while_saving_leaves_no_checkpoint(tmp_path):
     """Parts of one may lie there: without their index nothing takes them for a checkpoint."""
     with pytest.raises(ProcessExitedException, match="exit code 7"):
@@ -166,6 +168,7 @@ def stop_early(rank):
         model.zero_grad()
 
 
+@pytest.mark.slow
 def test_a_batch_more_on_one_process_is_an_error():
     with pytest.raises(ProcessRaisedException):
         spawn(stop_early, 2, timeout=5)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -82,5 +83,6 @@ def train(rank, way):
         torch.testing.assert_close(got.full_tensor(), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_they_train_dense_and_the_warning_says_why():
     spawn(run, RANKS)

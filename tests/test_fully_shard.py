@@ -235,6 +235,7 @@ def test_four_processes_equal_one_and_resume_what_two_saved(folder):
     spawn(four, 4, folder)
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_saved(folder):
     with one_process(folder, "second"):
         resume(0, folder)

@@ -99,6 +99,7 @@ def run_keeping(rank):
     assert kept["top"] - kept["cyclic"] > (LAYERS - 1) * 16 * 16 * 4, kept
 
 
+@pytest.mark.slow
 def test_averaged_graphs_keep_what_is_selected():
     spawn(run_keeping, 2, timeout=120)
 

@@ -93,7 +93,7 @@ STEPS = {
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("dim", [0, 1])
 @settings(
-    max_examples=80, deadline=None, derandomize=True, database=None,
+    max_examples=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(chain=st.lists(st.sampled_from(sorted(STEPS)), max_size=7), data=st.data())

@@ -185,6 +185,7 @@ def several(rank, folder):
     bfloat16()
 
 
+@pytest.mark.slow
 def test_several_processes_equal_one(tmp_path):
     for case in LIKE_ONE:
         torch.save(case(), tmp_path / f"{case.__name__}.pt")
@@ -212,6 +213,7 @@ def resume(rank, folder):
         torch.testing.assert_close(got.detach(), want, **EXACT)
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_saved(tmp_path):
     spawn(save, 2, str(tmp_path))
     resume(0, str(tmp_path))

@@ -135,7 +135,13 @@ def transformers(accelerate):
     return transformers
 
 
-@pytest.mark.parametrize("make, options", [(adamw, CYCLIC), (sgd, TOP)], ids=["AdamW", "SGD, top"])
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        pytest.param(adamw, CYCLIC, id="AdamW"),
+        pytest.param(sgd, TOP, id="SGD, top", marks=pytest.mark.slow),
+    ],
+)
 def test_the_transformers_trainer_trains_in_the_subspace_and_resumes(
     transformers, tmp_path, make, options
 ):

@@ -193,5 +193,6 @@ def run(rank):
         dist.barrier()
 
 
+@pytest.mark.slow
 def test_two_processes():
     spawn(run, 2)

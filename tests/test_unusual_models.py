@@ -97,7 +97,7 @@ def test_a_part_may_be_as_large_as_an_input(how, side):
     assert isinstance(model.w.grad, CompactGrad)
 
 
-@pytest.mark.parametrize("times", [3, 220])
+@pytest.mark.parametrize("times", [3, pytest.param(220, marks=pytest.mark.slow)])
 def test_a_weight_may_be_used_in_every_step_of_a_long_loop(times):
     def loop(w, x):
         for _ in range(times):
