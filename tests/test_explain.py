@@ -16,6 +16,7 @@ from grass_fx.__main__ import main
 from grass_fx.errors import OptionError
 from grass_fx.inspect.cost import LinearCost
 from grass_fx.inspect.html import as_html
+from grass_fx.passes.observers import DISABLED
 from grass_fx.state.registry import registry
 from helpers import mlp
 from llama import build
@@ -210,7 +211,7 @@ def test_a_selection_that_is_not_pushed_forms_the_full_gradient():
     assert weight.kernel == "mm, then gather"
     assert weight.after.weight_gradient_flops == weight.before.weight_gradient_flops
     assert weight.after.gradient == weight.before.gradient // 4
-    assert "0 of them without a full one" in str(report) and weight.reason in str(report)
+    assert "is formed for 1 of them" in str(report) and weight.reason in str(report)
 
 
 class Experts(nn.Module):
@@ -469,7 +470,7 @@ def test_the_command_line_explains_the_example(capsys, tmp_path):
     given = ["--model", "llama:build", "--rank", "0.125", "--inputs", "2x8:int64:256"]
     assert main(["explain", *given, "--device", "meta"]) == 0
     text = capsys.readouterr().out
-    assert "15 of 16 matrices have compact gradients" in text
+    assert "15 of 16 weight matrices get compact gradients" in text
     assert "embed.weight" in text and "also used by embedding" in text
     for wrong in ("llama:nothing", "no_such_module:build", "llama:Config"):
         assert main(["explain", "--model", wrong]) == 2
@@ -492,3 +493,40 @@ def test_a_graph_without_a_tensor_among_its_inputs(dynamic):
     x = torch.randn(5, 16)
     report = grass_fx.explain(Model(), x, options={"rank": 4}, dynamic=dynamic)
     assert report.graphs == 1 and report.weights[0].status == "pushed"
+
+
+# --- the graph that is compiled -------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """The input of ``down`` is made in the forward, and nothing else needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32, bias=False), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.up(x)))
+
+
+def test_after_is_the_graph_that_is_compiled():
+    report = grass_fx.explain(Hidden(), torch.randn(6, 16), options={"rank": 4})
+    weight = next(w for w in report.weights if w.name == "down.weight")
+    after = {node.label: node for node in weight.pictures["after"]}
+    assert after["select"].shape == "(6, 4)" and len(after["select"].inputs) == 2
+    assert after["select"].name in after["mm"].inputs and after["mm"].shape == "(8, 4)"
+    assert "selected_mm" not in after
+    assert not any(node.label == "select" for node in weight.pictures["before"][:-1])
+
+
+@pytest.mark.parametrize(
+    "name, label", [("keep_selected", "selected_mm"), ("push_selection", "mm")]
+)
+def test_after_is_without_what_is_disabled(name, label):
+    options = {"rank": 4, "disable_passes": [name]}
+    report = grass_fx.explain(Hidden(), torch.randn(6, 16), options=options)
+    weight = next(w for w in report.weights if w.name == "down.weight")
+    labels = [node.label for node in weight.pictures["after"]]
+    assert ("selected_mm" if name == "keep_selected" else "mm") in labels
+    if name == "push_selection":
+        assert weight.reason == DISABLED

@@ -97,7 +97,7 @@ def test_the_tables_have_what_the_report_has(report):
     assert (first.before.gradient, first.after.state) == (6144, 2 * 768 + 16 * 4 + 8)
     assert page.row("2.weight")[3] == report["2.weight"].reason != ""
     assert page.row("memory in all")[1] in str(report)
-    assert "1 of 2 matrices have compact gradients" in as_html(report)
+    assert "1 of 2 weight matrices get compact gradients" in as_html(report)
 
 
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(report):

@@ -36,8 +36,8 @@ def headline(report: Findings) -> str:
     pushed = sum(weight.status == "pushed" for weight in taken)
     graphs = f"{report.graphs} graph{'' if report.graphs == 1 else 's'}"
     lines = [
-        f"{len(taken)} of {len(matrices)} matrices have compact gradients, "
-        f"{pushed} of them without a full one ({graphs})."
+        f"{len(taken)} of {len(matrices)} weight matrices get compact gradients; the full gradient "
+        f"is formed for {(len(taken) - pushed) or 'none'} of them ({graphs})."
     ]
     if not report.graphs:
         lines.append("No training graph was compiled: does the model run inside torch.compile?")
