@@ -1,1 +1,1 @@
-"""What is known of each weight: its selection, schedule, gradient, and share among processes."""
+"""State of each weight: its selection, schedule and gradient, and how processes share it."""

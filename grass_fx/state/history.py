@@ -1,6 +1,6 @@
-"""Which rows a weight has had selected, and when, in bounded memory however long the run.
+"""Records which rows of a weight were selected and when, in bounded memory however long the run.
 
-Everything is on the CPU, where selections are drawn, so that recording never waits for a device.
+All data is on the CPU, where selections are drawn, so that recording never waits for a device.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 BINS = 256
-"""At most so many bins of rows, and of steps."""
+"""The largest number of bins, both for rows and for steps."""
 
 Norms = Sequence[tuple[Tensor, Tensor]]
-"""Of each matrix, the norms of the selected units and those of all, float64."""
+"""For each matrix: the norms of the selected units and the norms of all units, float64."""
 
 
 class SelectionHistory:
-    """The selections of one weight with ``rows`` rows (or columns; of a stack, those of all).
+    """The selections of one weight with ``rows`` rows (or columns; for a stack, of all matrices).
 
-    ``ever`` (rows,) bool: selected at some time. ``drawn``: the step at which the current selection
-    was drawn. ``overlap``: the share of its rows that were in the one before, None for the first.
-    ``captured``: the share of the gradient's norm that it holds, None where that is unknown.
+    ``ever`` (rows,) bool: whether each row was selected at some time. ``drawn``: the step at which
+    the current selection was drawn. ``overlap``: the share of its rows that were also in the
+    selection before it, None for the first. ``captured``: the share of the gradient's norm that the
+    selected rows hold, None if it is unknown.
 
-    :meth:`change` only notes a selection; :meth:`settle` records it, so that recording can wait for
-    a moment in which it costs no time. It has to come before an attribute is read.
+    :meth:`change` only notes a selection and :meth:`settle` records it, so that the caller can
+    record at a moment when it costs no time. Call :meth:`settle` before reading an attribute.
 
-    The picture has rows and steps in bins of equal width. Each bin has the share of its row-steps
-    that were selected. When the bins of steps are full, neighbours are merged.
+    The picture divides rows and steps into bins of equal width. Each bin holds the share of its
+    row-steps that were selected. When the bins of steps are full, neighbours are merged.
     """
 
     def __init__(self, rows: int, begin: int = 0) -> None:
@@ -43,20 +44,20 @@ class SelectionHistory:
         bins = min(rows, BINS)
         self._density = torch.zeros(bins, device="cpu")  # of the current selection
         self._width, self._until = 1, begin
-        # Complete bins, in 255ths; and of the bin that is filled now: density × steps.
+        # Complete bins in 255ths, and density × steps for the bin that is being filled.
         self._closed = torch.zeros(0, bins, dtype=torch.uint8, device="cpu")
         self._open = torch.zeros(bins, device="cpu")
 
     def change(self, indices: Tensor, step: int, norms: Norms = ()) -> None:
-        """From ``step`` on the rows ``indices`` are selected, (r,) int64; they may repeat.
+        """Note that the rows ``indices``, (r,) int64, are selected from ``step`` on.
 
-        ``norms``: the gradient's, where they are known.
+        Rows may repeat. ``norms``: the norms of the gradient, if they are known.
         """
         self.settle()
         self._noted = indices, step, norms
 
     def settle(self) -> None:
-        """Record what :meth:`change` has noted."""
+        """Record the selection that :meth:`change` has noted."""
         if self._noted is None:
             return
         (indices, step, norms), self._noted = self._noted, None
@@ -77,12 +78,12 @@ class SelectionHistory:
 
     @property
     def coverage(self) -> float:
-        """The share of rows selected at some time."""
+        """The share of rows that were selected at some time."""
         self.settle()
         return int(self.ever.sum()) / self.ever.numel()
 
     def advance(self, step: int) -> None:
-        """Fill the bins with the current selection up to ``step``."""
+        """Fill the bins up to ``step`` with the current selection."""
         while step - self.begin > BINS * self._width:
             self._merge()
         start = self.begin + len(self._closed) * self._width
@@ -99,7 +100,7 @@ class SelectionHistory:
             self._until = step
 
     def _merge(self) -> None:
-        """Bins of twice as many steps; a last one without a neighbour is opened again."""
+        """Merge pairs of neighbouring bins of steps; reopen a last bin that has no neighbour."""
         count = len(self._closed)
         if count % 2:
             self._open += self._closed[-1] * (self._width / 255)
@@ -108,10 +109,11 @@ class SelectionHistory:
         self._width *= 2
 
     def picture(self, step: int) -> tuple[Tensor, int, int]:
-        """Up to ``step``: (bins of steps, bins of rows) from 0 to 1; where it begins; bin width.
+        """Return the picture up to ``step``, the step at which it begins, and the width of a bin.
 
-        The last bin may be incomplete. Before the first step there is one, of the selection that is
-        going to be used.
+        The picture has the shape (bins of steps, bins of rows) and values from 0 to 1. The last bin
+        of steps may be incomplete. Before the first step there is one bin of steps, which shows the
+        selection that the first step will use.
         """
         self.settle()
         self.advance(step)
@@ -124,7 +126,7 @@ class SelectionHistory:
         return bins, self.begin, self._width
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that is needed to go on recording, as plain tensors."""
+        """Return everything that a resumed run needs to go on recording, as plain tensors."""
         self.settle()
         shares = (-1.0 if x is None else x for x in (self.overlap, self.captured))
         numbers = (self.begin, self.drawn, self._width, self._until, *shares)
@@ -139,31 +141,33 @@ class SelectionHistory:
     def resumed(
         cls, rows: int, indices: Tensor, step: int, state: Mapping[str, Tensor]
     ) -> SelectionHistory:
-        """As :meth:`state` has it; a new one that begins at ``step`` if ``state`` has none.
+        """Continue from :meth:`state`, or start a new history at ``step`` if ``state`` has none.
 
         ``indices``: the current selection, (r,).
         """
-        made = cls(rows, step)
-        made.change(indices, step)
-        made.settle()
+        history = cls(rows, step)
+        history.change(indices, step)
+        history.settle()
         ever = state.get("history_ever")
         if ever is None or ever.numel() != rows:
-            return made
+            return history
         *counts, overlap, captured = state["history_numbers"].tolist()
-        made.begin, made.drawn, made._width, made._until = (int(count) for count in counts)
-        made.overlap = None if overlap < 0 else overlap
-        made.captured = None if captured < 0 else captured
-        made.ever = ever.to("cpu", copy=True)
-        made._closed = state["history_closed"].to("cpu", copy=True)
-        made._open = state["history_open"].to("cpu", copy=True)
-        return made
+        history.begin, history.drawn, history._width, history._until = (
+            int(count) for count in counts
+        )
+        history.overlap = None if overlap < 0 else overlap
+        history.captured = None if captured < 0 else captured
+        history.ever = ever.to("cpu", copy=True)
+        history._closed = state["history_closed"].to("cpu", copy=True)
+        history._open = state["history_open"].to("cpu", copy=True)
+        return history
 
 
 @lru_cache(maxsize=64)
 def _bins(rows: int, bins: int) -> tuple[Tensor, Tensor]:
-    """The bin of each row, (rows,), and the rows of each bin, (bins,)."""
-    of = torch.arange(rows, device="cpu") * bins // rows
-    return of, torch.bincount(of, minlength=bins)
+    """Return the bin of each row, (rows,), and the number of rows in each bin, (bins,)."""
+    bin_of = torch.arange(rows, device="cpu") * bins // rows
+    return bin_of, torch.bincount(bin_of, minlength=bins)
 
 
 def _in_255ths(shares: Tensor) -> Tensor:

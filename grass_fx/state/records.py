@@ -1,9 +1,9 @@
-"""What is known of a Parameter: one record each, that lives as long as the Parameter does.
+"""Keeps one record of what is known about each Parameter, for as long as the Parameter lives.
 
-The record hangs on the Parameter itself, as torch.compile's own notes do. Nothing refers to a
-Parameter weakly: ``module.to()`` may have to exchange what is in it, and refuses to if somebody
-does. That exchange takes attributes along; the optimizers, which hold Parameters anyway, hold their
-records too, and give them back.
+The record is an attribute of the Parameter, like torch.compile's own notes. Nothing holds a weak
+reference to a Parameter: ``module.to()`` may have to swap the Parameter's contents, and refuses if
+a weak reference exists. A swap takes attributes along. Optimizers, which hold Parameters anyway,
+also hold their records, and restore a record that a Parameter has lost.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _ATTRIBUTE = "_grass_fx"
 
 
 class Record:
-    """What is known of one Parameter. ``Any`` stands for classes of the floors above.
+    """What is known about one Parameter. ``Any`` stands for classes of higher layers.
 
-    ``subspace``: its Subspace, once a compiled graph has taken it. ``key``: what keys its random
-    streams, once one was drawn from; ``place``: where it stood in its last optimizer. ``name``:
-    what its optimizer calls it. ``saved``: a loaded ``Subspace.state()`` that waits for the first
-    graph. ``left``: why the last graph that used it left it dense, a registry.Left. ``replicas``,
-    ``sharding``: how it is spread over processes.
+    ``subspace``: the Parameter's Subspace, once a compiled graph has taken it. ``key``: the key of
+    its random streams, once it was needed. ``place``: its place in its last optimizer. ``name``:
+    its name in its optimizer. ``saved``: a loaded ``Subspace.state()`` that waits for the first
+    compiled graph. ``left``: a registry.Left with the reason why the last graph that used the
+    Parameter left it dense. ``replicas``, ``sharding``: how it is spread over processes.
     """
 
     def __init__(self) -> None:
@@ -42,18 +42,18 @@ class Record:
 
 
 class Tag:
-    """What hangs on the Parameter, and ends with it; the record may be held by optimizers too."""
+    """A Parameter's attribute, which ends with it; optimizers may keep the record for longer."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
 
     def __reduce__(self) -> Any:
-        # In a pickled model nothing of it: whoever loads that need not have grass_fx.
+        # A pickled model contains nothing of the tag, so it loads without grass_fx.
         return OrderedDict, ()
 
 
 class Holder(Protocol):
-    """An optimizer: ``records`` are those of its parameters, in their order."""
+    """An optimizer; ``records`` are the records of its parameters, in their order."""
 
     param_groups: list[dict[str, Any]]
     records: Sequence[Record]
@@ -63,33 +63,33 @@ _holders: list[weakref.ref[Any]] = []
 
 
 def add_holder(optimizer: Holder) -> None:
-    """An optimizer is asked from now on, while it lives, for its parameters' records and places."""
+    """Look up records and places of parameters in this optimizer too, for as long as it lives."""
     if all(ref() is not optimizer for ref in _holders):
         _holders[:] = [ref for ref in _holders if ref() is not None]
         _holders.append(weakref.ref(optimizer))
 
 
 def holders() -> Iterator[Holder]:
-    """The optimizers, the newest first."""
+    """Yield the optimizers, newest first."""
     for ref in reversed(_holders):
         if (optimizer := ref()) is not None:
             yield optimizer
 
 
 def place_of(parameter: Tensor) -> tuple[Holder, int] | None:
-    """The newest optimizer that has the parameter now, and its place there, counted over groups."""
+    """Find the newest optimizer that has the parameter now, and its place there over all groups."""
     for optimizer in holders():
         place = 0
         for group in optimizer.param_groups:
-            for each in group["params"]:
-                if each is parameter:
+            for candidate in group["params"]:
+                if candidate is parameter:
                     return optimizer, place
                 place += 1
     return None
 
 
 def known(parameter: Tensor) -> Record | None:
-    """The parameter's record, if it has one."""
+    """Return the parameter's record, or None if it has none."""
     tag = getattr(parameter, "__dict__", {}).get(_ATTRIBUTE)
     if isinstance(tag, Tag):
         return tag.record
@@ -102,7 +102,7 @@ def known(parameter: Tensor) -> Record | None:
 
 
 def record_of(parameter: Tensor) -> Record:
-    """The parameter's record, made at its first use."""
+    """Return the parameter's record; make one if it has none."""
     record = known(parameter)
     if record is None:
         record = Record()
@@ -115,24 +115,24 @@ def _hang(parameter: Tensor, record: Record) -> None:
 
 
 def tag_of(parameter: Tensor) -> Tag:
-    """What hangs on a parameter with a record, and lives as long."""
+    """Return the tag of a parameter that has a record; the tag lives as long as the parameter."""
     tag: Tag = parameter.__dict__[_ATTRIBUTE]
     return tag
 
 
 def when_gone(parameter: Tensor, function: Callable[[], None]) -> None:
-    """Call ``function`` when a parameter with a record has ended, or was exchanged."""
+    """Call ``function`` when a parameter that has a record is deleted or swapped."""
     weakref.finalize(tag_of(parameter), function).atexit = False
 
 
 class PerParameter(Generic[T]):
-    """A field of all records as a mapping from Parameters."""
+    """A field of all records, as a mapping from Parameters to its values."""
 
     def __init__(self, field: str) -> None:
         self._field = field
 
     def get(self, parameter: Tensor) -> T | None:
-        """The field's value; None where nothing has been put."""
+        """Return the field's value, or None if none was set."""
         record = known(parameter)
         return None if record is None else getattr(record, self._field)
 

@@ -1,4 +1,4 @@
-"""The end of an optimizer step: the one place where selections change.
+"""Ends an optimizer step for subspaces: the only place where selections change.
 
 The optimizers of grass_fx call :func:`finish_steps` (docs/method.md, "Steps, periods, refreshes").
 """
@@ -18,11 +18,11 @@ from grass_fx.state.subspace import Subspace, Upcoming
 from grass_fx.state.transfers import reading, to_device
 
 Finished = list[tuple[Subspace, Tensor | None]]
-"""Subspaces whose step ends, with the scores s of each, (size,) float32, or None."""
+"""The subspaces whose step ends, each with its scores s, (size,) float32, or None."""
 
 
 def scores_on_host(finished: Finished) -> Callable[[], Finished]:
-    """Begin to copy the scores that are due; the function returned waits for them, on the CPU."""
+    """Start copying the scores that are due to the CPU; the returned function waits for them."""
     scored = [
         (k, scores)
         for k, (subspace, scores) in enumerate(finished)
@@ -43,14 +43,15 @@ def finish_steps(
     finished: Iterable[tuple[Subspace, Tensor | None]],
     check: Callable[[Sequence[tuple[Subspace, Upcoming]]], None] = lambda changed: None,
 ) -> None:
-    """Tell subspaces that an optimizer step used their selections; refresh those that are due.
+    """Tell subspaces that an optimizer step used their selections, and refresh those that are due.
 
-    With the scores s of each, (size,) float32 as its gradient brought them, or None. Scores that
-    are missing, not finite or all zero keep the selection and make the next step a scoring step. In
-    a stack, (e·size,), only the affected matrices keep their selection; if all are affected, the
-    next step scores again.
+    ``finished`` has each subspace with the scores s that its gradient carried, (size,) float32, or
+    None. If scores are missing, not finite or all zero, the selection stays and the next step is a
+    scoring step. For a stack, scores (e·size,), only the affected matrices keep their selection; if
+    all matrices are affected, the next step scores again.
 
-    ``check`` sees those that are about to change. If it raises, or anything else does, none has.
+    ``check`` gets the subspaces whose selections are about to change. If it or anything else
+    raises, no selection has changed.
     """
     upcoming: list[tuple[Subspace, Upcoming]] = []
     alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
@@ -64,22 +65,23 @@ def finish_steps(
         else:
             alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
     for (_, rank, block), entries in alike.items():
-        # The largest of all of them at once: one by one is what a refresh would take longest for.
+        # The top units of all weights are found at once: weight by weight this would be the
+        # slowest part of a refresh.
         norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
         tops = rules.tops(norms, rank // block)
-        for (subspace, _), each, top in zip(entries, norms, tops, strict=True):
-            upcoming.append((subspace, subspace.upcoming(each.unsqueeze(0), [top])))
-    check([(subspace, each) for subspace, each in upcoming if each.selection is not None])
+        for (subspace, _), own, top in zip(entries, norms, tops, strict=True):
+            upcoming.append((subspace, subspace.upcoming(own.unsqueeze(0), [top])))
+    check([(subspace, change) for subspace, change in upcoming if change.selection is not None])
     changed: dict[torch.device, list[int]] = {}
-    for k, (subspace, each) in enumerate(upcoming):
+    for k, (subspace, change) in enumerate(upcoming):
         device = subspace.selection.indices.device
-        if each.selection is not None and device.type != "cpu":
+        if change.selection is not None and device.type != "cpu":
             changed.setdefault(device, []).append(k)
     for device, ks in changed.items():
         moved = to_device([cast(Tensor, upcoming[k][1].drawn) for k in ks], device)
         for k, indices in zip(ks, moved, strict=True):
-            subspace, each = upcoming[k]
-            selection = cast(Selection, each.selection).moved(indices)
-            upcoming[k] = subspace, replace(each, selection=selection)
-    for subspace, each in upcoming:
-        subspace.become(each)
+            subspace, change = upcoming[k]
+            selection = cast(Selection, change.selection).moved(indices)
+            upcoming[k] = subspace, replace(change, selection=selection)
+    for subspace, change in upcoming:
+        subspace.become(change)

@@ -1,7 +1,7 @@
-"""From a Parameter to its subspace: the objects that graphs and optimizers share.
+"""Finds the subspace of a Parameter, which compiled graphs and optimizers share.
 
-A weight's subspace is found by the Parameter that arrives at call time: no graph and no checkpoint
-owns it.
+The lookup uses the Parameter that is passed at call time: no graph and no checkpoint owns a
+subspace.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Left:
-    """Why a compiled graph leaves a weight dense."""
+    """The reason why a compiled graph leaves a weight dense."""
 
     name: str
-    """Its name, relative to the compiled region."""
+    """The weight's name, relative to the compiled region."""
     reason: str
     unwanted: bool
-    """Whether ``include``/``exclude`` say so."""
+    """Whether ``include`` or ``exclude`` is the reason."""
 
 
 class Registry:
-    """What graphs and optimizers ask of a Parameter's record, and what they put there.
+    """Reads and writes the records of Parameters for compiled graphs and optimizers.
 
-    ``version`` increases whenever an earlier answer of :meth:`demand` may be stale.
+    ``version`` increases whenever an earlier answer of :meth:`demand` may have become stale.
     """
 
     def __init__(self) -> None:
         self.version = 0
-        self._taken: weakref.WeakSet[Tag] = weakref.WeakSet()  # of Parameters that live
+        self._taken: weakref.WeakSet[Tag] = weakref.WeakSet()  # of live Parameters
         self._first_uses = itertools.count()
 
     def get(self, weight: Tensor) -> Subspace | None:
-        """The weight's subspace, or None while no compiled graph has used it."""
+        """Return the weight's subspace, or None if no compiled graph has used the weight yet."""
         record = known(weight)
         return None if record is None else record.subspace
 
     def announce(
         self, optimizer: Any, weights: Iterable[Tensor], names: Iterable[str | None], first: int
     ) -> list[Record]:
-        """An optimizer has these parameters now, from its place ``first`` on: their records.
+        """Note that ``optimizer`` has these parameters from place ``first`` on; return the records.
 
-        Their places in it key their random streams. Places are looked up at first use: libraries
-        exchange an optimizer's parameters after its construction.
+        A parameter's place in the optimizer keys its random streams. Places are looked up when
+        first used, because libraries exchange an optimizer's parameters after its construction.
         """
         add_holder(optimizer)
         records = []
@@ -85,14 +85,14 @@ class Registry:
         return records
 
     def name_of(self, weight: Tensor, default: str = "a parameter") -> str:
-        """What reports call the parameter: as its optimizer does, else as the graph does."""
+        """Return the parameter's name for reports: from its optimizer, else from its graph."""
         record = known(weight)
         if record is None:
             return default
         return record.name or (default if record.subspace is None else record.subspace.name)
 
     def key_of(self, weight: Tensor) -> int:
-        """What keys the parameter's random streams: its index in its optimizer."""
+        """Return the key of the parameter's random streams: its index in its optimizer."""
         record = record_of(weight)
         if record.key is None:
             found = place_of(weight)
@@ -101,28 +101,28 @@ class Registry:
         return record.key
 
     def note_left(self, weight: Tensor, left: Left) -> None:
-        """A compiled graph that uses the weight leaves it dense; the latest one's reason counts."""
+        """Note that a compiled graph leaves the weight dense; the latest reason replaces others."""
         record_of(weight).left = left
 
     def left(self, weight: Tensor) -> Left | None:
-        """Why a graph leaves the weight dense, or None while no graph of ours has said so."""
+        """Return why a graph leaves the weight dense, or None if no grass graph has said so."""
         record = known(weight)
         return None if record is None else record.left
 
     def latest_backward(self) -> int:
-        """The number of the last backward that brought a weight that lives a compact gradient."""
+        """Return the number of the last backward that gave a live weight a compact gradient."""
         return max((tag.record.subspace.backward for tag in self._taken), default=-1)
 
     def strays(self, after: int) -> list[str]:
-        """Names of weights in no optimizer of ours that a backward after ``after`` has reached."""
+        """Name the weights that a backward after ``after`` reached and no grass optimizer holds."""
         held = {id(r.subspace) for optimizer in holders() for r in optimizer.records}
         live = [tag.record.subspace for tag in self._taken]
         return [s.name for s in live if s.delivered and s.backward > after and id(s) not in held]
 
     def adopt(self, parameter: Tensor, subspace: Subspace) -> None:
-        """A parameter that no graph uses has got a gradient of ``subspace``, and steps in it.
+        """Let a parameter that no graph uses step in ``subspace``: it was assigned its gradient.
 
-        So do master weights: ``master.grad = weight.grad.float()``.
+        Master weights need this: ``master.grad = weight.grad.float()``.
         """
         record = record_of(parameter)
         saved, record.saved = record.saved, None
@@ -137,13 +137,13 @@ class Registry:
     def demand(
         self, weights: Sequence[Tensor], specs: Sequence[SubspaceSpec], names: Sequence[str]
     ) -> list[Subspace]:
-        """The weights' subspaces as a compiled graph needs them, made at their first use.
+        """Return the weights' subspaces as a compiled graph needs them, made when first used.
 
-        A graph compiled with other options replaces them; selections go on being counted, so that
-        no gradient of the old one is taken for one of the new.
+        A graph that was compiled with other options replaces them. The draw number keeps
+        increasing, so that a gradient of an old subspace is never taken for one of the new.
 
         Raises:
-            OptionError: a weight holds a gradient of the old one; none is replaced.
+            OptionError: a weight holds a gradient of its old subspace; then none is replaced.
         """
         found = [self.get(weight) for weight in weights]
         for weight, subspace, spec, name in zip(weights, found, specs, names, strict=True):
@@ -173,18 +173,18 @@ class Registry:
                 "anew. If one function uses a weight and another its transpose, compile them as "
                 "one function, or exclude the weight."
             )
-        made = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
+        created = Subspace(spec, self.key_of(weight), name, weight.device, weight.dtype)
         if record.saved is not None:
-            made.load(record.saved)
+            created.load(record.saved)
             record.saved = None
-        elif subspace is not None:  # an optimizer's state of the old one is of an older draw
-            made.selection = replace(made.selection, draw=subspace.selection.draw + 1)
-        made.replicas, made.sharding = replicas_of.get(weight), sharding_of.get(weight)
-        record.subspace = made
+        elif subspace is not None:  # optimizer state of the old subspace has an older draw
+            created.selection = replace(created.selection, draw=subspace.selection.draw + 1)
+        created.replicas, created.sharding = replicas_of.get(weight), sharding_of.get(weight)
+        record.subspace = created
         self._taken.add(tag_of(weight))
         self._outdate()
         when_gone(weight, self._outdate)
-        return made
+        return created
 
     def _outdate(self) -> None:
         self.version += 1
@@ -192,7 +192,7 @@ class Registry:
     def _check_replaced(
         self, weight: Tensor, old: SubspaceSpec, new: SubspaceSpec, name: str
     ) -> None:
-        """Raise OptionError if another graph wants another subspace inside a step."""
+        """Raise OptionError if a graph needs another subspace while the weight holds a gradient."""
         if isinstance(weight.grad, CompactGrad) and not weight.grad.zeroed:
             raise OptionError(
                 f"{self.name_of(weight, name)}: two compiled functions with different options "
@@ -208,7 +208,7 @@ class Registry:
             subspace.check(state)
 
     def restore(self, weight: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Load a saved :meth:`Subspace.state`, now or when a graph first uses the weight."""
+        """Load a saved :meth:`Subspace.state`: now, or when a graph first uses the weight."""
         record = record_of(weight)
         if record.subspace is None:
             record.saved = dict(state)
@@ -216,9 +216,9 @@ class Registry:
             record.subspace.load(state)
 
     def restart(self, weight: Tensor) -> None:
-        """The weight's subspace is as before the first step, and nothing waits for its first use.
+        """Reset the weight's subspace to before the first step, and drop a waiting saved state.
 
-        One that has not stepped stays as it is: a backward may be under way.
+        A subspace that has not stepped is left alone: a backward may be under way.
         """
         record_of(weight).saved = None
         subspace, key = self.get(weight), self.key_of(weight)
@@ -226,7 +226,7 @@ class Registry:
             subspace.restart(key, subspace.selection.indices.device)
 
     def saved_state(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """What a checkpoint must hold of the weight's subspace; empty if it has none."""
+        """Return what a checkpoint must hold of the weight's subspace; empty if it has none."""
         record = known(weight)
         if record is None:
             return {}
@@ -241,16 +241,16 @@ def _serves(subspace: Subspace, spec: SubspaceSpec) -> bool:
 
 
 def _change(old: SubspaceSpec, new: SubspaceSpec) -> str:
-    """In what two differ."""
+    """Describe the options in which the two specs differ."""
     fields = [f.name for f in dataclasses.fields(SubspaceSpec) if f.compare]
     differing = [f for f in fields if getattr(old, f) != getattr(new, f)]
     return ", ".join(f"{f} {getattr(old, f)!r} -> {getattr(new, f)!r}" for f in differing)
 
 
 class Demand:
-    """What one graph demands of its weights: :meth:`Registry.demand`, asked at every call.
+    """Asks :meth:`Registry.demand` for one graph's weights at every call, and caches the answer.
 
-    The answer is remembered for the weights that were given, until the registry's version changes.
+    An answer is cached for the given weights until the registry's version changes.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Demand:
         self._version = within.version
 
     def __call__(self, weights: Sequence[Tensor]) -> list[Subspace]:
-        """The weights' subspaces; errors as of :meth:`Registry.demand`."""
+        """Return the weights' subspaces; raises the errors of :meth:`Registry.demand`."""
         ids = tuple(map(id, weights))
         if self._version == self._registry.version and (known := self._known.get(ids)) is not None:
             return [cast(Subspace, subspace()) for subspace in known]
@@ -274,4 +274,4 @@ class Demand:
 
 
 registry = Registry()
-"""The one registry of this process."""
+"""The only registry of this process."""

@@ -1,4 +1,4 @@
-"""Which parameters are trained by several processes together, as rooms below must know it."""
+"""Tells which parameters several processes train together, in the terms that this layer needs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from grass_fx.state.records import PerParameter
 
 
 class Replicas(Protocol):
-    """One model that every process of ``group`` has (grass_fx.distributed.data_parallel)."""
+    """A model that every process of ``group`` holds whole (grass_fx.distributed.data_parallel)."""
 
     group: Any
     enabled: bool
-    """Whether gradients are averaged at all, or accumulated (no_sync)."""
+    """Whether gradients are averaged at all; under no_sync they only accumulate."""
 
     def syncs(self) -> bool:
-        """Whether the backward of a forward that runs now is to average gradients."""
+        """Whether the backward of a forward that runs now averages gradients."""
 
     def agree(self, what: str, mine: Sequence[Any], remedy: str) -> None:
-        """Raise DistributedError, on every process, unless all have the same values."""
+        """Raise DistributedError on every process unless all of them have the same values."""
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, of one dtype and device, each summed over the processes."""
+        """Sum each tensor over the processes; all tensors have one dtype and device."""
 
 
 replicas_of: PerParameter[Replicas] = PerParameter("replicas")
-"""Parameter -> its :class:`Replicas`."""
+"""Maps a Parameter to its :class:`Replicas`."""

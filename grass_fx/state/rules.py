@@ -1,8 +1,8 @@
-"""The selection rules of docs/method.md (equations 5 to 10): numbers in, numbers out.
+"""The selection rules of docs/method.md (equations 5 to 10), as functions of numbers.
 
-A *unit* is a block of B consecutive rows (B = 1: a row). Everything here runs on the CPU, whatever
-torch's default device is, in float64 where it matters, between two optimizer steps: the same units
-on every device and rank.
+A *unit* is a block of B consecutive rows (B = 1: a row). All rules run on the CPU between two
+optimizer steps, whatever torch's default device is, and in float64 where precision matters. So they
+select the same units on every device and rank.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from grass_fx.config import SelectionRule
 
 Q_FLOOR = 1e-12
-"""q is floored here before 1/√(k q), so that ρ stays finite."""
+"""The lower bound of q in 1/√(k q), so that ρ stays finite."""
 
 
 def stream(seed: int, key: int, draw: int, purpose: str = "grass") -> torch.Generator:
-    """The generator of a weight's ``draw``-th draw: a function of three integers alone.
+    """Return the generator of a weight's ``draw``-th draw, which depends on three integers alone.
 
-    So a checkpoint needs no generator state, and every rank draws the same.
+    So a checkpoint needs no generator state, and every rank draws the same units.
     """
     digest = hashlib.blake2b(f"{purpose} {seed} {key} {draw}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -48,9 +48,10 @@ def cyclic(
 ) -> tuple[Tensor, Tensor, int]:
     """Equation 10: the next ``count`` units of a walk through random permutations.
 
-    ``order`` (u,) is the current permutation, of which ``position`` units are walked. Returns the
-    units and the new (order, position). Where fewer than ``count`` are left, the piece is filled
-    from the next permutation with units not already in it; those passed over keep their place.
+    ``order`` (u,) is the current permutation, whose first ``position`` units have been walked.
+    Returns the units and the new (order, position). If fewer than ``count`` units are left, the
+    piece is filled from the next permutation with units that are not already in it. Units that are
+    passed over keep their place in that permutation.
     """
     piece, position = order[position : position + count], position + count
     missing = count - piece.numel()
@@ -59,7 +60,7 @@ def cyclic(
         fresh = ~torch.isin(order, piece)
         filling = order[fresh][:missing]
         piece = torch.cat([piece, filling])
-        # What was just walked moves to the front, so that one number still tells where we are.
+        # Move the units just walked to the front, so that one number still tells the position.
         order, position = torch.cat([filling, order[~torch.isin(order, filling)]]), missing
     return piece, order, position
 
@@ -67,10 +68,10 @@ def cyclic(
 def top(norms: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Equation 5: the ``count`` units of largest norm; ties go to the lowest index.
 
-    If fewer score above 0, the rest is drawn uniformly from the others.
+    If fewer than ``count`` units score above 0, the rest is drawn uniformly from the others.
     """
     least = norms.topk(count).values[-1]
-    # Sorting these alone: a selection is a small part of the units.
+    # Sort only the candidates: a selection is a small part of the units.
     candidates = (norms >= least).nonzero().flatten()
     order = norms[candidates].sort(descending=True, stable=True).indices[:count]
     largest = candidates[order]
@@ -80,9 +81,9 @@ def top(norms: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def tops(norms: Tensor, count: int) -> list[Tensor | None]:
-    """:func:`top` of each row, (k, u): units in ascending order.
+    """Apply :func:`top` to each row of (k, u); return the units in ascending order.
 
-    None where equal norms, or ones that are zero or no numbers, leave it to :func:`top`.
+    A row's result is None if equal, zero or non-finite norms require :func:`top` itself.
     """
     least = norms.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     chosen = norms >= least
@@ -96,9 +97,9 @@ def tops(norms: Tensor, count: int) -> list[Tensor | None]:
 def multinomial(
     weights: Tensor, count: int, replacement: bool, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Equations 6 to 8: ``count`` units drawn with q ∝ ``weights``, and ρ with replacement.
+    """Equations 6 to 8: draw ``count`` units with q ∝ ``weights``; with replacement also return ρ.
 
-    Without replacement (Gumbel top-k on log q) ρ is None, all ones.
+    Without replacement (Gumbel top-k on log q) ρ is None, which stands for all ones.
     """
     q = weights.double() / weights.double().sum()
     if replacement:
@@ -112,7 +113,7 @@ def multinomial(
 
 
 def _filled(units: Tensor, total: int, count: int, generator: torch.Generator) -> Tensor:
-    """``units``, made up to ``count`` by a uniform draw from the others."""
+    """Fill ``units`` up to ``count`` by a uniform draw from the other units."""
     missing = count - units.numel()
     if missing == 0:
         return units
@@ -125,9 +126,9 @@ def select_by_norms(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero.
 
-    ``norms``: the units', by :func:`unit_norms`.
+    ``norms``: the norms of the units, from :func:`unit_norms`.
     """
-    least, most = norms.aminmax()  # one that is not a number is both
+    least, most = norms.aminmax()  # both are NaN if any norm is
     if not 0 <= float(least) <= float(most) < math.inf or most == 0:
         return None
     if rule.power:

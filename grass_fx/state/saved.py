@@ -1,4 +1,4 @@
-"""What a saved selection must be, whatever wrote it: looked at before anything is loaded."""
+"""Checks a saved selection before anything is loaded, whatever program wrote it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _TENSORS = ("subspace_counters", "subspace_order", "subspace_indices")
 def check_saved(name: str, state: Mapping[str, Any], stack: int | None) -> None:
     """Raise StateError, naming the weight, unless ``state`` can be a ``Subspace.state()``.
 
-    ``stack``: how many matrices a stacked weight holds. Whether options fit is another question,
-    which ``Subspace.check`` answers.
+    ``stack``: the number of matrices in a stacked weight. ``Subspace.check`` decides whether the
+    state also fits the options.
     """
     damage = _damage(state, stack)
     if damage is not None:
@@ -31,7 +31,7 @@ def check_saved(name: str, state: Mapping[str, Any], stack: int | None) -> None:
 
 
 def pieces_of(state: Mapping[str, Tensor], stack: int | None) -> tuple[int, int, int]:
-    """Of a checked state: the pieces of its selection, the rows of each, and B."""
+    """For a checked state: the number of pieces of its selection, the rows of each piece, and B."""
     *_, size, parts = _counters(state["subspace_counters"])
     pieces = stack or parts
     units = state["subspace_order"].numel() // pieces
@@ -40,7 +40,7 @@ def pieces_of(state: Mapping[str, Tensor], stack: int | None) -> tuple[int, int,
 
 def _counters(counters: Tensor) -> list[int]:
     numbers: list[int] = counters.tolist()
-    return numbers if len(numbers) == len(_NAMES) else [*numbers, 1]  # parts: not always there
+    return numbers if len(numbers) == len(_NAMES) else [*numbers, 1]  # some checkpoints lack parts
 
 
 def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
@@ -52,9 +52,9 @@ def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
     if state["subspace_counters"].numel() not in (len(_NAMES) - 1, len(_NAMES)):
         return f"subspace_counters has {state['subspace_counters'].numel()} numbers"
     counters = dict(zip(_NAMES, _counters(state["subspace_counters"]), strict=True))
-    for each, number in counters.items():
+    for name, number in counters.items():
         if number < 0:
-            return f"{each} is {number}"
+            return f"{name} is {number}"
     size, parts = counters["size"], counters["parts"]
     if counters["dim"] > 1 or parts == 0 or size == 0 or size % parts:
         return f"it is of {size} rows in {parts} parts along dimension {counters['dim']}"
@@ -72,9 +72,10 @@ def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
 
 
 def selection_damage(indices: Tensor, scale: Any, pieces: int, size: int, block: int) -> str | None:
-    """What is wrong with σ, and with ρ if it is not None; None if nothing is.
+    """Describe what is wrong with σ, or with ρ if it is not None; return None if nothing is.
 
-    ``size``: the rows of each piece, of which each has as many selected, in blocks of ``block``.
+    ``size``: the number of rows in each piece. All pieces have equally many selected rows, in
+    blocks of ``block``.
     """
     indices = indices.cpu()
     if indices.numel() == 0 or indices.numel() % (pieces * block):
@@ -124,6 +125,6 @@ def sound_history(past: Any, rows: int, step: int) -> bool:
     if not bool(numbers.isfinite().all() and past["history_open"].isfinite().all()):
         return False
     begin, drawn, width, until = numbers[:4].tolist()
-    whole = all(each == int(each) for each in (begin, drawn, width, until))
+    whole = all(number == int(number) for number in (begin, drawn, width, until))
     ordered = 0 <= begin <= drawn <= step and begin + closed * width <= until <= step
     return whole and ordered and width >= 1

@@ -1,4 +1,4 @@
-"""Selection: which rows of a weight a gradient holds, and how they come out of it and into it."""
+"""Selection: which rows of a weight a gradient holds, and conversion to and from dense tensors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from grass_fx.state.transfers import send
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """A matrix as it is; a stack of matrices (e, m, n) as one of e·m rows, in the same memory."""
+    """Return a matrix as it is; view a stack (e, m, n) as one matrix of e·m rows."""
     return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """One selection of a weight: immutable, so that a gradient kept for later stays true.
+    """One selection of a weight. It is immutable, so a gradient that is kept for later stays valid.
 
-    ``indices`` σ: (r,) int64 in ascending blocks, of which one that is drawn twice follows itself;
-    ``scale`` ρ: (r,), None for all ones; ``dim``: the tensor dimension they select; ``generation``:
-    a number that no other selection of this process has; ``draw`` counts the weight's selections,
-    as checkpoints do. Of a stack of e matrices they select rows of :func:`matrix`:
-    (e·r,), r of each, ``dim`` 0.
+    ``indices`` σ: (r,) int64 in ascending blocks; a block that was drawn twice follows itself.
+    ``scale`` ρ: (r,), or None for all ones. ``dim``: the tensor dimension that σ indexes.
+    ``generation``: a number that no other selection of this process has. ``draw``: counts the
+    weight's selections, and is saved in checkpoints. For a stack of e matrices σ indexes rows of
+    :func:`matrix`: (e·r,), r of each matrix, ``dim`` 0.
     """
 
     indices: Tensor
@@ -35,24 +35,24 @@ class Selection:
     draw: int = 0
 
     def to(self, device: torch.device) -> Selection:
-        """The same selection on another device."""
+        """Return the same selection on another device."""
         if self.indices.device == device:
             return self
         return self.moved(self.indices.to(device))
 
     def moved(self, indices: Tensor) -> Selection:
-        """The same selection with its indices as they are on another device."""
+        """Return the same selection with ``indices``, its σ on another device."""
         scale = None if self.scale is None else send(self.scale, indices.device)
         return replace(self, indices=indices, scale=scale)
 
     def same_as(self, other: Selection) -> bool:
-        """Whether both are one selection; compares values only where identity does not tell."""
+        """Whether both are one selection; compares values only if identity does not decide."""
         if self is other or self.indices is other.indices:
             return True
         return self.generation == other.generation and torch.equal(self.indices, other.indices)
 
     def same_rows(self, other: Selection) -> bool:
-        """Whether both select the same rows with the same ρ, by their values."""
+        """Whether both select the same rows with the same ρ, compared by value."""
         if not torch.equal(self.indices, other.indices):
             return False
         if self.scale is None or other.scale is None:
@@ -60,18 +60,20 @@ class Selection:
         return bool((self.scale == other.scale).all())
 
     def part(self, rows: Tensor) -> Selection:
-        """Some of the selected rows alone: ``rows`` (k,), ascending places in σ."""
+        """Return a part of the selection: ``rows`` (k,) are ascending places in σ."""
         scale = None if self.scale is None else self.scale[rows]
         return replace(self, indices=self.indices[rows], scale=scale)
 
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""
-        rows = dense.reshape(-1, dense.shape[-1])  # as `matrix`, however it lies in memory
+        rows = dense.reshape(
+            -1, dense.shape[-1]
+        )  # as `matrix`, but also for tensors that cannot be viewed so
         compact = select(rows, self.indices, self.scale, self.dim)
         return compact if dense.dim() == 2 else compact.view(dense.shape[0], -1, dense.shape[-1])
 
     def embed(self, compact: Tensor, shape: torch.Size) -> Tensor:
-        """P C: each selected row times ρ at its place, repeated rows adding, 0 elsewhere."""
+        """P C: each selected row times ρ at its place, repeated rows adding, and 0 elsewhere."""
         compact = matrix(compact)
         if self.scale is not None:
             compact = (compact * along(self.scale, self.dim, 2)).to(compact.dtype)
@@ -85,7 +87,7 @@ class Selection:
     def lift(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """A dense tensor whose projection is C: C_j / ρ_j at row σ_j, once per distinct row."""
         first = torch.ones_like(self.indices, dtype=compact.dtype)
-        if self.scale is not None:  # only with replacement do rows repeat
+        if self.scale is not None:  # rows repeat only with replacement
             rows, order = self.indices.sort(stable=True)
             first[order[1:]] = (rows[1:] != rows[:-1]).to(compact.dtype)
             first = first / self.scale

@@ -1,4 +1,4 @@
-"""How a weight is spread over processes, as rooms below grass_fx.distributed must know it."""
+"""Tells how a weight is sharded over processes, in the terms that this layer needs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from grass_fx.state.selection import Selection
 class Shards:
     """How a graph averages the gradient of a weight whose dimension 0 is sharded.
 
-    ``group``, of ``ranks`` processes, holds one copy of the weight; ``replicas`` are the groups
-    over which there are several. All by name, so that graphs with equal ones are equal.
+    The ``ranks`` processes of ``group`` hold one copy of the weight together. ``replicas`` are the
+    groups over which the weight has several copies. Groups are stored by name, so that equal graphs
+    have equal Shards.
     """
 
     group: str
@@ -36,29 +37,31 @@ class Sharding:
 
     @property
     def shards(self) -> Shards:
-        """The same for graphs."""
-        *replicas, group = (each.group_name for each in self.mesh.get_all_groups())
+        """The same facts for graphs."""
+        *replicas, group = (
+            process_group.group_name for process_group in self.mesh.get_all_groups()
+        )
         return Shards(group, self.mesh.size(-1), tuple(replicas))
 
     @property
     def placements(self) -> list[Any]:
-        """Of the weight, and of whatever has a part for each of its rows or selected rows."""
+        """The placements of the weight, and of tensors with a part for each row or selected row."""
         return [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
 
     def whole(self, local: Tensor) -> DTensor:
-        """The DTensor of which every process has such a part along dimension 0."""
-        made: DTensor = DTensor.from_local(local, self.mesh, self.placements, run_check=False)
-        return made
+        """Return the DTensor of which ``local`` is this process's part along dimension 0."""
+        tensor: DTensor = DTensor.from_local(local, self.mesh, self.placements, run_check=False)
+        return tensor
 
     def first(self, size: int) -> int:
-        """Where this process's part begins of what has ``size`` rows in all."""
+        """Return where this process's part of ``size`` rows begins."""
         rank: int = self.mesh.get_local_rank(self.mesh.ndim - 1)
         return size // self.mesh.size(-1) * rank
 
     def own(self, selection: Selection, rows: int) -> Selection:
-        """The part of a selection of ``rows`` rows that lies in this process's part of them.
+        """Return the part of a selection of ``rows`` rows that lies in this process's part of them.
 
-        Selected columns are the same everywhere.
+        If columns are selected, every process has the whole selection.
         """
         if selection.dim != 0:
             return selection
@@ -70,14 +73,15 @@ class Sharding:
 
 
 def local(tensor: Any) -> Any:
-    """This process's part of a DTensor, in the same memory; anything else as it is."""
+    """Return this process's part of a DTensor, in the same memory; other values as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def common_parts(shards: Shards, units: int, selected: int) -> int | None:
-    """In how many equal parts a selection is drawn, a multiple of the number of processes.
+    """Return the number of equal parts in which a selection is drawn, a multiple of the ranks.
 
-    8 where that divides, so that 1, 2, 4 and 8 processes select alike; None if nothing does.
+    The number is 8 if that divides, so that 1, 2, 4 and 8 processes select the same rows. Returns
+    None if no number divides both ``units`` and ``selected``.
     """
     for parts in (math.lcm(8, shards.ranks), shards.ranks):
         if units % parts == 0 and selected % parts == 0:
@@ -86,4 +90,4 @@ def common_parts(shards: Shards, units: int, selected: int) -> int | None:
 
 
 sharding_of: PerParameter[Sharding] = PerParameter("sharding")
-"""Parameter -> its :class:`Sharding`."""
+"""Maps a Parameter to its :class:`Sharding`."""

@@ -1,4 +1,4 @@
-"""Each taken weight's subspace: which rows it moves now, and when that changes.
+"""The subspace of each taken weight: which rows it moves now, and when that changes.
 
 Selections change in one place, ``refresh.finish_steps``, which grass_fx optimizers call after their
 step (docs/method.md, "Steps, periods, refreshes").
@@ -30,27 +30,27 @@ from grass_fx.state.spec import SubspaceSpec, scale_dtype
 log = logging.getLogger(__name__)
 
 Draw = tuple[Tensor, Tensor | None]
-"""Units of one matrix, (r / B,), and ρ per unit with replacement."""
+"""The units drawn for one matrix, (r / B,), and with replacement ρ per unit."""
 
 
 _generations = itertools.count()
-"""Numbers of selections: each is given once in a process, and no load restores one."""
+"""Generation numbers of selections: a process uses each once, and loading restores none."""
 
 
 def selects_rows(state: Mapping[str, Tensor], weight: Tensor) -> bool:
-    """Whether a saved :meth:`Subspace.state` is of rows; of a stack it always is."""
+    """Whether a saved :meth:`Subspace.state` selects rows; a stack's always does."""
     return weight.dim() == 3 or int(state["subspace_counters"][7]) == 0
 
 
 @dataclass(frozen=True)
 class Upcoming:
-    """What a step's end will have made of a subspace: see :meth:`Subspace.become`."""
+    """What a subspace becomes at the end of a step: see :meth:`Subspace.become`."""
 
     step: int
     retry: bool
     frozen: bool
     selection: Selection | None = None
-    """The next one, on the CPU first; None: it stays."""
+    """The next selection, on the CPU at first; None if the current one stays."""
     orders: Sequence[Tensor] = ()
     position: int = 0
     drawn: Tensor | None = None
@@ -61,13 +61,13 @@ class Upcoming:
 class Subspace:
     """A weight's selection and its schedule. One optimizer step uses one selection.
 
-    ``selection`` is the current :class:`~grass_fx.Selection`; ``step`` counts optimizer steps,
-    ``period`` the draws made; ``scoring_due`` tells whether this step's gradients must carry
-    scores; ``delivered``, whether a compact gradient has arrived in it, ``unfinished`` in how many
-    backwards, the last of which was ``backward``; ``history`` records selections for reports, and
-    decides nothing; ``compilations`` are those that the weight has met since (frame, number), for a
-    warning. ``replicas``: with which other processes it is trained, ``agreed``: whether they have
-    compared options, ``sharding``: how it is spread over them. ``owner`` is what gradients carry.
+    ``selection`` is the current :class:`~grass_fx.Selection`. ``step`` counts optimizer steps,
+    ``period`` counts draws. ``scoring_due`` tells whether this step's gradients must carry scores.
+    ``delivered`` tells whether a compact gradient has arrived in this step, ``unfinished`` in how
+    many backwards; ``backward`` is the number of the last one. ``history`` records selections for
+    reports and decides nothing. ``compilations`` are the (frame, number) pairs that the weight has
+    met since, for a warning. ``replicas`` are the processes it is trained with, ``agreed`` tells
+    whether they have compared options, ``sharding`` how it is sharded. Gradients carry ``owner``.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class Subspace:
         self.sharding: Sharding | None = None
         self._own: tuple[Selection, Selection] | None = None
         self._inputs: list[Tensor] = []
-        self._given: Selection | None = None  # what the inputs of graphs hold
+        self._given: Selection | None = None  # the selection in graph inputs
         dim = spec.dim if spec.stack is None else 0
         self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name, -1)
         self.restart(key, device)
 
     def restart(self, key: int, device: torch.device) -> None:
-        """Be as before the first step; selections go on being counted."""
+        """Reset to the state before the first step, but keep increasing the generation number."""
         self.key, self.step, self.period = key, 0, 0
         self.delivered = self.frozen = self._retry = False
         units = self.spec.piece_size // self.spec.block
-        # Exhausted walks, one of each matrix: the first draw starts the first permutations.
+        # One exhausted walk for each matrix: the first draw starts the first permutations.
         self._orders: Sequence[Tensor] = [torch.arange(units, device="cpu")] * self.spec.pieces
         self._position = units
         self._history = SelectionHistory(self.spec.rows)
@@ -114,7 +114,7 @@ class Subspace:
 
     @property
     def history(self) -> SelectionHistory:
-        """Its selections, complete."""
+        """The history of its selections, complete up to now."""
         self.settle()
         return self._history
 
@@ -125,10 +125,10 @@ class Subspace:
     def upcoming(
         self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None
     ) -> Upcoming:
-        """What the end of this step brings, by the norms of all units of each piece; a pure answer.
+        """What the end of this step brings, given the norms of all units; changes nothing.
 
-        ``norms``: (pieces, units), or None. ``tops``: the units of largest norm of the one piece,
-        ascending, if they are known already.
+        ``norms``: (pieces, units), or None. ``tops``: for a weight of one piece, the units of
+        largest norm in ascending order, if they are known already.
         """
         step = self.step + 1
         stays = Upcoming(step, self._retry, self.frozen)
@@ -146,7 +146,7 @@ class Subspace:
         return self._next(stays, drawn, self._orders, self._position, known, ascending)
 
     def become(self, upcoming: Upcoming) -> None:
-        """Be as :meth:`upcoming` said; this cannot fail."""
+        """Become what :meth:`upcoming` returned; this cannot fail."""
         self.delivered, self.unfinished = False, 0
         self.step, self._retry, self.frozen = upcoming.step, upcoming.retry, upcoming.frozen
         if upcoming.selection is None:
@@ -158,7 +158,7 @@ class Subspace:
         self.period += 1
 
     def convert(self, dtype: torch.dtype) -> bool:
-        """The weight is of this dtype now. Whether that changes anything."""
+        """Adapt to the weight's new dtype; return True if anything changed."""
         if self._scale_dtype == (exact := scale_dtype(dtype)):
             return False
         self._scale_dtype, self._given = exact, None
@@ -167,16 +167,16 @@ class Subspace:
         return True
 
     def rename(self, name: str) -> None:
-        """Report the weight under another name from now on."""
+        """Use another name for the weight in reports from now on."""
         self.name, self.selection = name, replace(self.selection, name=name)
 
     def selection_on(self, device: torch.device) -> Selection:
-        """The current selection, on the device the weight lives on now."""
+        """Return the current selection, moved to the device on which the weight lives now."""
         self.selection = self.selection.to(device)
         return self.selection
 
     def own(self, selection: Selection) -> Selection:
-        """What of a selection lies in this process's part of the weight; all of it if unsharded."""
+        """This process's part of a selection; all of it if the weight is not sharded."""
         if self.sharding is None:
             return selection
         if self._own is None or self._own[0] is not selection:
@@ -184,16 +184,16 @@ class Subspace:
         return self._own[1]
 
     def _now(self, selection: Selection) -> list[Tensor]:
-        """What :func:`graph_inputs` of it are to hold."""
+        """The tensors that :func:`graph_inputs` must hold for this selection."""
         current = [t for t in (self._within(selection), selection.scale) if t is not None]
         return [t.view(self.spec.indices_shape) for t in current]
 
     def _within(self, selection: Selection) -> Tensor:
-        """σ, counted within each matrix of a stack."""
+        """σ, counted within each matrix if the weight is a stack."""
         return selection.indices if self.spec.stack is None else selection.indices % self.spec.size
 
     def _stream(self, piece: int) -> torch.Generator:
-        """The generator of this draw of one piece."""
+        """The random generator for the current draw of one piece."""
         alone = self.spec.pieces == 1 and self.spec.stack is None
         purpose = "grass" if alone else f"grass, matrix {piece}"
         return rules.stream(self.spec.seed, self.key, self.period, purpose)
@@ -203,7 +203,7 @@ class Subspace:
         return self.spec.piece_rank // self.spec.block
 
     def _draw(self) -> tuple[list[Draw], Sequence[Tensor], int]:
-        """Without scores: rule 8, or rule 10 (also every rule's first); and the walks after it."""
+        """Draw without scores, by rule 8 or else rule 10; also return the walks after the draw."""
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
             even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
@@ -222,38 +222,38 @@ class Subspace:
     def _draw_by(
         self, norms: Tensor, tops: Sequence[Tensor | None]
     ) -> tuple[list[Draw], Norms, bool] | None:
-        """By scores, with the norms that are held and all of them, and whether they freeze it.
+        """Draw by scores; also return pairs (selected norms, all norms), and whether σ freezes now.
 
         None if no scores are usable.
         """
         drawn: list[Draw | None] = []
         known: list[tuple[Tensor, Tensor]] = []
         positive, repeats = self.rule.freezes, self.spec.replacement
-        for k, (each, top) in enumerate(zip(norms, tops, strict=True)):
+        for k, (unit_norms, top) in enumerate(zip(norms, tops, strict=True)):
             new: Draw | None = None if top is None else (top, None)
             if new is None:
                 stream = self._stream(k)
-                new = rules.select_by_norms(self.rule, each, self._count, repeats, stream)
+                new = rules.select_by_norms(self.rule, unit_norms, self._count, repeats, stream)
             drawn.append(new)
             if new is None:
                 positive = False
                 continue
-            held = each[new[0].unique() if repeats else new[0]]
-            known.append((held, each))
+            held = unit_norms[new[0].unique() if repeats else new[0]]
+            known.append((held, unit_norms))
             positive = positive and bool((held > 0).all())
         if not known:
             return None
-        if len(known) < len(drawn):  # reads σ back from its device
+        if len(known) < len(drawn):  # this copies σ from its device
             drawn = [new or old for new, old in zip(drawn, self._current(), strict=True)]
         return cast("list[Draw]", drawn), known, positive
 
     def _current(self) -> list[Draw]:
-        """The current selection as it was drawn."""
+        """The current selection in the form in which it was drawn."""
         block, shape = self.spec.block, (self.spec.pieces, -1)
         within = self.selection.indices.cpu() % self.spec.piece_size
         units = within.view(shape)[:, ::block] // block
         if self.selection.scale is None:
-            return [(each, None) for each in units]
+            return [(piece, None) for piece in units]
         scales = self.selection.scale.cpu().view(shape)[:, ::block]
         return list(zip(units, scales, strict=True))
 
@@ -266,9 +266,9 @@ class Subspace:
         norms: Norms = (),
         ascending: bool = False,
     ) -> Upcoming:
-        """``after`` with the selection that was drawn, on the CPU.
+        """Return ``after`` with the drawn selection, on the CPU.
 
-        ``ascending``: it has no ρ, and its units are in order.
+        ``ascending``: the selection has no ρ, and its units are in order.
         """
         rows, scales = [], []
         for k, (units, scale) in enumerate(drawn):
@@ -279,7 +279,7 @@ class Subspace:
             if scale is not None:
                 scales.append(scale[order].repeat_interleave(self.spec.block))
             elif self.spec.replacement:
-                # Rule 10's first selection, in a graph that takes ρ.
+                # The first selection is by rule 10 without ρ, but the graph takes ρ.
                 scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
         indices = torch.cat(rows)
         selection = replace(
@@ -314,7 +314,7 @@ class Subspace:
         return {**state, **self.history.state()}
 
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """Raise StateError if :meth:`state` of another run is damaged or does not fit this one."""
+        """Raise StateError if a saved :meth:`state` is damaged or does not fit this subspace."""
         check_saved(self.name, state, self.spec.stack)
         counters = state["subspace_counters"].tolist()
         indices, order = state["subspace_indices"], state["subspace_order"]
@@ -324,7 +324,7 @@ class Subspace:
             indices.numel() == rows
             and order.numel() == units
             and counters[7:9] == [self.spec.dim, self.spec.size]
-            and (counters[9:] or [1]) == [self.spec.parts]  # without, in checkpoints of before
+            and (counters[9:] or [1]) == [self.spec.parts]  # old checkpoints lack parts
             and (scale is not None) == self.spec.replacement
         )
         if not fits:
@@ -338,9 +338,9 @@ class Subspace:
             )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from :meth:`state`, of which nothing is kept, only copies.
+        """Continue from copies of :meth:`state`; no tensor of it is kept.
 
-        If it does not fit: StateError, and nothing changed. A history that is damaged starts anew.
+        Raises StateError and changes nothing if it does not fit. A damaged history starts anew.
         """
         self.check(state)
         counters = state["subspace_counters"].tolist()
@@ -369,11 +369,11 @@ class Subspace:
 def graph_inputs(
     subspaces: Sequence[Subspace], devices: Sequence[torch.device]
 ) -> list[list[Tensor]]:
-    """σ and, with replacement, ρ of each for a graph: the selection in tensors of one address.
+    """σ and, with replacement, ρ of each subspace for a graph, in tensors with fixed addresses.
 
-    They change in place with the selection, so that CUDA graphs need not copy them. A gradient is
-    labelled with the selection itself, which never changes. The version counters stay: a backward
-    that comes too late is to meet our error, which names the weight.
+    They are overwritten when the selection changes, so CUDA graphs need not copy them. Gradients
+    are labelled with the selection itself, which never changes. The version counters stay as they
+    are, so that a backward that runs too late raises our error, which names the weight.
     """
     changed: list[tuple[Subspace, Selection]] = []
     held: list[Tensor] = []

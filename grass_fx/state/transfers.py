@@ -1,7 +1,7 @@
-"""Small tensors between the host and a device, without waiting and in one copy where they are many.
+"""Copies small tensors between host and device without waiting, and many of them in one copy.
 
-A copy that waits does so for everything that the device has been given to do, and a small one costs
-as much as a large one. At a refresh every weight has something to copy.
+A copy that waits does so until the device has done all its queued work, and a small copy costs as
+much as a large one. At a refresh every weight has something to copy.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ import torch
 from torch import Tensor
 
 STAGED = 64 << 10
-"""Bytes of pageable memory that CUDA takes in at once. Of more a copy first waits for what the
-device has been given to do."""
+"""CUDA takes in at most this many bytes of pageable memory at once. A larger copy first waits for
+the device's queued work.
+"""
 
 
 def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Begins to copy tensors of one dtype to the CPU, flattened; what is returned waits for them.
+    """Start copying tensors of one dtype to the CPU, flattened; the returned function waits.
 
-    One copy for each device.
-
-    A GPU goes on with what it is given in between.
+    Each device needs one copy. Until the returned function is called, a GPU goes on working.
     """
-    result = [each.flatten() for each in tensors]
+    result = [tensor.flatten() for tensor in tensors]
     places: dict[torch.device, list[int]] = {}
-    for k, each in enumerate(tensors):
-        if each.device.type != "cpu":
-            places.setdefault(each.device, []).append(k)
+    for k, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            places.setdefault(tensor.device, []).append(k)
     copied: list[torch.cuda.Event] = []
     for device, ks in places.items():
         together = torch.cat([result[k] for k in ks])
@@ -41,32 +40,32 @@ def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
             result[k] = part
 
     def wait() -> list[Tensor]:
-        for each in copied:
-            each.synchronize()
+        for event in copied:
+            event.synchronize()
         return result
 
     return wait
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``. On CUDA nothing waits, and ``tensor`` may go at once."""
+    """Copy a CPU tensor to ``device``. CUDA does not wait, and ``tensor`` may be freed at once."""
     if device.type != "cuda":
         return tensor.to(device)
     if tensor.nbytes > STAGED:
-        tensor = tensor.pin_memory()  # which torch keeps until the copy is done
+        tensor = tensor.pin_memory()  # torch keeps it until the copy is done
     return tensor.to(device, non_blocking=True)
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors, (k,) of one dtype on the CPU, on ``device``, each in memory of its own."""
+    """Copy 1-D CPU tensors of one dtype to ``device``, each into memory of its own."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
     moved = send(torch.cat(list(tensors)), device)
-    return owned(moved.split([each.numel() for each in tensors]))
+    return owned(moved.split([tensor.numel() for tensor in tensors]))
 
 
 def owned(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Parts of larger tensors, of one device, each in memory of its own: one kernel for many."""
-    made = [torch.empty_like(part) for part in parts]
-    torch._foreach_copy_(made, list(parts))
-    return made
+    """Copy parts of larger tensors, all on one device, into memory of their own with one kernel."""
+    copies = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(copies, list(parts))
+    return copies

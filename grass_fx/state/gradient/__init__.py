@@ -1,10 +1,10 @@
-"""The gradient on ``weight.grad`` of a taken weight, storing only its selected rows.
+"""CompactGrad, the gradient of a taken weight, which stores only the selected rows.
 
-compact.py       CompactGrad: what it holds, and how torch's operations reach the handlers below
+compact.py       CompactGrad: its content, and how torch's operations reach the handlers below
 copies.py        detach, clone, conversions, pickles; memory that a caller asks for
 scaling.py       multiplying by a number or by a mask, clamping
-accumulation.py  adding: what autograd does, and what a training loop does
-looking.py       what can be asked of it: norms, sums, extremes, comparisons, histograms
+accumulation.py  adding, by autograd and by a training loop
+looking.py       queries: norms, sums, extremes, comparisons, histograms
 lists.py         operations on lists of gradients, compact and dense mixed
 """
 

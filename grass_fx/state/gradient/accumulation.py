@@ -1,6 +1,6 @@
-"""Adding gradients: what autograd does with them, and what a training loop may do.
+"""Adds gradients, as autograd does in backward and as a training loop may.
 
-Two compact gradients add where they are of one selection. Where they are not:
+Two compact gradients with the same selection add up. With different selections:
 
     the left one         the right one     the result
     zeroed               any               the right one, if it is newer or not zeroed
@@ -8,8 +8,9 @@ Two compact gradients add where they are of one selection. Where they are not:
     used by a step       another           the right one: a step has done what the left one is for
     another              another           a SelectionChangedError
 
-A dense gradient added to a compact one is projected. A compact one added by autograd in place to a
-dense one, which cannot change its type, becomes what projects to it.
+A dense gradient that is added to a compact one is projected. If autograd adds a compact gradient in
+place to a dense one, which cannot change its type, it adds a dense tensor whose projection is the
+compact gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
         return _add_compact(total, right, alpha)
     if not _in_backward():
         raise _mixed(left, right)
-    # Autograd adds gradients of one weight, in any order; its sum may stay compact.
+    # Autograd adds gradients of one weight, in any order; the sum may stay compact.
     if isinstance(left, CompactGrad):
         return _add_dense(copied(left), right, alpha)
     assert isinstance(right, CompactGrad)
@@ -52,7 +53,7 @@ def _add_(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(right, Tensor) or left.shape != right.shape:
         return NotImplemented
     if not isinstance(left, CompactGrad):
-        # Autograd adds gradients, with no factor: never to a parameter.
+        # Autograd adds gradients only with alpha = 1, and never to a parameter.
         if not _in_backward() or alpha != 1 or left.requires_grad:
             raise _mixed(left, right)
         assert isinstance(right, CompactGrad)
@@ -73,7 +74,7 @@ def _sub_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is at work: what is added then is gradients of one weight."""
+    """Whether autograd is running: then the operands of an addition are gradients of one weight."""
     return torch._C._current_graph_task_id() >= 0
 
 
@@ -99,7 +100,7 @@ def _add_dense(grad: CompactGrad, dense: Tensor, alpha: Any) -> CompactGrad:
 
 
 def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGrad:
-    """C += C′ of the same selection, or what the table above says."""
+    """C += C′ of the same selection; otherwise as the table above says."""
     left, right = grad._cell, other._cell
     if left.used is not None and not right.zeroed:
         _warn_unzeroed(left.used, other)
@@ -108,7 +109,7 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
         more = times(right.scores, alpha)
         if more is not None:
             left.scores = more if left.scores is None else left.scores + more
-        # What is zeroed is neither local nor averaged.
+        # A zeroed gradient counts as neither local nor averaged.
         left.local = (left.local and not left.zeroed) or (right.local and not right.zeroed)
         left.projected = left.projected or right.projected
         if not right.zeroed:
@@ -134,7 +135,7 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
 
 
 def _warn_unzeroed(used: Used, grad: CompactGrad) -> None:
-    """Once for each optimizer: a training loop that does it does so in every iteration."""
+    """Warn once per optimizer: a training loop that does this does it in every iteration."""
     if used.warned:
         return
     used.warned = True
@@ -167,15 +168,15 @@ def _average_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _alike(args: Any) -> bool:
-    """Whether all tensors are compact gradients of one selection, whose rows can be multiplied."""
-    tensors = [each for each in args if isinstance(each, Tensor)]
-    grads = [each for each in tensors if isinstance(each, CompactGrad)]
+    """Whether all tensors are compact gradients of one selection whose rows can be multiplied."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    grads = [tensor for tensor in tensors if isinstance(tensor, CompactGrad)]
     if len(grads) < len(tensors):
         return False
     first = grads[0]
     if first.selection.scale is not None and len(grads) > 2:
         return False
-    return all(first.selection.same_as(each.selection) for each in grads)
+    return all(first.selection.same_as(grad.selection) for grad in grads)
 
 
 @handles(aten.is_same_size)

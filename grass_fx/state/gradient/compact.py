@@ -1,8 +1,8 @@
-"""CompactGrad: to the rest of torch a tensor of the weight's shape.
+"""CompactGrad, which is a tensor of the weight's shape to the rest of torch.
 
-It accumulates, is clipped, unscaled and zeroed like any gradient, and can be looked at. What has no
-meaning without the rows that are not there raises a :class:`~grass_fx.errors.CompactGradError` that
-says what to do.
+It accumulates, is clipped, unscaled and zeroed like any gradient, and can be inspected. An
+operation that needs the rows it does not store raises a :class:`~grass_fx.errors.CompactGradError`,
+which says what to do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _HANDLERS: dict[Any, Handler] = {}
 LISTS: dict[Any, Handler] = {}
-"""Handlers of functions of lists, as Python calls them."""
+"""Handlers for functions that take lists of tensors, keyed by their Python functions."""
 
 
 def handles(*ops: Any) -> Callable[[Handler], Handler]:
-    """The decorated function answers these operators, or returns NotImplemented."""
+    """Register the decorated function for these operators; it may return NotImplemented."""
 
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(ops, handler))
@@ -40,25 +40,25 @@ def handles(*ops: Any) -> Callable[[Handler], Handler]:
 
 
 class Owner:
-    """A Subspace, weakly; no bare weak reference, which Dynamo takes for what it refers to."""
+    """Refers weakly to a Subspace; Dynamo would take a bare weak reference for its referent."""
 
     def __init__(self, subspace: Any) -> None:
         self._ref = weakref.ref(subspace)
 
     def get(self) -> Any:
-        """The Subspace, or None if it is gone."""
+        """Return the Subspace, or None if it has been deleted."""
         return self._ref()
 
 
 class Used:
-    """The mark of the gradients that one optimizer has stepped with; ``warned``: see there."""
+    """Marks the gradients with which one optimizer has stepped; accumulation.py sets ``warned``."""
 
     warned = False
 
 
 @dataclass(slots=True)
 class Cell:
-    """What a gradient holds. Detached copies share it: what is done to one is done to all."""
+    """The content of a gradient. Detached copies share it, so in-place changes show in all."""
 
     compact: Tensor
     selection: Selection
@@ -70,7 +70,7 @@ class Cell:
     used: Used | None = None
 
     def empty(self) -> None:
-        """Hold zeros: of any selection, of every process, of no step."""
+        """Mark the gradient as zeros that belong to no selection, process or step in particular."""
         self.scores, self.used = None, None
         self.zeroed, self.projected = True, False
 
@@ -78,14 +78,18 @@ class Cell:
 class CompactGrad(Tensor):
     """The compact gradient C of a weight (m, n), equations 2 and 3 of docs/method.md.
 
-    Attributes: ``compact`` C, (r, n) or (m, r), of a stack (e, r, n); ``selection``, the
-    :class:`~grass_fx.Selection` it belongs to; ``scores`` s, (m,), (n,) or (e·m,) float32, the
-    rows' squared gradient norms in a scoring step, else None. ``zeroed``: ``zero_`` has emptied it,
-    and it adopts the next one's selection. ``local``: some of it is this process's alone, no
-    average over the processes that train together (grass_fx.distributed). ``projected``: some of it
-    came dense, and was projected when it was added. ``owner``: the Subspace whose step ends when an
-    optimizer steps with this gradient, whichever parameter it is on; None if that is gone.
-    ``used``: an optimizer has stepped with it.
+    Attributes:
+        compact: C, (r, n) or (m, r); for a stack (e, r, n).
+        selection: the :class:`~grass_fx.Selection` to which C belongs.
+        scores: s, (m,), (n,) or (e·m,) float32: in a scoring step the squared gradient norms of the
+            rows, else None.
+        zeroed: ``zero_`` has emptied it; it adopts the selection of the next gradient.
+        local: a part of it comes from this process alone and has not been averaged over the
+            processes that train together (grass_fx.distributed).
+        projected: a part of it was added as a dense gradient and projected.
+        owner: the Subspace whose step ends when an optimizer steps with this gradient, on whichever
+            parameter it is; None if that has been deleted.
+        used: an optimizer has stepped with it.
     """
 
     _cell: Cell
@@ -140,15 +144,15 @@ class CompactGrad(Tensor):
         return self._cell.used is not None
 
     def mark_used(self, by: Used) -> None:
-        """An optimizer has stepped with it: it should be zeroed before the next backward."""
+        """Note that an optimizer has stepped with it: zero it before the next backward."""
         self._cell.used = by
 
     def mark_averaged(self) -> None:
-        """It holds the average over all processes now."""
+        """Note that it now holds the average over all processes."""
         self._cell.local = False
 
     def derived(self, compact: Tensor, scores: Tensor | None = None, **changes: Any) -> CompactGrad:
-        """A gradient of its own with other numbers: of the same weight, and of no step yet."""
+        """Return a separate gradient of the same weight with other numbers, not yet used."""
         cell = dataclasses.replace(self._cell, compact=compact, scores=scores, used=None, **changes)
         return wrap(cell, self.shape)
 
@@ -171,7 +175,7 @@ class CompactGrad(Tensor):
 
     __format__ = object.__format__
 
-    # ``module.to(dtype)`` assigns ``grad.data``, which replaces only what torch keeps of a tensor.
+    # ``module.to(dtype)`` assigns ``grad.data``, which replaces only the tensor's torch part.
     @property
     def data(self) -> Tensor:
         return self.detach()
@@ -183,8 +187,8 @@ class CompactGrad(Tensor):
                 f"the compact gradient of {self.selection.name} cannot become a dense tensor in "
                 "place: assign weight.grad = ... instead."
             )
-        theirs: Any = torch.Tensor.data
-        theirs.__set__(self, value)
+        descriptor: Any = torch.Tensor.data
+        descriptor.__set__(self, value)
         self._cell = value._cell
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -194,14 +198,14 @@ class CompactGrad(Tensor):
         return _rebuild, (*state, tuple(self.shape), c.scores, *marks, s.draw)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
-        # Of another weight, which is a copy too: that has a subspace of its own.
+        # The copy belongs to a copy of the weight, which gets a subspace of its own.
         compact, scores = copy.deepcopy(self.compact, memo), copy.deepcopy(self.scores, memo)
         return self.derived(compact, scores, owner=None)
 
-    # --- memory that is not there -----------------------------------------------------------------
+    # --- no memory of the whole matrix ------------------------------------------------------------
 
     def share_memory_(self) -> CompactGrad:
-        """Move C, and scores if it has some, to shared memory."""
+        """Move C and any scores to shared memory."""
         self.compact.share_memory_()
         if self.scores is not None:
             self.scores.share_memory_()
@@ -212,9 +216,9 @@ class CompactGrad(Tensor):
         return self.compact.is_shared()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """A NumPy array of the whole matrix, zeros included, that cannot be written to."""
+        """Return the whole matrix, zeros included, as a read-only NumPy array."""
         array = self.to_dense().numpy(force=force)
-        array.flags.writeable = False  # what is written would not reach the gradient
+        array.flags.writeable = False  # writes would not reach the gradient
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -222,11 +226,11 @@ class CompactGrad(Tensor):
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def tolist(self) -> Any:
-        """The whole matrix as nested lists, zeros included."""
+        """Return the whole matrix as nested lists, zeros included."""
         return self.to_dense().tolist()
 
     def untyped_storage(self) -> Any:
-        """The memory of C: all that there is."""
+        """Return the storage of C, which is all the memory there is."""
         return self.compact.untyped_storage()
 
     def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,10 +252,10 @@ class CompactGrad(Tensor):
 
 
 class BesideDTensors(CompactGrad):
-    """A gradient whose C is a DTensor, as those of dense parameters are then.
+    """A gradient whose C is a DTensor, for models in which dense gradients are DTensors too.
 
-    Of a list of both torch asks the class of the first, and DTensor knows no compact gradients. So
-    functions of lists are handled before that choice.
+    For a list with both kinds torch asks the class of the first tensor, and DTensor does not know
+    compact gradients. So this class handles functions of lists before torch makes that choice.
     """
 
     @classmethod
@@ -267,19 +271,19 @@ class BesideDTensors(CompactGrad):
 
 
 def wrap(cell: Cell, shape: Sequence[int]) -> CompactGrad:
-    """A gradient of a weight of ``shape`` that holds ``cell``."""
+    """Return a gradient with content ``cell`` for a weight of ``shape``."""
     compact = cell.compact
-    made: CompactGrad = torch.Tensor._make_wrapper_subclass(
+    grad: CompactGrad = torch.Tensor._make_wrapper_subclass(
         BesideDTensors if isinstance(compact, DTensor) else CompactGrad,
         shape,
         dtype=compact.dtype,
         device=compact.device,
     )
-    # Whoever asks for its memory in C++ gets an error, instead of reading what is not there.
-    if not torch.compiler.is_dynamo_compiling():  # which does not know the function
-        torch._C._set_throw_on_mutable_data_ptr(made)
-    made._cell = cell
-    return made
+    # C++ code that asks for its memory gets an error, instead of reading memory that is not there.
+    if not torch.compiler.is_dynamo_compiling():  # Dynamo does not know the function
+        torch._C._set_throw_on_mutable_data_ptr(grad)
+    grad._cell = cell
+    return grad
 
 
 def _rebuild(
@@ -309,7 +313,7 @@ _NO_MEMORY = (
 
 
 def name_in(tree: Any) -> str:
-    """The weight of the first compact gradient among arguments."""
+    """Return the name of the weight of the first compact gradient among the arguments."""
     found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, CompactGrad))
     return next((grad.selection.name for grad in found), "a weight")
 
@@ -324,15 +328,15 @@ def _cannot(func: Any, arguments: Any) -> CompactGradError:
 
 
 def bare(tree: Any) -> Any:
-    """Arguments with C in the place of each compact gradient."""
+    """Replace each compact gradient among the arguments by its C."""
     return tree_map(lambda t: t.compact if isinstance(t, CompactGrad) else t, tree)
 
 
 def times(scores: Tensor | None, factor: Any, power: int = 1) -> Tensor | None:
-    """Scores of a gradient times ``factor``**``power``: squared norms go with its square."""
+    """Return the scores of a gradient times ``factor``**``power``: they scale with its square."""
     if scores is None:
         return None
-    if isinstance(factor, DTensor):  # of clipping a sharded model
+    if isinstance(factor, DTensor):  # when a sharded model is clipped
         factor = factor.full_tensor()
     if isinstance(factor, Tensor):
         factor = factor.to(scores.device, scores.dtype).reshape(())
@@ -340,7 +344,7 @@ def times(scores: Tensor | None, factor: Any, power: int = 1) -> Tensor | None:
 
 
 def is_factor(value: Any) -> bool:
-    """Whether a product with it is one with a single number."""
+    """Whether multiplying by ``value`` multiplies by a single number."""
     return not isinstance(value, CompactGrad) and (
         not isinstance(value, Tensor) or value.numel() == 1
     )

@@ -1,4 +1,4 @@
-"""Copies of compact gradients, conversions, and new tensors like one."""
+"""Copies and converts compact gradients, and makes new tensors like one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _share(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     if grad.compact.requires_grad:
         return grad.derived(grad.compact.detach(), grad.scores)
-    return wrap(grad._cell, grad.shape)  # autograd detaches every gradient
+    return wrap(grad._cell, grad.shape)  # shares state: autograd detaches every gradient
 
 
 @handles(aten.detach_)
@@ -31,7 +31,7 @@ def _clone(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def copied(grad: CompactGrad) -> CompactGrad:
-    """A gradient of its own with the same numbers."""
+    """Return a separate gradient with the same numbers."""
     scores = None if grad.scores is None else grad.scores.clone()
     return grad.derived(grad.compact.clone(), scores)
 
@@ -56,7 +56,7 @@ def _is_pinned(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.zeros_like, aten.empty_like, aten.new_empty_strided, aten.new_empty)
 def _zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
-    """Zeros, which adopt the next selection; where memory as it is would do, zeros do as well."""
+    """Return zeros, which adopt the next selection; also if uninitialised memory was asked for."""
     grad = args[0]
     if func.overloadpacket not in (aten.zeros_like, aten.empty_like) and (
         tuple(args[1]) != tuple(grad.shape)
@@ -77,7 +77,7 @@ def _zeros_like(func: Any, args: Any, kwargs: Any) -> Any:
     aten.new_zeros, aten.new_ones, aten.new_full,
 )  # fmt: skip
 def _dense_like(func: Any, args: Any, kwargs: Any) -> Any:
-    """A dense tensor: nothing of the gradient but its shape and kind is asked for."""
+    """Return a dense tensor: only the gradient's shape, dtype and device are needed."""
     like = torch.empty((1,), **_kind(args[0])).expand(args[0].shape)
     if func.overloadpacket not in (aten.new_zeros, aten.new_ones, aten.new_full):
         kwargs = {**kwargs, "memory_format": torch.contiguous_format}
@@ -89,7 +89,7 @@ def _kind(grad: CompactGrad) -> dict[str, Any]:
 
 
 def _asked(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a new tensor is asked to be."""
+    """The dtype and device that the caller asks for."""
     return {k: kwargs[k] for k in ("dtype", "device") if kwargs.get(k) is not None}
 
 
@@ -102,10 +102,10 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not isinstance(into, CompactGrad):
         return into.copy_(source.to_dense())
-    cell, theirs = into._cell, source._cell
-    cell.compact = theirs.compact.to(into.device, into.dtype, copy=True)
-    cell.scores = None if theirs.scores is None else theirs.scores.to(into.device, copy=True)
-    cell.selection, cell.owner = theirs.selection.to(into.device), theirs.owner
-    cell.zeroed, cell.local, cell.projected = theirs.zeroed, theirs.local, theirs.projected
+    cell, other = into._cell, source._cell
+    cell.compact = other.compact.to(into.device, into.dtype, copy=True)
+    cell.scores = None if other.scores is None else other.scores.to(into.device, copy=True)
+    cell.selection, cell.owner = other.selection.to(into.device), other.owner
+    cell.zeroed, cell.local, cell.projected = other.zeroed, other.local, other.projected
     cell.used = None
     return into

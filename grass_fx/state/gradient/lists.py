@@ -1,4 +1,4 @@
-"""Lists of gradients, compact and dense mixed: one foreach call on what is stored."""
+"""Handles lists of gradients, compact and dense mixed: one foreach call on the stored tensors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _foreach_add_(func: Any, args: Any, kwargs: Any) -> Any:
 @handles(aten._amp_foreach_non_finite_check_and_unscale_)
 def _amp_unscale_(func: Any, args: Any, kwargs: Any) -> Any:
     grads, found_inf, inv_scale = args
-    # DTensor asks other processes whether they have found one if its first gradient has parts.
+    # DTensor asks other processes whether they found an inf only if its first gradient is sharded.
     func(sorted(bare(grads), key=_is_whole), found_inf, inv_scale)
     for grad in grads:
         if isinstance(grad, CompactGrad):
@@ -65,7 +65,9 @@ def _amp_unscale_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    return not isinstance(tensor, DTensor) or all(each.is_replicate() for each in tensor.placements)
+    return not isinstance(tensor, DTensor) or all(
+        placement.is_replicate() for placement in tensor.placements
+    )
 
 
 LISTS.update({

@@ -1,7 +1,7 @@
-"""What can be asked of a compact gradient: answers are those of P C, the zeros included.
+"""Answers queries about a compact gradient as if it were P C, zeros included.
 
-Nothing here makes a tensor of the weight's shape, but for flags (comparisons, ``isnan``), which are
-a byte each. Norms are those of C, as clipping takes them: with replacement P C has others.
+Nothing here makes a tensor of the weight's shape, except flags (comparisons, ``isnan``), which take
+one byte per element. Norms are those of C, as clipping takes them: with replacement P C has others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def _rows(grad: CompactGrad) -> tuple[Tensor, Tensor]:
-    """(rows, indices): the distinct rows of P C that are selected, and which they are."""
+    """Return the distinct selected rows of P C, and their indices."""
     selection, compact = grad.selection, matrix(grad.compact)
     if selection.scale is None:
         return compact, selection.indices
@@ -33,7 +33,7 @@ def _rows(grad: CompactGrad) -> tuple[Tensor, Tensor]:
 
 
 def _is_whole(grad: CompactGrad) -> bool:
-    """Whether this process holds all of C: of a part only norms and sums of all parts are known."""
+    """Whether this process holds all of C: for a part, only norms over all parts are known."""
     return not isinstance(grad.compact, DTensor)
 
 
@@ -46,7 +46,7 @@ def _is_whole(grad: CompactGrad) -> bool:
     aten.trunc, aten.round.default, aten.floor, aten.ceil, aten.positive,
 )  # fmt: skip
 def _elementwise(func: Any, args: Any, kwargs: Any) -> Any:
-    """f(P C) where f(0) = 0: of the same rows."""
+    """f(P C), for an f with f(0) = 0: it changes the same rows only."""
     grad, rest = args[0], args[1:]
     if not (isinstance(grad, CompactGrad) and _is_whole(grad)):
         return NotImplemented
@@ -82,19 +82,19 @@ def _shares(out: Any, grad: CompactGrad) -> bool:
     aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor,
 )  # fmt: skip
 def _flags(func: Any, args: Any, kwargs: Any) -> Any:
-    """A question of each element, compared with a number or with itself: (m, n) bool."""
+    """A comparison of each element with a number or with the same element: (m, n) bool."""
     grad, rest = args[0], list(args[1:])
     if not (isinstance(grad, CompactGrad) and _is_whole(grad)) or kwargs:
         return NotImplemented
     rows, indices = _rows(grad)
-    others = [_rows(each)[0] if _is_like(each, grad) else each for each in rest]
-    if any(isinstance(each, CompactGrad) for each in others) or any(
-        isinstance(each, Tensor) and each.numel() != 1 and not _is_like(given, grad)
-        for each, given in zip(others, rest, strict=True)
+    others = [_rows(arg)[0] if _is_like(arg, grad) else arg for arg in rest]
+    if any(isinstance(other, CompactGrad) for other in others) or any(
+        isinstance(other, Tensor) and other.numel() != 1 and not _is_like(arg, grad)
+        for other, arg in zip(others, rest, strict=True)
     ):
         return NotImplemented
-    nothing = rows.new_zeros(())
-    elsewhere = func(nothing, *(nothing if _is_like(each, grad) else each for each in rest))
+    zero = rows.new_zeros(())
+    elsewhere = func(zero, *(zero if _is_like(arg, grad) else arg for arg in rest))
     flags = elsewhere.expand(grad.shape).clone()
     matrix(flags).index_copy_(grad.selection.dim, indices, func(rows, *others))
     return flags
@@ -117,16 +117,16 @@ def _equal(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.linalg_vector_norm)
 def _vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("x", "ord", "dim", "keepdim"), args, strict=False)) | kwargs
-    grad, order, dim = given["x"], given.get("ord", 2), given.get("dim")
-    options = {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
-    if order < 0:  # as of the zeros: 0 to a negative power
+    named = dict(zip(("x", "ord", "dim", "keepdim"), args, strict=False)) | kwargs
+    grad, order, dim = named["x"], named.get("ord", 2), named.get("dim")
+    options = {"dtype": named["dtype"]} if named.get("dtype") is not None else {}
+    if order < 0:  # the zeros decide: 0 to a negative power
         return NotImplemented if dim is not None else _extreme_norm(func, grad, order, options)
     if _all_dims(grad, dim):
         norm = func(grad.compact, order, **options)
-        return norm.reshape([1] * grad.dim()) if given.get("keepdim") else norm
+        return norm.reshape([1] * grad.dim()) if named.get("keepdim") else norm
     return _along(
-        grad, dim, given.get("keepdim", False), lambda t, d, k: func(t, order, d, k, **options)
+        grad, dim, named.get("keepdim", False), lambda t, d, k: func(t, order, d, k, **options)
     )
 
 
@@ -214,7 +214,7 @@ def _counts(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _reduced(args: Any, kwargs: Any) -> tuple[CompactGrad, Any, bool]:
-    """(gradient, dimensions or None, whether they are kept)."""
+    """Return (gradient, dimensions or None, whether they are kept)."""
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     return args[0], None if dim == [] else dim, keep
@@ -228,7 +228,7 @@ def _all_dims(grad: CompactGrad, dim: Any) -> bool:
 
 
 def _along(grad: CompactGrad, dim: Any, keep: bool, reduce: Any) -> Any:
-    """A reduction of a matrix along one dimension, of which zeros among zeros are zero."""
+    """Reduce a matrix along one dimension, by a reduction that maps zeros to zero."""
     dims = [dim] if isinstance(dim, int) else list(dim)
     if grad.dim() != 2 or len(dims) != 1 or not _is_whole(grad):
         return NotImplemented
@@ -248,9 +248,9 @@ def _along(grad: CompactGrad, dim: Any, keep: bool, reduce: Any) -> Any:
 
 @handles(aten.histc)
 def _histc(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("x", "bins", "min", "max"), args, strict=False)) | kwargs
-    bins = given.get("bins", 100)
-    grad, low, high = given["x"], float(given.get("min", 0)), float(given.get("max", 0))
+    named = dict(zip(("x", "bins", "min", "max"), args, strict=False)) | kwargs
+    bins = named.get("bins", 100)
+    grad, low, high = named["x"], float(named.get("min", 0)), float(named.get("max", 0))
     if not _is_whole(grad):
         return NotImplemented
     if low == high == 0:
@@ -263,9 +263,9 @@ def _histc(func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.histogram.bin_ct)
 def _histogram(func: Any, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(("x", "bins"), args, strict=False)) | kwargs
-    grad, bins, span = given["x"], given.get("bins", 100), given.get("range")
-    if not _is_whole(grad) or given.get("weight") is not None:
+    named = dict(zip(("x", "bins"), args, strict=False)) | kwargs
+    grad, bins, span = named["x"], named.get("bins", 100), named.get("range")
+    if not _is_whole(grad) or named.get("weight") is not None:
         return NotImplemented
     rows, _ = _rows(grad)
     if span is None:
@@ -273,6 +273,6 @@ def _histogram(func: Any, args: Any, kwargs: Any) -> Any:
     counts, edges = torch.histogram(rows, bins, range=span)
     zeros, _ = torch.histogram(rows.new_zeros(1), bins, range=span)
     counts += zeros * (grad.numel() - rows.numel())
-    if given.get("density"):
+    if named.get("density"):
         counts /= counts.sum() * edges.diff()
     return counts, edges

@@ -1,4 +1,4 @@
-"""Multiplying a compact gradient: by a number, by a mask of the weight's shape; clamping it."""
+"""Multiplies a compact gradient by a number or by a mask of the weight's shape, and clamps it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @handles(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg)
 def _scale(func: Any, args: Any, kwargs: Any) -> Any:
-    if func is aten.mul.Tensor and all(isinstance(each, CompactGrad) for each in args):
+    if func is aten.mul.Tensor and all(isinstance(arg, CompactGrad) for arg in args):
         a, b = args
         if a.selection.scale is not None or not a.selection.same_as(b.selection):
             return NotImplemented
@@ -43,9 +43,9 @@ def _scale_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _factor(func: Any, args: Any) -> tuple[CompactGrad | None, Any, int]:
-    """(gradient, factor, power) of a product with a number or a mask; no gradient if it is another.
+    """(gradient, factor, power) of a product with a number or a mask; else no gradient.
 
-    A mask leaves scores as they are: they tell which rows to select, not how to step.
+    Scores are not masked: they decide which rows to select, not how to step.
     """
     if len(args) == 1:
         return args[0], -1, 1
@@ -59,7 +59,7 @@ def _factor(func: Any, args: Any) -> tuple[CompactGrad | None, Any, int]:
 
 
 def rows_of(other: Any, grad: CompactGrad) -> Tensor | None:
-    """What of a dense tensor stands at C's places; None if it does not broadcast to the weight."""
+    """The part of a dense tensor at C's places; None if it does not broadcast to the weight."""
     if not isinstance(other, Tensor) or isinstance(other, (CompactGrad, DTensor)):
         return None
     if isinstance(grad.compact, DTensor) or other.dim() > grad.dim():
@@ -75,7 +75,7 @@ def rows_of(other: Any, grad: CompactGrad) -> Tensor | None:
 
 
 def _in_order(args: Any, grad: CompactGrad, factor: Tensor) -> list[Tensor]:
-    """The two factors as C and its part of the mask, in the order they came in."""
+    """C and its part of the mask, in the order in which the factors were passed."""
     return [grad.compact if arg is grad else factor for arg in args]
 
 
@@ -97,7 +97,7 @@ def _masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _filled(grad: Any, mask: Any, value: Any) -> Tensor | None:
-    """The mask at C's places; None unless it is a gradient that is filled, and with zeros."""
+    """The mask at C's places; None unless a gradient is filled, and with zeros."""
     return rows_of(mask, grad) if isinstance(grad, CompactGrad) and value == 0 else None
 
 
@@ -117,7 +117,7 @@ def _clamp_(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def keeps_zeros(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an elementwise function of a tensor and numbers is 0 at 0."""
+    """Whether an elementwise function of a tensor and numbers maps 0 to 0."""
     if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return False
     functional = getattr(aten, func.overloadpacket.__name__.rstrip("_"))
