@@ -1,17 +1,25 @@
 """Optimizers that step in the subspace.
 
-update.py       the mathematics, free functions in the notation of docs/method.md
+update.py       the mathematics as free functions, in the notation of docs/method.md
+carry.py        what a weight's state keeps when its selection changes
 rounding.py     stochastic rounding to bfloat16
-checkpoint.py   state dicts, pickles and copies, with the weights' subspaces
-base.py         what all of them share: gradients, refreshes, errors
+compiled.py     the AdamW update as code that Inductor generates
+dense.py        torch's AdamW step for dense parameters
+stepping.py     a step as a list of operations that can be resumed after an exception
+checkpoint.py   state dicts, pickles and copies, including the weights' subspaces
+loading.py      checks and conversions of a saved state
+entries.py      which state entries an optimizer keeps, and whether a saved state has them
+base.py         what all of these optimizers share: gradients, refreshes, errors
+agreement.py    keeping processes that train one model on one selection
 adamw.py        grass_fx.AdamW
-wrap.py         grass_fx.subspace(X): any torch optimizer class X
-wrappable.py    which classes X can be
-probe.py        what X is like, found out by its steps on tiny weights
-stand_in.py     the compact parameters that X steps, and what follows for weights
+wrap.py         grass_fx.subspace(X) for any torch optimizer class X
+wrappable.py    which classes X can be wrapped
+probe.py        finding out how X behaves, by steps on tiny weights
+stand_in.py     the compact parameters that X steps, and the resulting changes of weights
 rowwise.py      the state of an arbitrary optimizer, seen as rows
-in_backward.py  stepping as gradients arrive, where memory is scarcest
-telemetry.py    what stats() tells of taken weights
+in_backward.py  stepping as gradients arrive, which saves the most memory
+telemetry.py    the numbers that stats() reports for taken weights
+coverage.py     warnings about weights that train dense
 """
 
 from grass_fx.optim.adamw import AdamW

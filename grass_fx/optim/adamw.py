@@ -1,4 +1,4 @@
-"""AdamW in the subspace for weights with a CompactGrad, torch's AdamW for all others."""
+"""AdamW in the subspace for weights with a CompactGrad, and torch's AdamW for all others."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class AdamW(SubspaceOptimizer):
             With replacement rows repeat, and this has no effect.
         seed: of stochastic rounding.
 
-    State of a taken weight, all plain tensors: ``exp_avg``, ``exp_avg_sq`` (compact), ``age`` (r,),
-    ``indices`` (r,), ``generation`` and, with replacement, ``scale`` (r,): the selection that its
-    moments belong to.
+    The state of a taken weight is plain tensors: ``exp_avg`` and ``exp_avg_sq`` (compact), ``age``
+    (r,), and the selection to which the moments belong: ``indices`` (r,), ``generation`` and, with
+    replacement, ``scale`` (r,).
 
     Raises:
-        OptionError: a hyper-parameter is impossible.
-        StateError: state and weight do not fit: in ``step`` after the model has moved to another
+        OptionError: a hyper-parameter is out of range or not supported.
+        StateError: state and weight do not fit: in ``step`` if the model has moved to another
             dtype or device, in ``load_state_dict`` if names, shapes or selections differ.
     """
 
@@ -148,7 +148,7 @@ class AdamW(SubspaceOptimizer):
             ("maximize", group["maximize"], isinstance(group["maximize"], bool | None)),
             ("compile", group["compile"], isinstance(group["compile"], bool | None)),
         )  # fmt: skip
-        # Torch's step of the dense parameters would find out, when the others have stepped.
+        # torch's dense step would raise these too, but only after the taken weights have stepped.
         if foreach and group["fused"]:
             raise OptionError(f"{self._kind}: foreach=True and fused=True exclude each other.")
         if foreach and isinstance(lr, Tensor):
@@ -171,9 +171,9 @@ class AdamW(SubspaceOptimizer):
             whole = {k: group[k] for k in ("weight_decay", "compile")}
             for (p, _), step in zip(taken, compact, strict=True):
                 self._applied[p] = step.selection, settings
-            of = {id(step): p for (p, _), step in zip(taken, compact, strict=True)}
+            parameter_of = {id(step): p for (p, _), step in zip(taken, compact, strict=True)}
             for run, ended in adam_operations(compact, **whole, **settings):
-                moved = [(of[id(step)], step) for step in ended]
+                moved = [(parameter_of[id(step)], step) for step in ended]
                 operations.append(self._compact_operation(run, moved, lr, group["compile"]))
             dense = [p for p, g in entries if g is None]
             rounded = [p for p in dense if self._rounds(p, group)]
@@ -191,7 +191,7 @@ class AdamW(SubspaceOptimizer):
         lr: float,
         compile: bool | None,
     ) -> Operation:
-        """``run``, and then what is noted of the weights that have moved with it."""
+        """Return an operation that calls ``run`` and notes the ages of the weights it moves."""
 
         def operation() -> None:
             run()
@@ -208,7 +208,7 @@ class AdamW(SubspaceOptimizer):
         group: Mapping[str, Any],
         step: Callable[[Sequence[Tensor], Mapping[str, Any]], None],
     ) -> list[Operation]:
-        """torch's step of dense parameters; if it fails their counts are as before."""
+        """Return torch's step of dense parameters; if it fails, their counts are restored."""
         if not params:
             return []
 
@@ -239,10 +239,10 @@ class AdamW(SubspaceOptimizer):
             )
 
     def _check_shards(self, subspace: Subspace) -> None:
-        """It can: everything it does with a row needs that row alone."""
+        """AdamW can step sharded weights: all it does with a row needs that row alone."""
 
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
-        if "indices" in self.state.get(p, {}):  # loaded state may be of another dtype too
+        if "indices" in self.state.get(p, {}):  # loaded state may have another dtype
             former = self._layouts.get(p, (None, p.shape))[1]
             self._layouts[p] = self.state[p]["exp_avg"].dtype, former
         super()._check_place(p, grad)
@@ -260,7 +260,7 @@ class AdamW(SubspaceOptimizer):
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
         ages, common = state["age"], None
         if in_code(group["compile"], grad.selection, lr, p.device):
-            self._common_ages.pop(p, None)  # which such code does not ask for
+            self._common_ages.pop(p, None)  # generated code does not use it
         else:
             common = self._common_age(p, ages)
         compact = matrix(grad.compact)
@@ -285,14 +285,14 @@ class AdamW(SubspaceOptimizer):
 
     def _common_age(self, p: Tensor, ages: Tensor) -> int | None:
         """The age of all rows of p if it is the same; read from the device once per selection."""
-        known, age = self._common_ages.pop(p, (None, None))  # not known while a step is under way
+        known, age = self._common_ages.pop(p, (None, None))  # unknown during a step
         if known is not ages:
             different = ages.unique().tolist()
             age = different[0] if len(different) == 1 else None
         return age
 
     def _follow(self, taken: Sequence[tuple[Tensor, CompactGrad]], on_refresh: str) -> None:
-        """Each weight's state moves to the selection of its gradient."""
+        """Move each weight's state to the selection of its gradient."""
         moving: list[tuple[Tensor, Move]] = []
         for p, grad in taken:
             state, selection = self.state[p], grad.selection
@@ -313,7 +313,7 @@ class AdamW(SubspaceOptimizer):
         rows = carried([move for _, move in moving])
         for (p, move), (place, fresh, age) in zip(moving, rows, strict=True):
             state, where = self.state[p], (move.old, move.new, place, fresh)
-            # Of one weight after the other, so that only one has old and new moments in memory.
+            # One weight after the other, so that only one has old and new moments in memory.
             first, second = (
                 carried_rows(matrix(state[k]), *where, power).view(state[k].shape)
                 for k, power in (("exp_avg", 1), ("exp_avg_sq", 2))
@@ -330,7 +330,7 @@ class AdamW(SubspaceOptimizer):
         step_as_torch(params, [p.grad for p in params], firsts, seconds, steps, group)
 
     def _step_dense_rounded(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        """torch's step of one bfloat16 parameter in float32, stochastically rounded."""
+        """Make torch's step of one bfloat16 parameter in float32, and round it stochastically."""
         (p,) = params
         state = self._dense_state(p, fused=False)
         assert p.grad is not None
@@ -389,7 +389,7 @@ _NOT_HERE = {
 
 
 def _is_least_zero(value: Any) -> bool:
-    """Whether it is one number, in a tensor or not, of 0 or more."""
+    """Whether the value is a number, possibly in a tensor, that is at least 0."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and bool(value >= 0)
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0

@@ -1,4 +1,4 @@
-"""How processes that train one model keep to one selection."""
+"""Keeps processes that train one model on the same selections."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _REMEDY = (
 
 
 def with_common_scores(finished: Finished) -> Finished:
-    """The same, with the scores of replicated weights summed over the processes.
+    """Return ``finished`` with the scores of replicated weights summed over the processes.
 
-    One all-reduce for all weights, of their rows' number of floats, in a step that ends a period. A
-    process without scores of a weight adds none.
+    This takes one all-reduce for all weights, of one float per row, in the last step of a period. A
+    process that has no scores for a weight adds zeros.
     """
     result = list(finished)
     due: dict[tuple[Replicas, torch.device], list[tuple[int, Tensor]]] = {}
@@ -41,15 +41,15 @@ def with_common_scores(finished: Finished) -> Finished:
 
 
 def check_selections(changed: Sequence[tuple[Subspace, Upcoming]]) -> None:
-    """Raise DistributedError on every process unless all are about to select alike."""
+    """Raise DistributedError on every process unless all are about to make the same selections."""
     by_replicas: dict[Replicas, list[str]] = {}
     for subspace, upcoming in changed:
         if subspace.replicas is not None:
             assert upcoming.drawn is not None
-            told = f"{subspace.name}: step {upcoming.step}, {_hash(upcoming.drawn)}"
-            by_replicas.setdefault(subspace.replicas, []).append(told)
-    for replicas, mine in by_replicas.items():
-        replicas.agree("selections", mine, _REMEDY)
+            selected = f"{subspace.name}: step {upcoming.step}, {_hash(upcoming.drawn)}"
+            by_replicas.setdefault(subspace.replicas, []).append(selected)
+    for replicas, own in by_replicas.items():
+        replicas.agree("selections", own, _REMEDY)
 
 
 def _hash(indices: Tensor) -> str:

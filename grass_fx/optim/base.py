@@ -1,4 +1,4 @@
-"""What every optimizer that steps in the subspace shares: gradients, steps, errors."""
+"""What all optimizers that step in the subspace share: gradients, steps and errors."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from grass_fx.state.sharding import local
 from grass_fx.state.subspace import Subspace
 
 Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
-"""For each parameter group, the parameters to step, with their compact gradients if they have."""
+"""For each parameter group, the parameters to step, each with its compact gradient, if any."""
 
 
 MOST = 8
-"""Weights that an error names."""
+"""The largest number of weights that an error names."""
 
 
 class SubspaceOptimizer(CheckpointedOptimizer):
     """Base of ``grass_fx.AdamW`` and of ``grass_fx.subspace(...)``.
 
-    A subclass says how a :data:`Plan` is carried out. State of a taken weight: ``indices`` (r,),
-    ``generation`` and, with replacement, ``scale`` (r,), the selection that the rest belongs to,
-    and ``age`` (r,), each row's steps since it was last new.
+    A subclass says how to carry out a :data:`Plan`. The state of a taken weight has ``age`` (r,),
+    the steps of each row since it was last new, and the selection to which the state belongs:
+    ``indices`` (r,), ``generation`` and, with replacement, ``scale`` (r,).
     """
 
     _kind = "grass_fx"
     _met_compact = _warned_dense = _warned_little = _warned_projected = False
     _early: Mapping[Tensor, Finished] = {}
-    """Parameters that have stepped already, inside backward (in_backward.py)."""
+    """Parameters that have already stepped, inside backward (in_backward.py)."""
     steps_in_backward = False
-    """Whether :func:`~grass_fx.step_in_backward` was called with it."""
+    """Whether :func:`~grass_fx.step_in_backward` was called with this optimizer."""
     _under_way: Step | None = None
-    """A step that an exception has interrupted."""
+    """The step that an exception has interrupted."""
     _built_after = -1
-    """The last backward of any model before this optimizer was built."""
+    """The number of the last backward of any model before this optimizer was built."""
 
     def _prepare(self, plan: Plan) -> list[Operation]:
-        """The operations that will update the parameters of ``plan``, their state included.
+        """Return the operations that will update the parameters of ``plan`` and their state.
 
-        Here state follows the gradients' selections, weight by weight: if it fails for one, those
-        before it have followed, no parameter has moved, and another call goes on.
+        This moves each weight's state to the selection of its gradient. If that fails for a weight,
+        the states before it have moved but no parameter has, and another call continues.
         """
         raise NotImplementedError
 
     def _lay_out(self, plan: Plan) -> None:
-        """Make the state that a first step with ``plan`` would make, and move nothing."""
+        """Make the state that a first step with ``plan`` would make, without moving parameters."""
         raise NotImplementedError
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raise OptionError for a hyper-parameter that is impossible."""
+        """Raise OptionError for an impossible hyper-parameter."""
         check_ranges(
             self._kind,
             ("scale", group["scale"], group["scale"] > 0),
@@ -73,10 +73,10 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._under_way = None  # it was of the state before
+        self._under_way = None  # it belonged to the former state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the parameters' order in the optimizer keys their random streams."""
+        """As torch's. The parameters' order in the optimizer keys their random streams."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if not self.records:
@@ -87,18 +87,18 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; afterwards, where a period ends, the selections change.
+        """Make one optimizer step; if a period ends, change the selections afterwards.
 
         Args:
-            closure: re-evaluates the model and returns the loss, which is returned.
+            closure: re-evaluates the model and returns the loss; ``step`` returns that loss.
 
         Raises:
-            StateError: gradient and state of a weight do not fit each other; nothing has changed.
-            OptionError: the gradients are on other parameters than this optimizer's.
+            StateError: gradient and state of a weight do not fit; nothing has changed.
+            OptionError: the gradients are on other parameters than those of this optimizer.
             DistributedError: processes that train one model have selected differently.
         """
         if torch.compiler.is_dynamo_compiling():
-            # Resuming after a graph break, Dynamo would take two weights' states for one.
+            # Resuming after a graph break, Dynamo would confuse the states of two weights.
             return torch.compiler.disable(self.step)(closure)
         loss = None
         if closure is not None:
@@ -118,7 +118,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         return loss
 
     def _begin(self) -> Step:
-        """The next step, prepared. Whatever can fail for the user's doing has not: see _plan."""
+        """Prepare the next step. Errors that users can cause are raised here: see :meth:`_plan`."""
         plan = self._plan([p for p in self._parameters() if p not in self._early])
         operations = self._prepare(plan)
         finished = self._finished(plan)
@@ -128,8 +128,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
         def end() -> None:
             for subspace, _ in finished:
-                subspace.settle()  # of the step before: a GPU is still busy with this one
-            finish_steps(on_host(), check_selections)  # here, and nowhere else, selections change
+                subspace.settle()  # record the step before while a GPU is busy with this one
+            finish_steps(on_host(), check_selections)  # the only place where selections change
             for p in self._early:
                 p.grad = None
             self._early = {}
@@ -138,7 +138,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     @torch.no_grad()
     def step_early(self, p: Tensor) -> None:
-        """Step ``p`` alone, now; the next :meth:`step` leaves it out, and ends its step."""
+        """Step ``p`` alone now; the next :meth:`step` does not move it again, but ends its step."""
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.step_early)(p)
         plan = self._plan([p])
@@ -147,7 +147,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         self._early = {**self._early, p: finished}
 
     def _finished(self, plan: Plan) -> Finished:
-        """Whose steps end with ``plan``, with their scores: once for each gradient that arrived."""
+        """The subspaces whose steps end with ``plan``, and their scores, once per gradient."""
         return [
             (subspace, grad.scores)
             for group in plan
@@ -158,7 +158,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         ]
 
     def _plan(self, params: list[Tensor]) -> Plan:
-        """What a step of ``params`` has to do."""
+        """Return the plan of a step of ``params``."""
         chosen = {id(p) for p in params}
         plan: Plan = [
             [
@@ -180,7 +180,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         return plan
 
     def _compact_grad(self, p: Tensor) -> CompactGrad | None:
-        """p's gradient as a compact one, projected if it came dense; None if p trains dense."""
+        """Return p's gradient as a compact one, projected if it is dense; None if p stays dense."""
         grad, subspace = p.grad, registry.get(p)
         if isinstance(grad, CompactGrad):
             if subspace is None and grad.owner is not None:
@@ -191,15 +191,15 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             if subspace is not None and subspace.sharding is not None:
                 self._check_shards(subspace)
                 grad = self._own_part(grad, subspace)
-            if grad.zeroed and subspace is not None:  # zeros of a selection that may be gone
+            if grad.zeroed and subspace is not None:  # its selection may be outdated
                 selection = subspace.own(subspace.selection_on(p.device))
                 shape, compact = subspace.spec.own_compact_shape(p.shape), grad.compact
-                if compact.shape != shape:  # of another rank or side
+                if compact.shape != shape:  # it had another rank or side
                     compact = compact.new_zeros(shape)
                 return CompactGrad(compact, selection, p.shape, zeroed=True, owner=subspace)
             return grad
         known = "indices" in self.state.get(p, {})
-        # A dense gradient may have met a compact one, which cannot change its type.
+        # A dense gradient stays dense, even if a compact one was added to it.
         if grad is None or not (known or (subspace is not None and subspace.delivered)):
             return None
         if subspace is None:
@@ -226,7 +226,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         )
 
     def _check_projected(self, grad: CompactGrad, subspace: Subspace | None) -> None:
-        """Raise if a dense gradient was projected onto rows that are not selected any more."""
+        """Raise if a dense gradient was projected onto rows that are no longer selected."""
         if subspace is not None and grad.selection.generation != subspace.selection.generation:
             raise SelectionChangedError(
                 f"{subspace.name}: a dense gradient was added to a compact one of selection "
@@ -236,14 +236,14 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             )
 
     def _own_part(self, grad: CompactGrad, subspace: Subspace) -> CompactGrad:
-        """This process's part of a sharded weight's gradient: what it steps with."""
+        """Return this process's part of a sharded weight's gradient, with which it steps."""
         selection, compact = subspace.own(grad.selection), local(grad.compact)
         return CompactGrad(
             compact, selection, grad.shape, grad.scores, grad.zeroed, owner=grad.owner
         )
 
     def _check_shards(self, subspace: Subspace) -> None:
-        """Raise if the optimizer cannot step with a sharded weight."""
+        """Raise if the optimizer cannot step a sharded weight."""
         raise OptionError(
             f"{subspace.name} is sharded over processes, which {self._kind} cannot step. Use "
             "grass_fx.AdamW, or exclude the weight."
@@ -286,7 +286,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             )
 
     def _check_whose_gradients(self) -> None:
-        """No parameter has a gradient: an error if compact ones wait where no optimizer looks."""
+        """Raise if no parameter has a gradient, but weights of no optimizer have compact ones."""
         strays = registry.strays(self._built_after)
         if strays:
             names = ", ".join(strays[:MOST]) + (", ..." if len(strays) > MOST else "")
@@ -297,21 +297,21 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             )
 
     def _start_compact(self, p: Tensor, selection: Selection) -> None:
-        """p's first step in a subspace: state it may have is of the whole weight, and goes."""
+        """Start p's state in a subspace: any state of the whole weight is dropped."""
         if self.state[p]:
-            warn(  # first: where warnings are errors nothing is lost
+            warn(  # warn first: if warnings are errors, nothing is lost
                 f"{selection.name} has trained dense until now: its optimizer state starts anew in "
                 "the subspace."
             )
             self.state[p].clear()
 
     def _keep_selection(self, p: Tensor, selection: Selection) -> None:
-        """Note the selection that p's state belongs to."""
+        """Note the selection to which p's state belongs."""
         self.state[p].pop("scale", None)
         self.state[p].update(selection_entries(selection))
 
     def _old_selection(self, p: Tensor, new: Selection) -> Selection | None:
-        """The selection that p's state belongs to, or None if ``new`` is still the same."""
+        """Return the selection to which p's state belongs, or None if ``new`` is the same."""
         state = self.state[p]
         draw = int(state["generation"])
         old = Selection(state["indices"], state.get("scale"), new.dim, -1, new.name, draw)
@@ -320,22 +320,23 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     # --- telemetry --------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """What can be told of each taken weight now: ``{name: {metric: value}}``, plain floats.
+        """Return the metrics of each taken weight now: ``{name: {metric: value}}``, plain floats.
 
         ``age``: steps since its selection was drawn. ``coverage``: share of its rows (columns for
-        side "in") ever selected. ``overlap``: share of the selection that was in the one before.
-        ``captured``: share of the gradient's norm in the rows that the last scores selected.
-        ``update_norm`` (``grass_fx.AdamW``): norm of the last update, weight decay aside. What is
-        not known is left out; {} before the compiled model has run. See docs/telemetry.md.
+        side "in") that were ever selected. ``overlap``: share of the selection that was also in the
+        selection before. ``captured``: share of the gradient's norm in the rows that the last
+        scores selected. ``update_norm`` (``grass_fx.AdamW``): norm of the last update, without
+        weight decay. Unknown metrics are left out; {} before the compiled model has run. See
+        docs/telemetry.md.
         """
         return stats_of(self._parameters(), self._update_norm)
 
     def _update_norm(self, p: Tensor) -> Tensor | None:
-        """The norm of p's last update in its subspace, () on its device, if it can be known."""
+        """The norm of p's last update in its subspace, () on its device, or None if unknown."""
         return None
 
     def _warn_if_none(self) -> None:
-        """Once, at the first step with gradients: what trains dense though it might not."""
+        """Warn once, at the first step with gradients, about weights that train dense."""
         if self._met_compact:
             if not self._warned_little:
                 self._warned_little = True
@@ -344,10 +345,10 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             self._warned_dense = True
             warn_if_none_is_taken(self)
 
-    # --- the step by which torch.distributed.checkpoint lays out an empty optimizer ---------------
+    # --- the step with which torch.distributed.checkpoint initialises an empty optimizer ----------
 
     def _is_layout_step(self) -> bool:
-        """A step that can move nothing: no state yet, lr = 0, and dense gradients of zeros."""
+        """Whether this step can move nothing: no state, lr = 0, and dense gradients of zeros."""
         rates = [group.get("lr", 1) for group in self.param_groups]
         if self.state or any(rate is None or float(rate) != 0 for rate in rates):
             return False
@@ -357,9 +358,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         )
 
     def _layout_plan(self) -> Plan:
-        """All parameters, taken ones with a gradient of zeros; nothing while none is known taken.
+        """Plan all parameters, taken ones with a zero gradient; nothing while none is known taken.
 
-        Which weights are taken, and with it the shapes, is known once the compiled model has run.
+        The compiled model must have run before it is known which weights are taken.
         """
         subspaces = {p: registry.get(p) for p in self._parameters()}
         self._layout_unknown = not any(subspaces.values())
@@ -381,7 +382,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
 
 def selection_entries(selection: Selection) -> dict[str, Tensor]:
-    """What a weight's state notes of the selection that the rest belongs to."""
+    """Return the entries of a weight's state that hold the selection it belongs to."""
     draw = torch.tensor(selection.draw, device="cpu")
     entries = {"indices": selection.indices, "generation": draw}
     return entries if selection.scale is None else {**entries, "scale": selection.scale}

@@ -1,4 +1,4 @@
-"""What goes along to a weight's next selection: rows that stay keep their moments and ages."""
+"""What a weight's state keeps at a refresh: rows that stay selected keep their moments and ages."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from grass_fx.state.transfers import owned, send
 
 @dataclass(frozen=True)
 class Move:
-    """A weight goes from one selection to another: the ages of its rows, (r,), and the ``size`` of
-    the selected dimension.
+    """A weight's change from one selection to another, with the ages of its rows, (r,), and the
+    ``size`` of the selected dimension.
     """
 
     old: Selection
@@ -33,7 +33,7 @@ Carried = tuple[Tensor, Tensor, Tensor]
 
 
 def carried(moves: Sequence[Move]) -> list[Carried]:
-    """Where the rows of new selections were, and their ages: a row that stays keeps its age."""
+    """Return where the rows of new selections were, and their ages: rows that stay keep theirs."""
     result: list[Carried | None] = [None] * len(moves)
     alike = defaultdict(list)
     for k, move in enumerate(moves):
@@ -43,23 +43,23 @@ def carried(moves: Sequence[Move]) -> list[Carried]:
             place, fresh = places(move.old, move.new)
             result[k] = place, fresh, move.age[place].masked_fill_(fresh, 0)
     for ks in alike.values():
-        for k, each in zip(ks, _carried_together([moves[k] for k in ks]), strict=True):
-            result[k] = each
+        for k, carried_by_move in zip(ks, _carried_together([moves[k] for k in ks]), strict=True):
+            result[k] = carried_by_move
     return cast("list[Carried]", result)
 
 
 def _carried_together(moves: Sequence[Move]) -> Iterator[Carried]:
-    """:func:`carried` on one device where no row repeats.
+    """:func:`carried` on one device, for selections in which no row repeats.
 
-    One by one, a GPU would be given six tiny kernels for each. So all rows are searched as those of
-    one large weight.
+    Weight by weight, a GPU would run six tiny kernels for each. So the rows of all weights are
+    searched like those of one large weight.
     """
     device = moves[0].age.device
     olds, news = [move.old.indices for move in moves], [move.new.indices for move in moves]
-    old_sizes, sizes = [each.numel() for each in olds], [each.numel() for each in news]
+    old_sizes, sizes = [indices.numel() for indices in olds], [indices.numel() for indices in news]
     starts = [0, *accumulate(move.size for move in moves)][:-1]  # of each weight's rows
-    firsts = [0, *accumulate(old_sizes)][:-1]  # of each weight's selected ones
-    # A few numbers for each weight travel, and are repeated for its rows over there.
+    firsts = [0, *accumulate(old_sizes)][:-1]  # of each weight's selected rows
+    # Only a few numbers per weight are copied; the device repeats them for the weight's rows.
     table = send(torch.tensor([starts, firsts, old_sizes, sizes], device="cpu"), device)
     start, begin, old_count, count = table.unbind()
     of_old = start.repeat_interleave(old_count, output_size=sum(old_sizes))
@@ -69,14 +69,14 @@ def _carried_together(moves: Sequence[Move]) -> Iterator[Carried]:
     place = torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
     fresh = rows[place] != wanted
     ages = torch.cat([move.age for move in moves])[place].masked_fill_(fresh, 0)
-    place = place.sub_(first).masked_fill_(fresh, 0)  # of a new row any that there is
+    place = place.sub_(first).masked_fill_(fresh, 0)  # a new row gets any valid place
     return zip(place.split(sizes), fresh.split(sizes), owned(ages.split(sizes)), strict=True)
 
 
 def places(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
     """For each row of ``new``: its place in ``old``, (r,) int64, and whether it was not there."""
     rows, order = old.indices, None
-    if old.scale is not None:  # a block that was drawn twice follows itself
+    if old.scale is not None:  # a block that was drawn twice breaks the order
         rows, order = rows.sort(stable=True)
     place = torch.searchsorted(rows, new.indices).clamp_(max=rows.numel() - 1)
     if order is not None:
@@ -87,9 +87,9 @@ def places(old: Selection, new: Selection) -> tuple[Tensor, Tensor]:
 def carried_rows(
     moment: Tensor, old: Selection, new: Selection, place: Tensor, fresh: Tensor, power: int
 ) -> Tensor:
-    """A moment of the rows that stay, × (ρ′/ρ)^power, and zero for new rows."""
+    """Return a moment's rows that stay, × (ρ′/ρ)^power, and zeros for new rows."""
     dim, ndim = new.dim, moment.dim()
-    # Filled, not times zero: a moment that is not finite must not outlive its row.
+    # Fill with zeros, do not multiply: a non-finite moment must not outlive its row.
     rows = moment.index_select(dim, place).masked_fill_(along(fresh, dim, ndim), 0)
     if old.scale is not None and new.scale is not None:
         ratio = torch.where(fresh, 1.0, new.scale.double() / old.scale[place].double()) ** power

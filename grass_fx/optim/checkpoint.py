@@ -1,4 +1,4 @@
-"""Saving and loading: an optimizer's state together with its weights' subspaces."""
+"""Saves and loads an optimizer's state together with the subspaces of its weights."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from grass_fx.state.subspace import selects_rows
 
 _SHAPE = "weight_shape"
 _OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
-_HISTORY = "history_"  # keys of SelectionHistory.state()
+_HISTORY = "history_"  # prefix of the keys of SelectionHistory.state()
 _SUBSPACES = "subspaces"  # in a pickle or a copy: Subspace.state() of each parameter
-_PAST = "selection_history"  # where a checkpoint has those: beside "state", and it can lack them
+_PAST = "selection_history"  # a checkpoint's entry for histories, beside "state"; optional
 
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose state dict, pickle and copy hold its weights' subspaces."""
+    """A torch optimizer whose state dict, pickle and copy hold the subspaces of its weights."""
 
     records: Sequence[Record] = ()
-    """Those of its parameters, in their order: see grass_fx.state.records."""
+    """The records of its parameters, in their order: see grass_fx.state.records."""
     _kind = "grass_fx"
     _own: Mapping[str, Any] = {}
-    """Options of groups that are not among ``defaults``."""
+    """Options of parameter groups that are not among ``defaults``."""
     _layout_unknown = False
-    """The state was to be laid out, and no compiled graph had told which weights are taken."""
+    """The state was to be laid out before any compiled graph had told which weights are taken."""
 
     def _forget(self) -> None:
-        """Begin without what is known beside the state: it is found out again."""
+        """Drop what is known beside the state; it is found out again."""
         self._layouts: dict[Tensor, tuple[torch.dtype, torch.Size]] = {}
         self._used = Used()
 
@@ -58,7 +58,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _announce(self, groups: Sequence[Mapping[str, Any]], first: int) -> list[Record]:
-        """The records of the groups' parameters, which this optimizer has from ``first`` on."""
+        """Announce the groups' parameters, from place ``first`` on, and return their records."""
         named = [
             (p, name)
             for group in groups
@@ -71,7 +71,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return registry.announce(self, [p for p, _ in named], [name for _, name in named], first)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Subspaces belong to Parameter objects: those that a copy or a pickle has are others.
+        # Subspaces belong to Parameter objects, and a copy or a pickle has other Parameters.
         saved = [dict(registry.saved_state(p)) for p in self._parameters()]
         return {**super().__getstate__(), _SUBSPACES: saved}
 
@@ -79,20 +79,20 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         saved = state.get(_SUBSPACES)
         self._forget()
         super().__setstate__({k: v for k, v in state.items() if k != _SUBSPACES})
-        for group in self.param_groups:  # of another class, or of before there was such an entry
+        for group in self.param_groups:  # saved by another class or an older version
             for name, value in {**self.defaults, **self._own}.items():
-                if name != "differentiable":  # which torch has just put into the defaults
+                if name != "differentiable":  # torch has just put it into the defaults
                     group.setdefault(name, value)
-        if saved is not None:  # else torch's load_state_dict calls
+        if saved is not None:  # None if torch's load_state_dict calls
             self.records = self._announce(self.param_groups, 0)
-            for p, theirs in zip(self._parameters(), saved, strict=True):
-                if theirs:
-                    registry.restore(p, theirs)
+            for p, saved_subspace in zip(self._parameters(), saved, strict=True):
+                if saved_subspace:
+                    registry.restore(p, saved_subspace)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with each taken weight's selection and schedule among its state.
+        """As torch's; the state of each taken weight includes its selection and schedule.
 
-        Plain tensors and numbers: ``torch.load(weights_only=True)`` reads it.
+        It holds plain tensors and numbers, so ``torch.load(weights_only=True)`` can read it.
         """
         if self._layout_unknown and not self.state:
             warn(
@@ -108,7 +108,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 own = {k: state[k].clone() for k in ("indices", "scale") if k in state}
                 saved, past[key] = _apart(registry.saved_state(p))
                 state = _spread(p, self._saved({**state, **own}), saved)
-                # On one device: torch.distributed.checkpoint broadcasts no state of several.
+                # On one device: torch.distributed.checkpoint cannot broadcast from several.
                 saved[_SHAPE] = torch.tensor(p.shape, device="cpu")
                 saved = {k: v.to(p.device) for k, v in saved.items()}
                 result["state"][key] = {**state, **saved}
@@ -117,11 +117,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return result
 
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A taken weight's state as a checkpoint holds it."""
+        """Convert a taken weight's state to the form it has in a checkpoint."""
         return state
 
     def _unsaved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Undoes :meth:`_saved`."""
+        """Undo :meth:`_saved`."""
         return state
 
     def _kept(
@@ -132,23 +132,23 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         groups: Sequence[Mapping[str, Any]],
         asked: Any,
     ) -> Iterator[Kept]:
-        """What the optimizer may keep of ``p``, or of C in its place; nothing: it is not known.
+        """Yield what the optimizer may keep for ``p``, or for C in its place; nothing if unknown.
 
-        ``groups``: the options to be loaded, and those of now; ``asked``: :meth:`_asking`'s.
+        ``groups``: the options to be loaded and the current ones; ``asked``: from :meth:`_asking`.
         """
         yield from ()
 
     def _asking(self) -> Any:
-        """What :meth:`_kept` remembers its answers in, for the time of one load."""
+        """Return the object in which :meth:`_kept` caches its answers during one load."""
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raise OptionError for a hyper-parameter that is impossible."""
+        """Raise OptionError for an impossible hyper-parameter."""
 
     def _check_switches(self, group: Mapping[str, Any]) -> None:
-        """Raise OptionError for a feature that is asked for and that the optimizer lacks."""
+        """Raise OptionError if a group switches on a feature that the optimizer lacks."""
 
     def _entries(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, Any, str]]:
-        """Each parameter with its key in a state dict and its name there."""
+        """Yield each parameter with its key and its name in a state dict."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             names = saved.get("param_names", [""] * len(saved["params"]))
             yield from zip(group["params"], saved["params"], names, strict=False)
@@ -157,43 +157,43 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, each tensor in its own dtype; selections go to the weights' subspaces.
 
-        ``grass_fx.AdamW`` and ``grass_fx.subspace(torch.optim.AdamW)`` read each other's. Of
-        ``state_dict`` nothing is kept, only copies.
+        ``grass_fx.AdamW`` and ``grass_fx.subspace(torch.optim.AdamW)`` read each other's state
+        dicts. The optimizer keeps copies only, nothing of ``state_dict`` itself.
 
         Raises:
             StateError: names, shapes or a selection do not fit, the state is another optimizer's,
                 or it is damaged. The message names the weight.
             OptionError: a group has options that this optimizer cannot have.
-        After any exception nothing has changed, neither here nor in the weights' subspaces.
+        After any exception neither the optimizer nor the weights' subspaces have changed.
         """
         load, before = super().load_state_dict, dict(self.__dict__)
-        given: dict[str, Any] = {}
+        prepared: dict[str, Any] = {}
         subspaces: dict[Tensor, dict[str, Tensor]] = {}
 
         def prepare(_: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-            given.update(self._prepared(raw, subspaces))
-            return dict(given)
+            prepared.update(self._prepared(raw, subspaces))
+            return dict(prepared)
 
         def settle(_: Any) -> None:
-            for p, key, _ in self._entries(given):
-                if key in given["state"]:
-                    self._settle(p, given["state"][key])
+            for p, key, _ in self._entries(prepared):
+                if key in prepared["state"]:
+                    self._settle(p, prepared["state"][key])
 
         with ExitStack() as undone:
             undone.callback(self._become, before)
             with ExitStack() as hooks:
                 if getattr(load, "__func__", None) is torch.optim.Optimizer.load_state_dict:
-                    # After hooks that bring the state dict into shape, before those that look.
+                    # After hooks that convert the state dict, before hooks that look at the result.
                     first = self.register_load_state_dict_pre_hook(prepare)
                     hooks.callback(first.remove)
                     second = self.register_load_state_dict_post_hook(settle, prepend=True)
                     hooks.callback(second.remove)
                     load(state_dict)
-                else:  # a class with a way of its own, which may run no hooks
+                else:  # a class that overrides it may run no hooks
                     load(prepare(self, state_dict))
                     settle(self)
             undone.pop_all()
-        for p in self._parameters():  # all of it has been checked
+        for p in self._parameters():  # everything has been checked
             if p in subspaces:
                 registry.restore(p, subspaces[p])
             else:  # it had not stepped in its subspace
@@ -206,7 +206,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _prepared(
         self, state_dict: Mapping[str, Any], subspaces: dict[Tensor, dict[str, Tensor]]
     ) -> dict[str, Any]:
-        """A state dict as torch's load takes it: checked, converted, and without ``subspaces``."""
+        """Check and convert a state dict for torch's load; put its subspaces into ``subspaces``."""
         groups = [{**self.defaults, **self._own, **g} for g in state_dict["param_groups"]]
         for place, group in enumerate(groups):
             _of_group(place, self._check_switches, group)
@@ -248,7 +248,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         groups: Sequence[Mapping[str, Any]],
         asked: Any,
     ) -> dict[str, Any]:
-        """A parameter's saved state as this optimizer has it; StateError if it is not such."""
+        """Return a parameter's saved state in this optimizer's form, or raise StateError."""
         if not state:
             return {}
         rows = state["indices"].numel() if ours else None
@@ -258,13 +258,13 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         first: Kept | None = None
         problem = None
         for kept in self._kept(p, shape, bool(ours), groups, asked):
-            theirs = recounted(inner, about["age"], kept) if ours else inner
+            entries = recounted(inner, about["age"], kept) if ours else inner
             if ours:
-                theirs = {k: viewed(v, kept.shapes.get(k), shape) for k, v in theirs.items()}
-            if kept.has_entries(theirs, rows):
-                problem = kept.misfit(theirs, rows)
+                entries = {k: viewed(v, kept.shapes.get(k), shape) for k, v in entries.items()}
+            if kept.has_entries(entries, rows):
+                problem = kept.misfit(entries, rows)
                 if problem is None:
-                    return {**theirs, **about}
+                    return {**entries, **about}
             first = first or kept
         if first is None:
             return dict(state)
@@ -282,15 +282,15 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         )
 
     def _settle(self, p: Tensor, saved: Mapping[str, Any]) -> None:
-        """Make p's loaded state copies of ``saved``, each of its own dtype."""
+        """Replace p's loaded state by copies of ``saved``, each tensor in its own dtype."""
         loaded = self.state[p]
         for k, v in saved.items():
-            # Torch casts to the weight's dtype: an index 257 is 256 in bfloat16. Only "step" it
-            # leaves alone, and puts it on the device where it belongs.
+            # Torch casts entries to the weight's dtype: an index 257 becomes 256 in bfloat16. It
+            # leaves only "step" alone, and puts it on the right device.
             there = loaded.get(k)
             if k == COUNT:
                 loaded[k] = there.clone() if isinstance(there, Tensor) else there
-            elif k == "generation":  # read by the host
+            elif k == "generation":  # the host reads it
                 loaded[k] = v.to("cpu", copy=True)
             elif k.startswith(PER_ROW):
                 loaded[k] = _like(v, loaded.get(k.removeprefix(PER_ROW)))
@@ -307,7 +307,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             )
 
     def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:
-        """Raise StateError if a saved state is of a weight of another shape."""
+        """Raise StateError if a saved state is that of a weight of another shape."""
         shape = state.get(_SHAPE)
         if shape is None:
             return
@@ -320,7 +320,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
 
 def _like(each: Any, count: Any) -> Any:
-    """Each row's count as that of the weight is: a tensor beside it, or a list of numbers."""
+    """Convert the rows' counts to the form of the weight's count: a tensor or a list."""
     if isinstance(count, Tensor):
         each = torch.as_tensor(each, device=count.device)
         return each.to(count.dtype, copy=True)
@@ -337,14 +337,14 @@ def _of_group(
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what torch.compile and data-parallel wrappers put in."""
+    """A parameter's name without the parts that torch.compile and data-parallel wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
 
 
 def _spread(p: Tensor, state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A taken weight's state as a checkpoint holds it: DTensors of what processes have parts of.
+    """A taken weight's state for a checkpoint: tensors that are spread over processes as DTensors.
 
-    ``saved`` is its subspace's, which may still wait for the first compiled call.
+    ``saved`` is its subspace's saved state, which may still wait for the first compiled call.
     """
     sharding = sharding_of.get(p)
     if sharding is None or not saved:
@@ -359,6 +359,6 @@ def _spread(p: Tensor, state: Mapping[str, Any], saved: Mapping[str, Tensor]) ->
 
 
 def _apart(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A subspace's state: what training needs, and what only reports need."""
+    """Split a subspace's state into what training needs and what only reports need."""
     past = {k: v for k, v in saved.items() if k.startswith(_HISTORY)}
     return {k: v for k, v in saved.items() if k not in past}, past

@@ -1,8 +1,8 @@
 """The subspace AdamW update as code that Inductor generates.
 
-Moments, change, gather, sum, stochastic rounding and scatter are one loop for each weight; on a GPU
-the loops of up to :data:`TOGETHER` weights are one Triton kernel. Rates, decay rates and seeds are
-inputs: only new shapes compile.
+Moments, change, gather, sum, stochastic rounding and scatter are one loop for each weight. On a GPU
+the loops of up to :data:`TOGETHER` weights are one Triton kernel. Learning rates, decay rates and
+seeds are inputs, so only new shapes cause a compilation.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from grass_fx.optim.rounding import noise
 from grass_fx.state.transfers import send
 
 TOGETHER = 8
-"""How many weights one compiled function updates at most: of 16 Inductor makes several kernels."""
+"""The most weights that one compiled function updates; for 16 Inductor makes several kernels."""
 
 FUNCTIONS = 256
-"""How many compiled functions a process keeps."""
+"""The number of compiled functions that a process keeps."""
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-"""Shape, strides, dtype and device: what compiled code depends on of a tensor."""
+"""Shape, strides, dtype and device: what compiled code depends on in a tensor."""
 
 RowsKey = tuple[int, tuple[Layout, ...]]
-"""What compiled code depends on of one weight's :class:`Rows`: their dim and layouts."""
+"""What compiled code depends on in one weight's :class:`Rows`: their dim and layouts."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One weight's part of the update: W and both moments, which change, σ along ``dim``, and C."""
+    """One weight's tensors: W and both moments, which change, σ along ``dim``, and C."""
 
     w: Tensor
     exp_avg: Tensor
@@ -52,12 +52,12 @@ class Rows:
 
     @property
     def key(self) -> RowsKey:
-        """What compiled code of these rows depends on."""
+        """What compiled code depends on in these rows."""
         return self.dim, tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
 
 
 def compiles(compile: bool | None, device: torch.device) -> bool:
-    """Whether rows on ``device`` are updated by compiled code; None: on a GPU that has Triton."""
+    """Whether compiled code updates rows on ``device``; None: only on a GPU that has Triton."""
     if compile is not None or device.type != "cuda":
         return bool(compile)
     from grass_fx import _torch_compat as compat
@@ -66,10 +66,10 @@ def compiles(compile: bool | None, device: torch.device) -> bool:
 
 
 def together(keys: Sequence[RowsKey]) -> Iterator[list[int]]:
-    """Which rows are updated by one function, as positions in ``keys``.
+    """Yield the positions in ``keys`` of the rows that one function updates together.
 
-    As far as possible those of one key, so that the layers of a model share a function; what is
-    left over of each key goes together.
+    Rows with equal keys are grouped as far as possible, so that the layers of a model share a
+    function. The leftovers of all keys are grouped together.
     """
     alike = defaultdict(list)
     for k, key in enumerate(keys):
@@ -91,32 +91,33 @@ def update_(
     decay: Tensor,
     seeds: Sequence[Tensor],
 ) -> None:
-    """Moments, then the selected rows, of at most :data:`TOGETHER` weights. No row repeats.
+    """Update the moments, then the selected rows, of at most :data:`TOGETHER` weights in place.
 
-    In place, and in the dtype of ``gains``.
-    Δ = m / (√v · gain + floor), with one gain and floor for each selected row. ``seeds``, one of
-    ``draw_seed`` for each weight or none at all: bfloat16 weights are rounded stochastically.
+    No row may repeat. The computation is in the dtype of ``gains``.
+    Δ = m / (√v · gain + floor), with one gain and floor for each selected row. ``seeds``: one of
+    ``draw_seed`` for each weight, or none at all; with seeds, bfloat16 weights are rounded
+    stochastically.
     """
     device = gains[0].device
-    inputs = [t.detach() for each in rows for t in each.tensors]
+    inputs = [t.detach() for row_set in rows for t in row_set.tensors]
     inputs += [torch.cat([v.flatten() for v in values]) for values in (gains, floors)]
     inputs.append(decay)
     if seeds:
         inputs.append(send(torch.stack(list(seeds)), device))
-    function = compiled(tuple(each.key for each in rows), gains[0].dtype, bool(seeds))
+    function = compiled(tuple(row_set.key for row_set in rows), gains[0].dtype, bool(seeds))
     with torch.no_grad():
         function(*inputs)
 
 
 def decay_rates(beta1: float, beta2: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1 − β₁, β₂, 1 − β₂), (3,), as :func:`update_` takes them."""
+    """Return (1 − β₁, β₂, 1 − β₂), (3,), for :func:`update_`."""
     return send(torch.tensor([1 - beta1, beta2, 1 - beta2], dtype=dtype, device="cpu"), device)
 
 
 @lru_cache(maxsize=FUNCTIONS)
 def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Callable[..., Any]:
-    """Inductor's code of :func:`update_function` for weights of these keys."""
-    # Here, since both load Inductor.
+    """Return Inductor's code of :func:`update_function` for weights with these keys."""
+    # Imported here, because both load Inductor.
     from grass_fx import _torch_compat as compat
     from grass_fx.compile import lowering
 
@@ -130,8 +131,8 @@ def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Cal
 
 
 def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[Layout]:
-    """The layouts of all inputs of :func:`update_function`."""
-    result = [layout for _, each in keys for layout in each]
+    """Return the layouts of all inputs of :func:`update_function`."""
+    result = [layout for _, weight_layouts in keys for layout in weight_layouts]
     device = result[0][3]
     total = sum(indices[0].numel() for _, (_, _, _, indices, _) in keys)
     for size in (total, total, 3):
@@ -142,8 +143,9 @@ def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[L
 
 
 def update_function(dims: Sequence[int], rounds: bool) -> Callable[..., None]:
-    """The update as a function of tensors: :attr:`Rows.tensors` of each weight, then gains, floors,
-    (1 − β₁, β₂, 1 − β₂) and, if it ``rounds``, seeds (weights, 2)."""
+    """Return the update as a function of tensors: :attr:`Rows.tensors` of each weight, then gains,
+    floors, (1 − β₁, β₂, 1 − β₂) and, if it ``rounds``, seeds (weights, 2).
+    """
 
     def update(*inputs: Tensor) -> None:
         gains, floors, decay = inputs[5 * len(dims) : 5 * len(dims) + 3]

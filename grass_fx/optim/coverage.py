@@ -1,7 +1,7 @@
-"""Warnings about how much of a model trains in subspaces, with the largest weights that do not.
+"""Warns if little of a model trains in subspaces, and names the largest weights that train dense.
 
-One graph sees its own weights only, and a model may be several graphs. So an optimizer's parameters
-are judged at a step, by what the graphs have told the registry until then.
+One graph sees only its own weights, and a model may consist of several graphs. So the warnings
+judge an optimizer's parameters at a step, by what the graphs have told the registry until then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grass_fx.errors import warn
 from grass_fx.state.registry import Left, registry
 
 MOST = 5
-"""Weights that a warning names; those of layers that are alike count as one."""
+"""The largest number of weights that a warning names; weights of equal layers count as one."""
 
 UNSEEN = "in no training graph that grass compiled"
 
@@ -32,15 +32,15 @@ class _Dense:
     size: int
     reason: str
     unwanted: bool
-    """Whether it is ``include`` or ``exclude`` that leaves it."""
+    """Whether ``include`` or ``exclude`` leaves it dense."""
 
 
 def warn_if_none_is_taken(optimizer: torch.optim.Optimizer) -> None:
-    """The warning of a step to which no compact gradient came; call it once per optimizer."""
+    """Warn at a step to which no compact gradient came; call this once per optimizer."""
     _, dense = _weights(optimizer)
-    told = [each for each in dense if each.reason != UNSEEN]
-    words = f"What the compiled graphs leave: {_largest(told)}. " if told else ""
-    if len(told) < len(dense) or not dense:
+    seen = [weight for weight in dense if weight.reason != UNSEEN]
+    words = f"What the compiled graphs leave: {_largest(seen)}. " if seen else ""
+    if len(seen) < len(dense) or not dense:
         words += _why_unseen() or (
             'Call the compiled model (torch.compile(model, backend="grass")) in the training step, '
             'and see TORCH_LOGS="+grass_fx" for the weights that were not taken. module.compile() '
@@ -50,18 +50,18 @@ def warn_if_none_is_taken(optimizer: torch.optim.Optimizer) -> None:
 
 
 def warn_if_little_is_taken(optimizer: torch.optim.Optimizer) -> None:
-    """A warning if less than half of the matrix elements that train are those of taken weights.
+    """Warn if less than half of the matrix elements that train belong to taken weights.
 
-    And one if torch has run a whole frame uncompiled, and weights are in no graph. Counted are the
-    optimizer's parameters of two dimensions or more that have a gradient or have stepped; what
-    ``include`` or ``exclude`` leave is meant to train dense, and does not count. Call it once per
-    optimizer, at the end of its first step with compact gradients.
+    Otherwise warn if torch has run a whole frame uncompiled and some weights are in no graph. The
+    optimizer's parameters of two or more dimensions count if they have a gradient or have stepped.
+    Weights that ``include`` or ``exclude`` leaves dense do not count, since that is intended. Call
+    this once per optimizer, at the end of its first step with compact gradients.
     """
     taken, left = _weights(optimizer)
-    dense = [each for each in left if not each.unwanted]
-    total = taken + sum(each.size for each in dense)
+    dense = [weight for weight in left if not weight.unwanted]
+    total = taken + sum(weight.size for weight in dense)
     if 2 * taken < total:
-        unseen = any(each.reason == UNSEEN for each in dense)
+        unseen = any(weight.reason == UNSEEN for weight in dense)
         why = f" {_why_unseen()}".rstrip() if unseen else ""
         warn(
             f"grass has taken {taken / total:.1%} of the matrix elements that this optimizer "
@@ -70,14 +70,14 @@ def warn_if_little_is_taken(optimizer: torch.optim.Optimizer) -> None:
             "exclude, and it counts no more."
         )
         return
-    unseen_ones = [each for each in dense if each.reason == UNSEEN]
+    unseen_ones = [weight for weight in dense if weight.reason == UNSEEN]
     skipped = _skipped(whole=True) if unseen_ones else ""
     if skipped:
         warn(f"{_largest(unseen_ones)}: these weights train dense. {skipped}")
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> tuple[int, list[_Dense]]:
-    """How many elements the taken weights have, and the weights that train dense."""
+    """Return the number of elements in taken weights, and the weights that train dense."""
     taken, dense = 0, []
     for p in _training(optimizer):
         if registry.get(p) is not None:
@@ -94,7 +94,7 @@ def _weights(optimizer: torch.optim.Optimizer) -> tuple[int, list[_Dense]]:
 
 
 def _training(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The matrices, and what has more dimensions, that a step moves."""
+    """Yield the parameters of two or more dimensions that a step moves."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.dim() > 1 and p.requires_grad and (p.grad is not None or optimizer.state.get(p)):
@@ -102,12 +102,12 @@ def _training(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _largest(dense: Sequence[_Dense]) -> str:
-    """The largest of them with their reasons; weights of layers that are alike are named once."""
+    """List the largest weights with their reasons; weights of equal layers are listed once."""
     groups: dict[tuple[str, tuple[int, ...], str], list[_Dense]] = {}
-    for each in dense:
-        key = re.sub(r"\b\d+\b", "*", each.name), each.shape, each.reason
-        groups.setdefault(key, []).append(each)
-    ordered = sorted(groups.items(), key=lambda item: -sum(each.size for each in item[1]))
+    for weight in dense:
+        key = re.sub(r"\b\d+\b", "*", weight.name), weight.shape, weight.reason
+        groups.setdefault(key, []).append(weight)
+    ordered = sorted(groups.items(), key=lambda item: -sum(weight.size for weight in item[1]))
     texts = []
     for (pattern, shape, reason), group in ordered[:MOST]:
         name = group[0].name if len(group) == 1 else f"{len(group)} x {pattern}"
@@ -117,7 +117,7 @@ def _largest(dense: Sequence[_Dense]) -> str:
 
 
 def _why_unseen() -> str:
-    """Why grass has met no graph of a weight, as far as torch's records tell; empty if not."""
+    """Say why grass has seen no graph of a weight, as far as torch records it; else empty."""
     from grass_fx import _torch_compat as compat
 
     if compat.compilation_is_off():
@@ -139,20 +139,20 @@ def _why_unseen() -> str:
 
 
 def _few(frames: Sequence[str], most: int = 3) -> str:
-    """The first few frames; of torch's own functions there are no names."""
+    """List the first few frames; torch's own functions have no names here."""
     more = ", ..." if len(frames) > most else ""
     return ", ".join(frames[:most]) + more if frames else "a module of a class of torch's own"
 
 
 def _skipped(whole: bool) -> str:
-    """The frames that torch ran uncompiled, with its reasons; empty if there are none."""
+    """Describe the frames that torch ran uncompiled, with its reasons; empty if there are none."""
     from grass_fx import _torch_compat as compat
 
     frames: dict[str, list[str]] = {}
     found = compat.uncompiled_frames()
-    for each in sorted(found, key=lambda each: not each.whole):
-        if each.whole or not (whole or each.reason in frames):
-            frames.setdefault(each.reason, []).append(each.frame)
+    for record in sorted(found, key=lambda record: not record.whole):
+        if record.whole or not (whole or record.reason in frames):
+            frames.setdefault(record.reason, []).append(record.frame)
     if not frames:
         return ""
     some = [f"{_few(names)}: {reason}" for reason, names in [*frames.items()][:3]]

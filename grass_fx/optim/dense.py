@@ -1,4 +1,4 @@
-"""Dense parameters, which step as torch's own AdamW steps them, to the last bit."""
+"""Steps dense parameters exactly as torch's own AdamW does, to the last bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 def count_as_torch(steps: Any, p: Tensor, fused: bool) -> Tensor:
-    """``steps`` as torch's AdamW has them: in a tensor, where and as exact as its kernels ask."""
+    """``steps`` as torch's AdamW keeps them: a tensor of the device and dtype that it requires."""
     if fused:
         return torch.as_tensor(steps, dtype=torch.float32, device=p.device)
     if isinstance(steps, Tensor):
@@ -23,7 +23,7 @@ def count_as_torch(steps: Any, p: Tensor, fused: bool) -> Tensor:
 def step_as_torch(
     params: Any, grads: Any, firsts: Any, seconds: Any, steps: Any, group: Mapping[str, Any]
 ) -> None:
-    """One step of torch's AdamW with the options of ``group``, on lists of equal length."""
+    """Make one step of torch's AdamW with the options of ``group``, on lists of equal length."""
     beta1, beta2 = group["betas"]
     adamw(
         params,

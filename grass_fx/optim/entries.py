@@ -1,6 +1,6 @@
-"""What an optimizer keeps of a parameter, and whether a saved state is that.
+"""Finds out which entries an optimizer keeps for a parameter, and whether a saved state has them.
 
-Decided by the entries, not by classes: their names, and which of them have the parameter's shape.
+The names of the entries decide, and which of them have the parameter's shape; classes do not.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from grass_fx.optim.rowwise import PER_ROW
 
 COUNT = "step"
-"""The entry that counts steps, in all of torch's optimizers; ours have each row's age instead."""
+"""The entry in which all of torch's optimizers count steps; ours keep an age per row instead."""
 
-_SIZES = (2, 3, 5, 7, 11, 13, 17)  # all different, so that a shape tells which dimension is which
-_LONGER = 10  # steps after which an optimizer has shown entries that come late
+_SIZES = (2, 3, 5, 7, 11, 13, 17)  # all different, so that each size identifies a dimension
+_LONGER = 10  # additional steps, after which late entries have appeared
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What an optimizer keeps of one parameter.
+    """The entries that an optimizer keeps for one parameter.
 
-    ``shapes``: of each entry the shape, () for a number, None for what can be anything.
-    ``dtypes``: of those that are tensors. ``late``: names of entries that it may hold as well.
-    ``wrapped``: those that are tensors of a class of their own, such as quantised ones.
+    ``shapes``: the shape of each entry, () for a number, None if it can be anything. ``dtypes``:
+    the dtypes of the entries that are tensors. ``late``: names of entries that may be missing.
+    ``wrapped``: entries that are tensors of a subclass, such as quantised ones.
     """
 
     shapes: Mapping[str, Shape | None]
@@ -44,13 +44,13 @@ class Kept:
         return ", ".join(sorted(self.shapes)) or "nothing"
 
     def has_entries(self, state: Mapping[str, Any], rows: int | None) -> bool:
-        """Whether ``state`` has the entries, of whatever shape; ``rows``: as of :meth:`misfit`."""
+        """Whether ``state`` has these entries, of any shape; ``rows``: see :meth:`misfit`."""
         names = {name for name in state if rows is None or not name.startswith(PER_ROW)}
         extra = {k for k in names - self.shapes.keys() - self.late if state[k] is not None}
         return self.shapes.keys() <= names and not extra
 
     def misfit(self, state: Mapping[str, Any], rows: int | None) -> str | None:
-        """What is wrong with the entries of ``state``; ``rows``: r, None of a dense parameter."""
+        """Say what is wrong with the entries of ``state``; ``rows``: r, or None if dense."""
         for name, value in state.items():
             if name.startswith(PER_ROW) and rows is not None:
                 if (problem := _misfit_per_row(name, value, state, rows)) is not None:
@@ -109,9 +109,9 @@ def _what(value: Any) -> str:
 
 
 def recounted(state: Mapping[str, Any], age: Tensor, kept: Kept) -> dict[str, Any]:
-    """``state`` with the rows' steps as ``kept`` has them: in ``step``, or in the ages alone.
+    """Return ``state`` with the rows' steps where ``kept`` has them: in ``step``, or only in ages.
 
-    Unchanged where they say something else than ``age`` (r,).
+    Counts that differ from ``age`` (r,) stay as they are.
     """
     counts = (COUNT, PER_ROW + COUNT)
     if COUNT in kept.shapes and not any(name in state for name in counts):
@@ -129,10 +129,10 @@ def recounted(state: Mapping[str, Any], age: Tensor, kept: Kept) -> dict[str, An
 
 
 class Asked:
-    """What a class keeps of a parameter, asked of the class itself, by steps on small ones.
+    """Finds out what a class keeps for a parameter, by steps of that class on small parameters.
 
-    ``make`` gives an optimizer of one parameter with the options of a group, ``step`` steps it.
-    Answers are remembered for as long as this object.
+    ``make`` returns an optimizer of one parameter with a group's options, ``step`` steps it. The
+    object caches its answers.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class Asked:
     def answers(
         self, p: Tensor, shape: Shape, groups: Sequence[Mapping[str, Any]]
     ) -> Iterator[Kept]:
-        """What it may keep of ``shape`` in the place of ``p``, the cheapest answer first.
+        """Yield what the class may keep for ``shape`` in place of ``p``, cheapest answer first.
 
-        ``groups``: options, of which the first are to be used with which the class can step. None
-        at all: nothing is known.
+        ``groups``: options; the first with which the class can step are used. Yields nothing if
+        nothing is known.
         """
         small = _SIZES[: len(shape)]
         sizes = dict(zip(small, shape, strict=False))
@@ -158,11 +158,11 @@ class Asked:
             if first is None:
                 continue
             yield _kept(first, sizes)
-            # More of them than after a step: some come late, or with other options.
-            longer = [self._state(p, small, each, 1 + _LONGER) or {} for each in groups]
+            # Some entries appear only after several steps, or with other options.
+            longer = [self._state(p, small, other, 1 + _LONGER) or {} for other in groups]
             yield _kept(first, sizes, frozenset(name for state in longer for name in state))
             break
-        # What hangs on the size: quantised blocks, factors for large matrices only.
+        # Some state depends on the size: quantised blocks, factors only for large matrices.
         if not isinstance(p, DTensor):
             for group in groups:
                 if (state := self._state(p, shape, group, 1)) is not None:
@@ -172,7 +172,7 @@ class Asked:
     def _state(
         self, p: Tensor, shape: Shape, group: Mapping[str, Any], steps: int
     ) -> dict[str, Any] | None:
-        """A saved state after so many steps; None if the class cannot do that."""
+        """The saved state after ``steps`` steps; None if the class cannot step so."""
         key = shape, p.dtype, p.device, id(group), steps
         if key not in self._known:
             devices = [p.device] if p.is_cuda else []
@@ -191,7 +191,7 @@ class Asked:
                 self._step(optimizer)
             states = optimizer.state_dict()["state"]
             return dict(states.get(0, {}))
-        except Exception:  # whatever a class may raise: then it is not known what it keeps
+        except Exception:  # a class may raise anything; then its entries stay unknown
             return None
 
 

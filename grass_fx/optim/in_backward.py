@@ -1,4 +1,4 @@
-"""Stepping each parameter as soon as its gradient is there, so that gradients never all exist."""
+"""Steps each parameter as soon as its gradient arrives, so that not all gradients exist at once."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NOT_AVERAGED = (
 
 
 class SpentGrad(Tensor):
-    """What ``weight.grad`` holds between the weight's early step and ``optimizer.step()``.
+    """The value of ``weight.grad`` between the weight's early step and ``optimizer.step()``.
 
-    It has the weight's shape and no memory. Whatever is done to it is an error: clipping, unscaling
-    and accumulation would come too late, and must not pass silently.
+    It has the weight's shape and no memory. Any operation on it raises an error: clipping,
+    unscaling and accumulation would come too late, and must not be ignored silently.
     """
 
     @staticmethod
     def __new__(cls: Any, weight: Tensor) -> SpentGrad:
-        made: SpentGrad = torch.Tensor._make_wrapper_subclass(
+        grad: SpentGrad = torch.Tensor._make_wrapper_subclass(
             cls, weight.shape, dtype=weight.dtype, device=weight.device
         )
-        return made
+        return grad
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -60,19 +60,19 @@ def step_in_backward(optimizer: Optimizer) -> None:
     """Let ``optimizer`` step each parameter inside backward, and free its gradient at once.
 
     The training loop stays as it is. ``optimizer.step()`` after the backward steps nothing twice:
-    it ends the step, and selections change there, where that is due. Gradients then exist one
-    compiled graph at a time. So it saves memory if layers are compiled one by one
-    (``layer.compile(backend="grass")``, with layers of a class of your own: of torch's own classes
-    Dynamo compiles nothing); in a graph of the whole model all compact gradients arrive together,
-    and nothing is saved.
+    it ends the step, and changes selections where that is due. Gradients then exist for one
+    compiled graph at a time. So memory is saved if layers are compiled one by one
+    (``layer.compile(backend="grass")``, with layers of your own classes: Dynamo compiles nothing of
+    torch's own). In a graph of the whole model all compact gradients arrive together, and no memory
+    is saved.
 
     The loop must call backward once per step: accumulation, clipping and ``GradScaler`` come too
     late and raise a CompactGradError.
 
     Raises:
-        OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace, or
-            its parameters are those of a ``data_parallel``, which averages after the backward, or
-            it was called before with this optimizer.
+        OptionError: ``optimizer`` is neither a grass_fx.AdamW nor made by grass_fx.subspace; or its
+            parameters belong to a ``data_parallel`` model, which averages after the backward; or
+            this was called before with this optimizer.
     """
     if not isinstance(optimizer, SubspaceOptimizer):
         raise OptionError(
@@ -89,7 +89,8 @@ def step_in_backward(optimizer: Optimizer) -> None:
             "would step twice in each backward."
         )
     optimizer.steps_in_backward = True
-    # A parameter holds its hooks, and an optimizer its parameters: held strongly, none would end.
+    # A parameter holds its hooks and an optimizer its parameters: a strong reference from a hook
+    # to the optimizer would keep all of them alive.
     held = weakref.ref(optimizer)
 
     def on_gradient(p: Tensor) -> None:

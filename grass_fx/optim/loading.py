@@ -1,4 +1,4 @@
-"""The parts of a saved state: what is checked and converted before any of it is loaded."""
+"""Checks and converts the parts of a saved state before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from grass_fx.state.sharding import local, sharding_of
 from grass_fx.state.subspace import selects_rows
 
 SUBSPACE = "subspace_"
-"""With it begin the keys of ``Subspace.state()``, which are the registry's between checkpoints."""
+"""The prefix of the keys of ``Subspace.state()``, which the registry keeps between checkpoints."""
 
 OWN = ("indices", "generation", "age", "scale")
-"""Entries of a taken weight's state that are ours; all others are the optimizer's."""
+"""The entries of a taken weight's state that are ours; all others are the optimizer's."""
 
 
 def copied(value: Any, device: torch.device) -> Any:
-    """A copy with all tensors on ``device``."""
+    """Return a copy in which all tensors are on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if type(value) in (list, tuple):
-        return type(value)(copied(each, device) for each in value)
+        return type(value)(copied(item, device) for item in value)
     if type(value) is dict:
-        return {k: copied(each, device) for k, each in value.items()}
+        return {k: copied(item, device) for k, item in value.items()}
     return value
 
 
 def viewed(value: Any, wanted: tuple[int, ...] | None, compact: tuple[int, ...]) -> Any:
-    """A moment of a stack as ``wanted``: three-dimensional, or as one matrix."""
+    """Reshape a moment of a stack to ``wanted``: three-dimensional, or one matrix."""
     flat = (math.prod(compact[:-1]), *compact[-1:])
     if isinstance(value, Tensor) and wanted in (compact, flat):
         return value.reshape(wanted) if tuple(value.shape) in (compact, flat) else value
@@ -47,7 +47,7 @@ def _stack_of(p: Tensor) -> int | None:
 
 
 def check_subspace(p: Tensor, ours: Mapping[str, Any], name: str) -> None:
-    """Raise StateError if the entries of a subspace are not those of one of ``p``."""
+    """Raise StateError if ``ours`` are not the saved entries of a subspace of ``p``."""
     if not ours:
         raise StateError(
             f"{name}: its state is of a subspace, and without the "
@@ -70,7 +70,7 @@ def check_subspace(p: Tensor, ours: Mapping[str, Any], name: str) -> None:
 def check_selection(
     p: Tensor, state: Mapping[str, Any], ours: Mapping[str, Tensor], name: str
 ) -> None:
-    """Raise StateError if the selection that p's moments belong to, or the ages, are damaged."""
+    """Raise StateError if the ages, or the selection that p's moments belong to, are damaged."""
     pieces, size, block = pieces_of(ours, _stack_of(p))
     ranks = _ranks(p) if selects_rows(ours, p) else 1
     problem = None
@@ -107,7 +107,7 @@ def _ranks(p: Tensor) -> int:
 
 
 def compact_shape(p: Tensor, ours: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape of this process's part of C."""
+    """Return the shape of this process's part of C."""
     shape = list(p.shape)
     shape[int(ours["subspace_counters"][7])] = ours["subspace_indices"].numel() // (
         _stack_of(p) or 1
@@ -118,7 +118,7 @@ def compact_shape(p: Tensor, ours: Mapping[str, Tensor]) -> tuple[int, ...]:
 def past_of(
     p: Tensor, ours: Mapping[str, Tensor], past: Any, key: Any, name: str
 ) -> dict[str, Tensor]:
-    """What reports need of a weight's history; none, with a warning, if it is damaged."""
+    """Return a weight's saved history, for reports; if it is damaged, warn and return none."""
     saved = past.get(key, {}) if isinstance(past, Mapping) else past
     if saved is None or saved == {}:
         return {}
@@ -133,10 +133,10 @@ def past_of(
 
 
 def own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What is spread over processes in a checkpoint, as this process steps with it."""
+    """Return this process's part of a saved state, in which tensors may be DTensors."""
     sharding = sharding_of.get(p)
     if sharding is None or "indices" not in state:
-        return dict(state)  # a dense parameter is stepped as a DTensor
+        return dict(state)  # dense parameters are stepped as DTensors
     own = {k: local(v) for k, v in state.items()}
     if isinstance(state["indices"], DTensor):
         own["indices"] = own["indices"] - sharding.first(math.prod(p.shape[:-1]))

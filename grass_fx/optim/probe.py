@@ -1,8 +1,8 @@
-"""What an optimizer class X is like, found out by X's steps on weights of one number.
+"""Finds out how an optimizer class X behaves, by stepping X on weights of one number.
 
 Few classes tell how they decay a weight or what an entry of their state means, and names mislead.
-Nobody notices these steps: they call no hooks, draw none of the run's random numbers, warn of
-nothing and compile nothing. They run on the CPU.
+These steps have no side effects: they call no hooks, draw none of the run's random numbers, show no
+warnings and compile nothing. They run on the CPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from grass_fx.config import SUBSPACE_DEFAULTS
 T = TypeVar("T")
 
 Make = Callable[..., Optimizer]
-"""``make(parameters, **options)``: an X of its own over these, with some options changed."""
+"""``make(parameters, **options)`` makes a new X over these, with some options changed."""
 
 STEPS = 8
-"""Of a probe: enough to see what X does in every fifth or sixth step alone."""
+"""Steps of a probe: enough to see what X does only in every fifth or sixth step."""
 
 
 Start = Literal["zero", "weight", "average", "own"]
@@ -38,21 +38,22 @@ Start = Literal["zero", "weight", "average", "own"]
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry of X's state is, if it has the weight's shape."""
+    """The meaning of an entry of X's state that has the weight's shape."""
 
     start: Start
-    """What it starts from: zero, as moments do; the weight itself; or something else. "average": it
-    is one of the weight, starts from zero, and X does not count in its state how far it has come.
+    """What the entry starts from: "zero", as moments do; "weight", the weight itself; or "own",
+    anything else. "average" is an average of the weight that starts from zero, while X's state does
+    not count how far it has come.
     """
     power: int | None
-    """With which power of the gradient's scale it goes, if it is one."""
+    """The power of the gradient's scale with which the entry scales, or None."""
     moves: bool
-    """Whether an entry that holds weights moves by X's steps, as the weight does."""
+    """Whether an entry that holds weights moves with X's steps, as the weight does."""
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A class X with what its constructor was given; ``known``: what has been found out of it."""
+    """A class X and its constructor's arguments; ``known`` caches what was found out about it."""
 
     inner: type[Optimizer]
     args: tuple[Any, ...]
@@ -60,15 +61,15 @@ class Wrapped:
     known: dict[Hashable, Any]
 
     def make(self, params: Sequence[Tensor], group: Mapping[str, Any], **changed: Any) -> Optimizer:
-        """An X over some parameters, with a group's options; where it has them, some changed."""
-        options = copy.deepcopy(options_of(group))  # X may count in them, in tensors too
+        """Return an X over these parameters, with a group's options, some of them changed."""
+        options = copy.deepcopy(options_of(group))  # X may count steps in them, also in tensors
         options |= {k: v for k, v in changed.items() if options.get(k) is not None}
         return self.inner([{**options, "params": list(params)}], *self.args, **self.kwargs)
 
     def ask(self, question: Callable[[Make], T], group: Mapping[str, Any]) -> T:
-        """The answer to one of the questions below; of groups of a kind the same, asked once."""
-        given = {"": self.args, " ": tuple(self.kwargs.items())}
-        key = question, kind_of({**options_of(group), **given})
+        """Answer one of the questions below; groups of one kind share an answer, asked once."""
+        arguments = {"": self.args, " ": tuple(self.kwargs.items())}
+        key = question, kind_of({**options_of(group), **arguments})
         if key not in self.known:
             with _unnoticed():
                 self.known[key] = question(partial(self.make, group=group))
@@ -85,13 +86,13 @@ class Wrapped:
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """X's own options among a group's."""
+    """Return X's own options among a group's."""
     ours = ("params", "param_names", *SUBSPACE_DEFAULTS)
     return {name: value for name, value in group.items() if name not in ours}
 
 
 def kind_of(options: Mapping[str, Any]) -> Hashable:
-    """What of a group's options decides how X works: which are on, not how much."""
+    """Return the options that decide how X works: which ones are on, not their values."""
     return tuple(sorted((name, _on(value)) for name, value in options.items()))
 
 
@@ -106,7 +107,7 @@ def _on(value: Any) -> Hashable:
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """X's step without the hooks that torch puts around it."""
+    """Return X's step without the hooks that torch puts around it."""
     while getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     return step
@@ -114,25 +115,25 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _unnoticed() -> Iterator[None]:
-    # A class that calls its base's step calls that one's hooks, so there must be none meanwhile.
+    # A class that calls its base's step also calls the base's hooks, so all are removed meanwhile.
     hooks: list[dict[int, Any]] = [
         torchs._global_optimizer_pre_hooks,
         torchs._global_optimizer_post_hooks,
     ]
-    kept = [dict(each) for each in hooks]
+    kept = [dict(table) for table in hooks]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         warnings.simplefilter("ignore")
-        for each in hooks:
-            each.clear()
+        for table in hooks:
+            table.clear()
         try:
             yield
         finally:
-            for each, former in zip(hooks, kept, strict=True):
-                each.update(former)
+            for table, former in zip(hooks, kept, strict=True):
+                table.update(former)
 
 
 def _weight(value: float) -> Parameter:
@@ -147,15 +148,15 @@ def _step(optimizer: Optimizer, gradients: Sequence[tuple[Parameter, float]]) ->
 
 @dataclass(frozen=True)
 class _Seen:
-    """What X has made of a weight of one number in some steps."""
+    """The result of some steps of X on a weight of one number."""
 
     weight: float
     former: float
     """The weight before the last step."""
     values: dict[str, float]
-    """The entries of its shape."""
+    """The entries of the weight's shape."""
     counts: bool
-    """Whether there are numbers beside, such as a count."""
+    """Whether the state also holds numbers, such as a count."""
 
 
 def _after(make: Make, weight: float, gradient: float) -> _Seen:
@@ -181,7 +182,7 @@ def entries(make: Make) -> dict[str, Entry]:
         still, still_other = _after(make, 1.0, 0.0), _after(make, 2.0, 0.0)
         single, other = _after(make, 1.0, 1.0), _after(make, 2.0, 1.0)
         double = _after(make, 1.0, 2.0)
-    except Exception:  # whatever X has against a weight of one number
+    except Exception:  # X may reject a weight of one number in any way
         return {}
     found = {}
     for name in single.values.keys() & other.values.keys() & double.values.keys():
@@ -193,7 +194,7 @@ def entries(make: Make) -> dict[str, Entry]:
         elif at_rest == 0 and max(abs(follows), abs(other.values[name] - value)) < 1e-3:
             start = "zero"
         elif not still.counts and still.weight == 1 and 0 < follows < 1:
-            # In the weight alone, which has not moved; a moment with L2 decay would move it.
+            # Only the weight differs, and it has not moved: a moment with L2 decay would move it.
             start = "average" if math.isclose(at_rest, follows, rel_tol=1e-3) else "own"
         power = 1 if start == "weight" else _power(value, double.values[name])
         found[name] = Entry(start, power, moves=value != single.former)
@@ -201,7 +202,7 @@ def entries(make: Make) -> dict[str, Entry]:
 
 
 def group_counts(make: Make) -> tuple[str, ...]:
-    """The options of its group in which X counts its steps."""
+    """Return the options of X's group in which X counts its steps."""
 
     def numbers() -> dict[str, int]:
         group = optimizer.param_groups[0]
@@ -219,7 +220,7 @@ def group_counts(make: Make) -> tuple[str, ...]:
 
 
 def _power(single: float, double: float) -> int | None:
-    """p, if ``double`` = ``single`` · 2^p: under gradients of twice the size."""
+    """Return p if ``double`` = ``single`` · 2^p, where ``double`` is for doubled gradients."""
     ratio = double / single if single else 0.0
     if not ratio > 0 or math.isinf(ratio):
         return None
@@ -228,10 +229,10 @@ def _power(single: float, double: float) -> int | None:
 
 
 def is_decoupled(make: Make) -> bool:
-    """Whether X's weight decay is beside its step, not within the gradient."""
+    """Whether X's weight decay acts beside its step, not through the gradient."""
 
     def stepped(gradient: float, decay: float) -> float:
-        """After a step with these, and one with zeros, which shows what the first has left."""
+        """The weight after a step with these and one with zeros, which shows the first's effect."""
         w = _weight(1.0)
         optimizer = make([w], lr=0.1, weight_decay=decay)
         _step(optimizer, [(w, gradient)])
@@ -247,12 +248,12 @@ def is_decoupled(make: Make) -> bool:
 
 
 def steps_together(make: Make) -> bool:
-    """Whether X steps parameters that have state and such that have none in one call."""
+    """Whether X can step parameters with state and parameters without state in one call."""
     old, new = _weight(1.0), _weight(1.0)
     optimizer = make([old, new])
     try:
         _step(optimizer, [(old, 1.0)])
         _step(optimizer, [(old, 1.0), (new, 1.0)])
-    except Exception:  # it has its reasons; step by step is always right
+    except Exception:  # any reason: stepping them separately is always right
         return False
     return True

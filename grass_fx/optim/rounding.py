@@ -1,7 +1,7 @@
-"""Stochastic rounding to bfloat16: small updates move a weight in expectation, not never.
+"""Rounds stochastically to bfloat16, so that small updates move a weight in expectation.
 
-The random bits are a hash of an element's place and a seed: every device, and compiled code as
-well as eager code, makes the same ones, and no generator's state is touched.
+The random bits are a hash of an element's place and a seed: every device makes the same bits,
+compiled code and eager code too, and no generator's state changes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from grass_fx.state.transfers import send
 
 
 def rounding_stream(seed: int, key: int, step: int) -> torch.Generator:
-    """The seeds of a parameter's rounding in one step: a function of three integers.
+    """Return the generator of the seeds for a parameter's rounding in one step.
 
-    So a checkpoint needs no generator state; draws of selections use other streams.
+    It depends on three integers, so a checkpoint needs no generator state. Draws of selections use
+    other streams.
     """
     return stream(seed, key, step, purpose="rounding")
 
 
 def draw_seed(generator: torch.Generator) -> Tensor:
-    """The seed of one tensor's noise: (2,) int32, on the CPU."""
+    """Draw the seed of one tensor's noise: (2,) int32, on the CPU."""
     return torch.randint(
         -(1 << 31), 1 << 31, (2,), dtype=torch.int32, generator=generator, device="cpu"
     )
 
 
 def noise(seed: Tensor, shape: Sequence[int]) -> Tensor:
-    """16 random bits for each element, as int32, on the device of ``seed`` (2,).
+    """Return 16 random bits for each element, as int32, on the device of ``seed`` (2,).
 
-    The place among the elements, mixed by shifts and multiplications that wrap around: the
-    constants are those of C. Wellons' hash-prospector (two rounds). The other half of the seed
-    comes in between, so that streams are not one stream, shifted.
+    The element's place is mixed by shifts and multiplications that wrap around. The constants are
+    those of C. Wellons' hash-prospector (two rounds). The second half of the seed is added between
+    the rounds, so that different streams are not shifted copies of one stream.
     """
     first, second = seed.unbind()
     x = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(*shape)
     x += first
-    x ^= (x >> 16) & 0xFFFF  # masks, since >> repeats the sign
+    x ^= (x >> 16) & 0xFFFF  # masked, since >> repeats the sign
     x *= 0x21F0AAAD
     x ^= (x >> 15) & 0x1FFFF
     x += second
@@ -53,6 +54,6 @@ def noise(seed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """``values`` (float32) as bfloat16, up or down at random so that the expectation is exact."""
+    """Round ``values`` (float32) to bfloat16, up or down at random so that the mean is exact."""
     seed = send(draw_seed(generator), values.device)
     return rounded(values, noise(seed, values.shape)).to(torch.bfloat16)

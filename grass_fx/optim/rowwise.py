@@ -1,12 +1,12 @@
-"""The state of an arbitrary optimizer, seen as rows: kept, cut up by age, and put together again.
+"""Treats the state of an arbitrary optimizer as rows: keeps, splits by age and rejoins them.
 
-Three kinds of entries are told apart. *Row entries* are floating-point tensors of C's shape.
-*Scalars* are numbers and tensors without dimensions, such as ``step``. Where rows of one weight
-have different ages, an entry ``per_row_step`` beside it has each row's, as an (r,) tensor or a
-list, and ``step`` itself is that of the oldest rows. Everything else mixes rows.
+There are three kinds of entries. *Row entries* are floating-point tensors of C's shape.
+*Scalars* are numbers and tensors without dimensions, such as ``step``. If rows of one weight
+have different ages, an entry ``per_row_step`` beside ``step`` has each row's value, as an (r,)
+tensor or a list, and ``step`` itself is the value of the oldest rows. All other entries mix rows.
 
-Taking a state apart and putting it together takes a number of operations that goes with the number
-of different ages, not with that of rows.
+Splitting and rejoining take a number of operations that grows with the number of different ages,
+not with the number of rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PER_ROW = "per_row_"
 
 @dataclass(frozen=True, eq=False)
 class Cohorts:
-    """The rows of one weight by age, youngest first; ``ages`` are known on the host.
+    """The rows of one weight grouped by age, youngest first; ``ages`` are known on the host.
 
     ``rows``: the places of each cohort's rows among the selected ones, ascending; None for all.
-    ``firsts``, on the host: the first of them. ``which`` (r,): the cohort of each row, where the
-    weight is; ``which_here`` the same on the CPU.
+    ``firsts``, on the host: the first place of each cohort. ``which`` (r,): the cohort of each row,
+    on the weight's device; ``which_here``: the same on the CPU.
     """
 
     ages: tuple[int, ...]
@@ -48,27 +48,27 @@ class Cohorts:
         return len(self.ages)
 
     def older(self) -> Cohorts:
-        """The same after a step."""
+        """Return the cohorts after a step."""
         return replace(self, ages=tuple(age + 1 for age in self.ages))
 
     def together(self) -> Cohorts:
-        """All rows as one cohort, of the age of the youngest."""
+        """Return all rows as one cohort with the age of the youngest."""
         return replace(self, ages=self.ages[:1], rows=(None,), firsts=(0,))
 
     def young_and_others(self) -> Cohorts:
-        """The youngest as one cohort, all others as another, of the age of the youngest of them."""
+        """Return two cohorts: the youngest, and all others with the age of their youngest."""
         return _cohorts(self.ages[:2], self.which_here.clamp(max=1), self.which.device)
 
 
 def cohorts_of(age: Tensor) -> Cohorts:
-    """The rows by their ages (r,), which are read on the host."""
+    """Group the rows by their ages (r,), which are read on the host."""
     ages, which = age.cpu().unique(return_inverse=True)
     return _cohorts(tuple(ages.tolist()), which, age.device)
 
 
 def _cohorts(ages: tuple[int, ...], which: Tensor, device: torch.device) -> Cohorts:
     if len(ages) == 1:
-        return Cohorts(ages, (None,), (0,), which, which)  # one by itself needs no ``which``
+        return Cohorts(ages, (None,), (0,), which, which)  # a single cohort needs no ``which``
     parts = which.argsort(stable=True).split(which.bincount().tolist())
     firsts = tuple(int(part[0]) for part in parts)
     rows, there = send(torch.stack([torch.cat(parts), which]), device).unbind()
@@ -76,7 +76,7 @@ def _cohorts(ages: tuple[int, ...], which: Tensor, device: torch.device) -> Coho
 
 
 def is_row_entry(value: Any, shape: torch.Size) -> bool:
-    """Whether an entry has a number for each of C's, whose shape is ``shape``."""
+    """Whether an entry has a number for each number of C, whose shape is ``shape``."""
     return type(value) is Tensor and value.shape == shape and value.is_floating_point()
 
 
@@ -87,7 +87,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def counts(state: State, shape: torch.Size) -> bool:
-    """Whether rows of different ages need state of their own: there are scalars."""
+    """Whether rows of different ages need state of their own, because there are scalars."""
     return any(v is not None and not is_row_entry(v, shape) for v in state.values())
 
 
@@ -101,12 +101,13 @@ def carried_state(
     shape: torch.Size,
     entries: Mapping[str, Entry],
 ) -> State | None:
-    """``state`` for the rows of ``new``, or None if it cannot be.
+    """Return ``state`` for the rows of ``new``, or None if that is impossible.
 
-    Row entries of rows that stay are kept. Of new rows they are what they start from: zero, or if
-    they hold weights the rows PᵀW of ``weight`` itself. ``shape``: C's. ``place`` and ``fresh``: by
-    :func:`~grass_fx.optim.carry.places`. It cannot be if an entry mixes rows, if ``entries`` does
-    not have it, or if rows change their scale ρ and it does not go with a power of that.
+    Row entries are kept for rows that stay. For new rows they get their start values: zero, or for
+    entries that hold weights the rows PᵀW of ``weight``. ``shape``: C's. ``place`` and ``fresh``:
+    from :func:`~grass_fx.optim.carry.places`. It is impossible if an entry mixes rows, if
+    ``entries`` lacks it, or if rows change their scale ρ and the entry does not scale with a power
+    of ρ.
     """
     rescaled = old.scale is not None and new.scale is not None
     result: State = {}
@@ -133,31 +134,31 @@ def carried_state(
 
 
 def cut(state: State, cohorts: Cohorts, shape: torch.Size, dim: int) -> list[State]:
-    """The state of each cohort alone: {} for rows that are new.
+    """Split the state into that of each cohort: {} for rows that are new.
 
-    One cohort alone gets the tensors of ``state`` themselves, of several each gets its own.
+    A single cohort gets the tensors of ``state`` themselves; several cohorts get copies.
     """
     plain = {k: v for k, v in state.items() if not k.startswith(PER_ROW)}
-    each = {name: _each(state, name, cohorts) for name in plain if PER_ROW + name in state}
+    scalars = {name: _each(state, name, cohorts) for name in plain if PER_ROW + name in state}
     if len(cohorts) == 1:
-        return [{**plain, **{name: values[0] for name, values in each.items()}}]
+        return [{**plain, **{name: values[0] for name, values in scalars.items()}}]
     result: list[State] = []
     for k, rows in enumerate(cohorts.rows):
-        assert rows is not None  # one cohort alone has all of them
-        mine: State = {}
+        assert rows is not None  # only a single cohort has rows None
+        own: State = {}
         for name, value in plain.items() if cohorts.ages[k] else ():
             if is_row_entry(value, shape):
-                mine[name] = value.index_select(dim, rows)
-            elif name in each:
-                mine[name] = each[name][k]
+                own[name] = value.index_select(dim, rows)
+            elif name in scalars:
+                own[name] = scalars[name][k]
             else:
-                mine[name] = value.clone() if isinstance(value, Tensor) else value
-        result.append(mine)
+                own[name] = value.clone() if isinstance(value, Tensor) else value
+        result.append(own)
     return result
 
 
 def _each(state: State, name: str, cohorts: Cohorts) -> list[Any]:
-    """A scalar of each cohort."""
+    """Return each cohort's value of a scalar."""
     values = state[PER_ROW + name]
     if isinstance(values, Tensor):
         return [values[first].clone() for first in cohorts.firsts]
@@ -165,9 +166,10 @@ def _each(state: State, name: str, cohorts: Cohorts) -> list[Any]:
 
 
 def joined(states: Sequence[State], cohorts: Cohorts, shape: torch.Size, dim: int) -> State:
-    """The state of all cohorts together: what :func:`cut` takes apart.
+    """Join the states of all cohorts: the inverse of :func:`cut`.
 
-    {} if X has not kept the same for all of them, or what mixes rows: then it starts anew.
+    {} if X has kept different entries for the cohorts, or entries that mix rows: the state starts
+    anew then.
     """
     if len(states) == 1:
         return states[0]
@@ -197,9 +199,9 @@ def joined(states: Sequence[State], cohorts: Cohorts, shape: torch.Size, dim: in
 
 
 def with_rows(state: State, rows: int) -> State:
-    """``state`` as it is saved: tensors of scalars per row as well, whether rows differ or not.
+    """Return ``state`` as it is saved: tensor scalars get values per row even if all are equal.
 
-    So the shapes in a checkpoint do not depend on the rows' ages.
+    So the shapes in a checkpoint do not depend on the ages of the rows.
     """
     added = {
         PER_ROW + name: value.expand(rows).clone()
@@ -210,7 +212,7 @@ def with_rows(state: State, rows: int) -> State:
 
 
 def without_equal_rows(state: State) -> State:
-    """Undoes :func:`with_rows`: rows that do not differ are told by the scalar alone."""
+    """Undo :func:`with_rows`: drop values per row that all equal the scalar."""
     return {
         name: value
         for name, value in state.items()

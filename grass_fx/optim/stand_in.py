@@ -1,7 +1,7 @@
 """Parameters of the compact shape, which stand in for taken weights while an optimizer X works.
 
-X itself works as a *twin* of the wrapped optimizer, whose groups hold the stand-ins. What the twin
-has become is adopted once everything that can fail has been done.
+X itself works as a *twin* of the wrapped optimizer, whose groups hold the stand-ins. The wrapped
+optimizer adopts the twin's state after everything that can fail has been done.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from grass_fx.state.selection import Selection, matrix
 T = TypeVar("T")
 
 Batch = list[list[tuple[Tensor, Tensor]]]
-"""What X is to work on in one call, for each group: parameters, and what stands in for each."""
+"""The parameters of one call to X: for each group, pairs of a parameter and its stand-in."""
 
 
 @dataclass
 class StandIn:
-    """A parameter in the place of some rows of a taken weight: PᵀW, with C as its gradient."""
+    """A parameter that replaces some rows of a taken weight: PᵀW, with C as its gradient."""
 
     parameter: Parameter
     selection: Selection
     state: State
     before: Tensor | None = None
-    """PᵀW again; None if what X makes of it is put in its place as it is."""
+    """A copy of PᵀW; None if X's result replaces the rows as it is."""
     factor: Tensor | None = None
-    """α · ρ · warm-up of each row, which is multiplied by what X changes; None for ones."""
+    """α · ρ · warm-up of each row, by which X's change is multiplied; None for ones."""
     held: dict[str, Tensor] = field(default_factory=dict)
-    """The entries of the state that hold weights, as they were."""
+    """The former values of the state's entries that hold weights."""
 
     def change(self, weight: Tensor, shrink: float) -> Tensor:
-        """What is added to the weight's rows, or if ``factor`` is None put in their place."""
+        """Return what to add to the weight's rows, or their new values if ``factor`` is None."""
         after = self.parameter.detach()
         if self.before is None or self.factor is None:
             return after
@@ -56,7 +56,7 @@ class StandIn:
         return moved.mul_(along(self.factor.to(dtype), self.selection.dim, 2))
 
     def follow_weight(self, entries: Mapping[str, Entry]) -> None:
-        """Entries that hold weights move as far as the weight does."""
+        """Move entries that hold weights as far as the weight moves."""
         if self.before is None or self.factor is None:
             return
         for name in weights_among(self.state, entries):
@@ -67,7 +67,7 @@ class StandIn:
                 self.state[name] = torch.lerp(held, value, gain)
 
     def _gain(self, factor: Tensor) -> Tensor:
-        """By how much of what X changes PᵀW does change: copies of a row add."""
+        """The ratio of PᵀW's change to X's change: copies of a row add."""
         if self.selection.scale is None:
             return factor
         _, which, copies = self.selection.indices.unique(return_inverse=True, return_counts=True)
@@ -75,7 +75,7 @@ class StandIn:
 
 
 def weights_among(state: State, entries: Mapping[str, Entry]) -> list[str]:
-    """The names of the entries that hold weights."""
+    """Return the names of the entries that hold weights."""
     return [name for name in state if name in entries and entries[name].start == "weight"]
 
 
@@ -90,13 +90,13 @@ class Taken:
     parts: list[StandIn]
     entries: Mapping[str, Entry]
     shrink: float = 1.0
-    """What decoupled weight decay leaves of the whole weight."""
+    """The factor by which decoupled weight decay multiplies the whole weight."""
     state: State = field(default_factory=dict)
-    """X's, of all rows, after it has worked."""
+    """X's state for all rows, after X has worked."""
     changes: list[Tensor] = field(default_factory=list)
 
     def warm_up(self, age: Tensor, scale: float, steps: int) -> None:
-        """Each row's factor, for a step after which it has its ``age`` (r,) and one."""
+        """Set each row's factor for the step that raises its age (r,) by one."""
         for part, rows, youngest in zip(
             self.parts, self.cohorts.rows, self.cohorts.ages, strict=True
         ):
@@ -111,7 +111,7 @@ class Taken:
                 part.held[name] = part.state[name].clone()
 
     def collect(self) -> None:
-        """Work out what is to be written; nothing of the weight or its state changes."""
+        """Compute what to write, without changing the weight or its state."""
         for part in self.parts:
             part.follow_weight(self.entries)
         states = [part.state for part in self.parts]
@@ -121,7 +121,7 @@ class Taken:
             part.state = {}
 
     def writes(self) -> list[Callable[[], None]]:
-        """W[σ] += α · ρ · warm-up · (what X changed, its weight decay aside), after X's step."""
+        """W[σ] += α · ρ · warm-up · (X's change without weight decay), to be run after X's step."""
         found: list[Callable[[], None]] = [self._decay] if self.shrink != 1 else []
         return [*found, *(partial(self._write, k) for k in range(len(self.parts)))]
 
@@ -136,21 +136,21 @@ class Taken:
             add_rows_(weight, part.selection, change)
 
     def put(self) -> None:
-        """Put PᵀW as X left it in its place: no step, so no factor, decay and warm-up."""
+        """Write PᵀW back as X left it: this is no step, so without factor, decay and warm-up."""
         weight = matrix(self.weight)
         for part, rows in zip(self.parts, self.changes, strict=True):
             assert part.before is not None
             if torch.equal(rows, part.before):
                 continue
             s = part.selection
-            if s.scale is not None:  # copies of a row are equal, so any of them may be the last
+            if s.scale is not None:  # copies of a row are equal, so any may be written last
                 scale = along(s.scale, s.dim, 2).to(rows.dtype)
                 rows = weight.index_select(s.dim, s.indices) + (rows - part.before) / scale
             weight.index_copy_(s.dim, s.indices, rows)
 
 
 def compact_shape(weight: Tensor, selection: Selection) -> torch.Size:
-    """C's, as a matrix."""
+    """Return the shape of C as a matrix."""
     shape = list(matrix(weight).shape)
     shape[selection.dim] = selection.indices.numel()
     return torch.Size(shape)
@@ -164,29 +164,29 @@ def take(
     cohorts: Cohorts,
     entries: Mapping[str, Entry],
 ) -> Taken:
-    """Stand-ins for a weight, with ``compact`` C as gradient and ``state`` of X, if there are."""
+    """Make stand-ins for a weight, with C ``compact`` as gradient and X's ``state``, if any."""
     dim, rows_of, shape = selection.dim, matrix(weight), compact_shape(weight, selection)
     states = cut(state, cohorts, shape, dim)
     parts = []
-    for rows, mine in zip(cohorts.rows, states, strict=True):
+    for rows, own_state in zip(cohorts.rows, states, strict=True):
         chosen, gradient = selection, compact
         if rows is not None:
             chosen = selection.part(rows)
             gradient = None if compact is None else compact.index_select(dim, rows)
         parameter = Parameter(select(rows_of, chosen.indices, chosen.scale, dim))
         parameter.grad = gradient
-        parts.append(StandIn(parameter, chosen, mine))
+        parts.append(StandIn(parameter, chosen, own_state))
     return Taken(weight, selection, cohorts, shape, parts, entries)
 
 
 def saved_tensors(value: Any) -> list[tuple[Tensor, Tensor]]:
-    """The tensors in a state, with copies of them."""
+    """Return the tensors in a state, with copies of them."""
     return [(tensor, tensor.clone()) for tensor in _tensors_in(value)]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # quantised ones hold others
+        if hasattr(value, "__tensor_flatten__"):  # quantised tensors hold others
             names, _ = value.__tensor_flatten__()
             value = [getattr(value, name) for name in names]
         else:
@@ -194,33 +194,33 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors_in(each)
+        for item in value:
+            yield from _tensors_in(item)
 
 
 @dataclass
 class Prepared:
-    """What X is to work on, before anything has moved."""
+    """The work for X, before anything has moved."""
 
     batches: list[Batch]
-    """In one call each: all, or first what has state and then what has none."""
+    """One batch for each call: all, or first parameters with state and then those without."""
     taken: list[list[Taken]]
     """The taken weights of each group."""
     saved: list[tuple[Tensor, Tensor]]
-    """Tensors among the groups' options, with copies."""
+    """The tensors among the groups' options, with copies."""
 
     def all(self) -> list[Taken]:
-        """The taken weights of all groups."""
-        return [each for taken in self.taken for each in taken]
+        """Return the taken weights of all groups."""
+        return [taken_weight for taken in self.taken for taken_weight in taken]
 
     def parts(self) -> list[StandIn]:
-        """All stand-ins."""
+        """Return all stand-ins."""
         return [part for taken in self.all() for part in taken.parts]
 
     def run(
         self, wrapped: Optimizer, others: Mapping[Any, Any], call: Callable[[Optimizer], T]
     ) -> tuple[list[Twin], T]:
-        """``call`` on a twin for each batch; ``others``: the state of all but taken weights.
+        """Run ``call`` on a twin for each batch; ``others``: the state of all but taken weights.
 
         Returns the twins, and the result of the first call.
         """
@@ -238,9 +238,10 @@ class Prepared:
 
     @contextmanager
     def restored_if_it_fails(self) -> Iterator[None]:
-        """After an exception inside, the groups' options are as before.
+        """Restore the groups' options after an exception inside.
 
-        What X keeps of weights may be half advanced then: copies of that would cost every step.
+        X's state of weights may be half advanced then: restoring it would need copies in every
+        step.
         """
         try:
             yield
@@ -256,7 +257,7 @@ class Prepared:
 
 
 def with_and_without(every: Batch, states: Mapping[Any, Any]) -> tuple[Batch, Batch]:
-    """The parameters of a batch that have state, and those that have none."""
+    """Split a batch into the parameters that have state and those that have none."""
     old = {
         id(p)
         for p, state in states.items()
@@ -269,7 +270,7 @@ def with_and_without(every: Batch, states: Mapping[Any, Any]) -> tuple[Batch, Ba
 
 
 class Twin:
-    """X over the parameters of a batch, with the options and all that ``wrapped`` has beside."""
+    """X over the parameters of a batch, with the options and other attributes of ``wrapped``."""
 
     def __init__(self, wrapped: Optimizer, batch: Batch, states: Mapping[Tensor, State]) -> None:
         self.wrapped = wrapped
@@ -289,17 +290,17 @@ class Twin:
                 value = MethodType(value.__func__, twin)
             twin.__dict__[name] = twins.get(id(value), value)
         twin.__dict__["_is_twin"] = True
-        # The wrapped one's step has called them, and calls them again at its end.
+        # The wrapped optimizer's own step calls the hooks before and after this.
         twin._optimizer_step_pre_hooks = OrderedDict()
         twin._optimizer_step_post_hooks = OrderedDict()
         self._given = dict(vars(twin))
 
     def adopt(self) -> None:
-        """The wrapped optimizer becomes what its twin has become."""
+        """Copy to the wrapped optimizer what has changed in its twin."""
         wrapped, twin = self.wrapped, self.optimizer
-        for group, theirs in zip(wrapped.param_groups, twin.param_groups, strict=True):
+        for group, twin_group in zip(wrapped.param_groups, twin.param_groups, strict=True):
             ours = ("params", "param_names")
-            group.update({name: value for name, value in theirs.items() if name not in ours})
+            group.update({name: value for name, value in twin_group.items() if name not in ours})
         for name, value in vars(twin).items():
             if name not in self._given or value is not self._given[name]:
                 setattr(wrapped, name, value)

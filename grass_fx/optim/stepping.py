@@ -1,4 +1,4 @@
-"""An optimizer step as operations, so that an exception in its middle can be gone on from."""
+"""Splits an optimizer step into operations, so that it can continue after an exception."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from grass_fx.state.registry import registry
 
 @dataclass(frozen=True)
 class Operation:
-    """A part of a step: if it fails, nothing of it has happened.
+    """A part of a step: if it fails, it has changed nothing.
 
-    So everything in it that takes memory comes before everything that changes a weight or its
-    state. ``ends``: the parameters that have made their step with it.
+    So it must allocate all the memory it needs before it changes a weight or its state. ``ends``:
+    the parameters whose step is complete with this operation.
     """
 
     run: Callable[[], None]
@@ -26,9 +26,9 @@ class Operation:
 
 
 class Step:
-    """A step that is prepared: :meth:`apply` moves the parameters, :meth:`commit` ends it.
+    """A prepared step: :meth:`apply` moves the parameters, :meth:`commit` ends the step.
 
-    If either fails, calling both again goes on where it stopped, as long as :meth:`goes_on`.
+    If either fails, calling both again continues where it stopped, as long as :meth:`goes_on`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Step:
         self._left = deque(operations)
         self._end, self._used = end, used
         self._moved: list[Tensor] = []
-        self._gradients: list[object] = []  # of those, when the step was interrupted
+        self._gradients: list[object] = []  # of _moved, at an interruption
         self._begun = False
 
     def apply(self) -> None:
@@ -57,7 +57,7 @@ class Step:
             raise
 
     def commit(self) -> None:
-        """End the step: subspaces count it, and change where that is due."""
+        """End the step: subspaces count it, and change their selections where that is due."""
         try:
             self._end()
         except BaseException:
@@ -91,10 +91,10 @@ class Step:
 
 
 def _gradient_of(p: Tensor) -> object:
-    """What tells whether p still has the gradient that it was stepped with."""
+    """Return a value that changes if p no longer has the gradient it was stepped with."""
     grad = p.grad
     if isinstance(grad, CompactGrad):
         return grad.used
-    if grad is None or grad.is_inference():  # which has no version
+    if grad is None or grad.is_inference():  # inference tensors have no version
         return id(grad)
-    return id(grad), grad._version  # not where its memory is: sparse ones have none
+    return id(grad), grad._version  # no data_ptr: sparse gradients have none

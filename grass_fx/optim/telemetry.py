@@ -1,4 +1,4 @@
-"""What a training run reports of its taken weights, as plain numbers (docs/telemetry.md)."""
+"""Reports metrics of the taken weights of a training run, as plain numbers (docs/telemetry.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grass_fx.state.subspace import Subspace
 
 
 def taken(parameters: Iterable[Tensor]) -> dict[str, tuple[Tensor, Subspace]]:
-    """The parameters that have a subspace, by name; one whose name is taken gets its index too."""
+    """The parameters that have a subspace, by name; a repeated name also gets the index."""
     found: dict[str, tuple[Tensor, Subspace]] = {}
     for index, p in enumerate(parameters):
         subspace = registry.get(p)
@@ -29,9 +29,9 @@ def taken(parameters: Iterable[Tensor]) -> dict[str, tuple[Tensor, Subspace]]:
 def stats_of(
     parameters: Iterable[Tensor], update_norm: Callable[[Tensor], Tensor | None]
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each taken weight; reads each device once.
+    """Return the metrics of each taken weight; reads each device once.
 
-    ``update_norm``: the norm of a parameter's last update, () on its device, or None.
+    ``update_norm``: returns the norm of a parameter's last update, () on its device, or None.
     """
     result: dict[str, dict[str, float]] = {}
     waiting: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
@@ -68,10 +68,10 @@ def adam_update_norm(
     scale: float,
     warmup_steps: int,
 ) -> Tensor:
-    """‖lr · α · ρ · warm-up · Adam(C)‖, what the last step added to W's rows σ; a tensor ().
+    """‖lr · α · ρ · warm-up · Adam(C)‖, the norm of the last step's change of W's rows σ, ().
 
-    ``exp_avg`` and ``exp_avg_sq``, (r, n) or (m, r), and ``age`` (r,) are as that step left them.
-    Repeated rows add before the norm is taken.
+    ``exp_avg`` and ``exp_avg_sq``, (r, n) or (m, r), and ``age`` (r,) have their values after that
+    step. Repeated rows add before the norm is taken.
     """
     dtype = torch.promote_types(exp_avg.dtype, torch.float32)
     ages = age.double()
@@ -85,7 +85,7 @@ def adam_update_norm(
     root = exp_avg_sq.to(dtype).sqrt_() if exp_avg_sq.dtype != dtype else exp_avg_sq.sqrt()
     root.mul_(by_row((1 - beta2**ages).rsqrt())).add_(eps)
     change = torch.div(exp_avg.to(dtype) * by_row(gain), root, out=root)
-    if selection.scale is not None:  # only with replacement do rows repeat
+    if selection.scale is not None:  # rows repeat only with replacement
         _, place = selection.indices.unique(return_inverse=True)
         change = torch.zeros_like(change).index_add_(selection.dim, place, change)
     return torch.linalg.vector_norm(change)

@@ -1,8 +1,8 @@
 """The subspace update of docs/method.md, as free functions.
 
 Shapes, for side "out" (dim 0; dim 1 transposed): W (m, n); C and both moments (r, n); σ, ρ and the
-ages (r,). Each row has an age of its own, the steps since it was last new. Nothing here makes a
-temporary of W's shape.
+ages (r,). Each row has its own age, the number of steps since it was last new. No function here
+makes a temporary of W's shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grass_fx.optim.rounding import draw_seed, round_stochastically
 from grass_fx.state.selection import Selection
 
 FUSED_ON = ("cpu", "cuda")
-"""Devices on which torch's fused AdamW is used."""
+"""The devices on which torch's fused AdamW is used."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class CompactStep:
     exp_avg_sq: Tensor
     age: Tensor
     common_age: int | None = None
-    """The age of all rows, where they have the same and it is known on the host."""
+    """The age of all rows, if they have the same age and it is known on the host."""
     rounding: torch.Generator | None = None
-    """If given, a bfloat16 W is rounded stochastically, with these random numbers."""
+    """If given, a bfloat16 W is rounded stochastically with random numbers from here."""
 
 
 def in_code(compile: bool | None, selection: Selection, lr: float, device: torch.device) -> bool:
-    """Whether rows on ``device`` are stepped by code that Inductor generates."""
-    # At lr = 0 only the moments advance, which is not worth code of its own.
+    """Whether code that Inductor generates steps the rows on ``device``."""
+    # At lr = 0 only the moments advance, which is not worth compiling.
     return selection.scale is None and lr != 0 and compiled.compiles(compile, device)
 
 
@@ -55,11 +55,11 @@ def warmup(age: Tensor, warmup_steps: int) -> Tensor:
 
 
 Part = tuple[Callable[[], None], Sequence[CompactStep]]
-"""A part of an update that changes nothing if it fails, and the weights that are done with it."""
+"""A part of an update that changes nothing if it fails, and the weights it completes."""
 
 
 def adam_update_(steps: Iterable[CompactStep], **settings: Any) -> None:
-    """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place; settings: of :func:`adam_operations`."""
+    """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place; settings: see :func:`adam_operations`."""
     for run, _ in adam_operations(steps, **settings):
         run()
 
@@ -79,10 +79,10 @@ def adam_operations(
     """The update W[σ] −= lr · α · ρ · warm-up · Adam(C) (equation 4; repeated rows add), in parts.
 
     Bias correction counts from each row's own start. Weight decay is decoupled: lr · λ on the whole
-    W, without α and warm-up. The ages advance by one. Weights are stepped together, by dtype and
-    device: by compiled code, if ``compile`` says so and no row repeats; else, if their rows have
-    one age, by torch's fused kernel; else by :func:`_advance`, which handles weights of less than
-    32 bits one by one, in float32.
+    W, without α and warm-up. The ages advance by one. Weights of one dtype and device are stepped
+    together. Compiled code does this if ``compile`` says so and no row repeats. Otherwise torch's
+    fused kernel does it if all rows have one age. All others go through :func:`_advance`, in
+    float32 and one by one if the weights have less than 32 bits.
     """
     batches = defaultdict(list)
     for step in steps:
@@ -114,7 +114,7 @@ def _advance_and_move(
     advance: Callable[[Sequence[CompactStep]], list[Tensor]],
     decay: float,
 ) -> Iterator[Part]:
-    """Moments and ages of all first, which gives each weight's Δ; then weight by weight W."""
+    """First advance all moments and ages, which gives each weight's Δ; then move W by weight."""
     changes: list[Tensor] = []
 
     def move(step: CompactStep) -> None:
@@ -129,7 +129,7 @@ def _advance_and_move(
 
 
 def _decay(batch: Sequence[CompactStep], factor: float) -> None:
-    """W · ``factor`` for each of the batch, stochastically rounded where the step is."""
+    """Multiply each W of the batch by ``factor``; round stochastically where the step does."""
     if factor == 1:
         return
     if plain := [step.w for step in batch if step.rounding is None]:
@@ -137,7 +137,7 @@ def _decay(batch: Sequence[CompactStep], factor: float) -> None:
     for step in batch:
         if step.rounding is None:
             continue
-        size = min(PART, step.w.numel() // 8)  # in float32 at a time
+        size = min(PART, step.w.numel() // 8)  # numbers in float32 at a time
         for part in step.w.split(max(1, size // step.w.shape[1])):
             part.copy_(round_stochastically(part.float() * factor, step.rounding))
 
@@ -145,11 +145,11 @@ def _decay(batch: Sequence[CompactStep], factor: float) -> None:
 def _advance_fused(
     age: int, lr: float, beta1: float, beta2: float, eps: float, batch: Sequence[CompactStep]
 ) -> list[Tensor]:
-    """Rows of one age: torch's AdamW on zeros of C's shape leaves Δ there."""
+    """For rows of one age: torch's AdamW on zeros of C's shape turns them into Δ."""
     changes = [torch.zeros_like(step.compact) for step in batch]
     steps = torch.full(
         (len(batch),), float(age), dtype=torch.float32, device=batch[0].w.device
-    ).unbind()  # the GPU's kernel reads them as float32, whatever they are
+    ).unbind()  # the GPU's kernel reads them as float32, whatever their dtype
     adamw(
         changes,
         [step.compact for step in batch],
@@ -182,7 +182,7 @@ def _row_factors(
     warmup_steps: int,
     batch: Sequence[CompactStep],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each row's gain and floor: Δ = m / (√v · gain + floor); ages do not count this step yet.
+    """Each row's gain and floor: Δ = m / (√v · gain + floor). Ages do not count this step yet.
 
     With f = −lr · α · ρ · warm-up / (1 − β₁^age), Adam's Δ = f · m / (√v / √(1 − β₂^age) + ε) has
     gain = 1 / (f √(1 − β₂^age)) and floor = ε / f. All rows of the batch are computed at once.
@@ -206,13 +206,13 @@ def _row_factors(
 
 
 Factors = Callable[[Sequence[CompactStep]], tuple[list[Tensor], list[Tensor]]]
-""":func:`_row_factors` of some weights."""
+""":func:`_row_factors` with its settings fixed."""
 
 
 def _compiled(
     batch: Sequence[CompactStep], factors: Factors, beta1: float, beta2: float, decay: float
 ) -> Iterator[Part]:
-    """As :func:`_advance` and W, by compiled code; all are rounded stochastically or none."""
+    """Do what :func:`_advance` does and move W, in compiled code; all are rounded or none."""
     rows = [
         compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, s.selection.indices, s.compact, s.selection.dim)
         for s in batch
@@ -245,14 +245,14 @@ def _compiled(
 def _advance(
     factors: Factors, beta1: float, beta2: float, moves: bool, batch: Sequence[CompactStep]
 ) -> list[Tensor]:
-    """Moments and ages of the batch; each weight's Δ, none where nothing ``moves`` (lr = 0)."""
+    """Advance moments and ages; return each weight's Δ, or none if nothing ``moves`` (lr = 0)."""
     gains, floors = factors(batch)
     dtype = gains[0].dtype
     compacts = [step.compact.to(dtype) for step in batch]
     firsts = [step.exp_avg.to(dtype) for step in batch]
     seconds = [step.exp_avg_sq.to(dtype) for step in batch]
-    changes = [torch.empty_like(each) for each in seconds] if moves else []
-    # From here on nothing takes memory, and nothing fails for the want of it.
+    changes = [torch.empty_like(moment) for moment in seconds] if moves else []
+    # From here on nothing allocates memory, so nothing fails for lack of it.
     torch._foreach_lerp_(firsts, compacts, 1 - beta1)
     torch._foreach_mul_(seconds, beta2)
     torch._foreach_addcmul_(seconds, compacts, compacts, 1 - beta2)
@@ -276,15 +276,15 @@ def add_rows_(
 ) -> None:
     """W[σ] += Δ, in place; repeated rows add.
 
-    If Δ is of a wider dtype than W, the sum is rounded once: to nearest, or stochastically with the
-    numbers of ``rounding``.
+    If Δ has a wider dtype than W, the sum is rounded once: to nearest, or stochastically with
+    random numbers from ``rounding``.
     """
     dim, indices = selection.dim, selection.indices
     if change.dtype == w.dtype:
-        # No alpha: with one, a CPU takes thirty times as long along columns.
+        # Without alpha: with it, a CPU takes thirty times as long along columns.
         _add_at(w, selection, indices, change)
         return
-    if selection.scale is not None:  # only with replacement do rows repeat
+    if selection.scale is not None:  # rows repeat only with replacement
         indices, place = indices.unique(return_inverse=True)
         shape = list(change.shape)
         shape[dim] = indices.numel()
@@ -296,9 +296,9 @@ def add_rows_(
 
 
 def _add_at(into: Tensor, selection: Selection, places: Tensor, change: Tensor) -> Tensor:
-    """``into[places] += change``, the same to the last bit on every process that does it.
+    """``into[places] += change``, equal to the last bit on every process that does it.
 
-    Places repeat with replacement only. A GPU's index_add_ adds those in any order.
+    Places repeat only with replacement. A GPU's index_add_ adds repeated ones in any order.
     """
     if into.is_cuda and selection.scale is not None:
         return _add_in_order(into, selection.dim, places, change)

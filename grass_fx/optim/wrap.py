@@ -1,8 +1,8 @@
 """``grass_fx.subspace(X)``: any torch optimizer class X, stepping taken weights in their subspace.
 
 During a step a parameter of the compact shape, PᵀW, stands in for each taken weight W, with
-C as its gradient. X steps that and keeps its state for that; what it changed goes to the selected
-rows of W (equation 4). X never sees a tensor of W's shape.
+C as its gradient. X steps the stand-in and keeps state for it; its change is applied to the
+selected rows of W (equation 4). X never sees a tensor of W's shape.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ from grass_fx.state.subspace import selects_rows
 T = TypeVar("T")
 
 Work = list[tuple[Tensor, "Selection | None", "Tensor | None"]]
-"""Parameters of a group to work on; of taken weights with the selection, and C if there is."""
+"""A group's parameters to work on; taken weights with their selection and C, if they have it."""
 
 
 @functools.cache
 def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     """A subclass of ``optimizer_class`` that steps taken weights in their subspace.
 
-    Its constructor takes what ``optimizer_class`` takes and, as ``grass_fx.AdamW`` does, ``scale``,
-    ``warmup_steps`` and ``on_refresh``. Dense parameters are stepped as ``optimizer_class`` does;
-    of a taken weight all state has compact shapes. Decoupled weight decay reaches the whole weight,
-    lr·λ each step, if X has a rate lr; L2 decay is part of the gradient, so it reaches the selected
-    rows.
+    Its constructor takes the arguments of ``optimizer_class`` and, like ``grass_fx.AdamW``,
+    ``scale``, ``warmup_steps`` and ``on_refresh``. Dense parameters are stepped as
+    ``optimizer_class`` does. All state of a taken weight has compact shapes. Decoupled weight decay
+    reaches the whole weight, lr·λ each step, if X has a rate lr. L2 decay is part of the gradient,
+    so it reaches the selected rows.
 
-    At a refresh with ``on_refresh="carry"``, floating-point state of C's shape is kept for the rows
-    that stay; new rows start it from zero, or from PᵀW where it holds weights. Rows of different
-    ages are then stepped as parameters of their own where the optimizer counts steps. State of any
-    other kind (factored moments, quantised blocks) mixes rows: then all starts anew.
+    At a refresh with ``on_refresh="carry"``, rows that stay keep their floating-point state of C's
+    shape; new rows start it from zero, or from PᵀW if it holds weights. If the optimizer counts
+    steps, rows of different ages are then stepped as separate parameters. State of any other kind
+    (factored moments, quantised blocks) mixes rows: if there is any, all state starts anew.
 
     Raises:
         OptionError: the class is no torch optimizer, or its steps cannot be taken in a subspace.
@@ -87,7 +87,7 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
 
 
 def _on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of X that sees stand-ins in the place of taken weights, and may change them."""
+    """Wrap a method of X so that it sees, and may change, stand-ins for taken weights."""
 
     @functools.wraps(method)
     def call(self: _Wrapped, *args: Any, **kwargs: Any) -> Any:
@@ -99,14 +99,14 @@ def _on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Wrapped(SubspaceOptimizer):
-    """What all wrapped classes share; ``_inner`` is the wrapped one, a base of the subclass."""
+    """The base of all wrapped classes; ``_inner`` is the wrapped class, also a base."""
 
     _inner: type[Optimizer]
     _known: dict[Hashable, Any]
     """What has been found out about X."""
     _warned_counts = False
     _is_twin = False
-    """Whether this is X over stand-ins, for the time of a step."""
+    """Whether this is X over stand-ins, which exists only during a step."""
 
     def __init__(
         self,
@@ -122,10 +122,10 @@ class _Wrapped(SubspaceOptimizer):
         self._forget()
         super().__init__(params, *args, **kwargs)
         # State made in a constructor (Adagrad) has the full shape: it is made again when needed.
-        made = [self.state.pop(p) for p in self._parameters() if p in self.state]
-        self._eager = any(made)
+        states = [self.state.pop(p) for p in self._parameters() if p in self.state]
+        self._eager = any(states)
         wrappable.check_instance(self, self._kind)
-        # GradScaler is to decide itself whether a step is skipped: a skipped one is no step.
+        # GradScaler itself must decide whether to skip a step: a skipped step does not count.
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -184,13 +184,13 @@ class _Wrapped(SubspaceOptimizer):
         return operations
 
     def _end(self, taken: Taken) -> None:
-        """The weight's state after its step."""
+        """Update the weight's state after its step."""
         p = taken.weight
         self._keep(taken, age=self.state[p]["age"] + 1)
         self._cohorts[p] = self._cohorts[p].older()
 
     def _with_stand_ins(self, plan: Plan) -> Prepared:
-        """The stand-ins of a step. Taken weights' states follow their gradients' selections."""
+        """The stand-ins of a step; states of taken weights move to their gradients' selections."""
         work: list[Work] = []
         for group, entries in zip(self.param_groups, plan, strict=True):
             work.append([])
@@ -203,10 +203,10 @@ class _Wrapped(SubspaceOptimizer):
         prepared = self._stand_ins(work)
         for group, taken in zip(self.param_groups, prepared.taken, strict=True):
             shrink = self._x.shrink(group) if taken else 1.0
-            for each in taken:
-                each.shrink = shrink
-                age = self.state[each.weight]["age"]
-                each.warm_up(age, group["scale"], group["warmup_steps"])
+            for taken_weight in taken:
+                taken_weight.shrink = shrink
+                age = self.state[taken_weight.weight]["age"]
+                taken_weight.warm_up(age, group["scale"], group["warmup_steps"])
         return prepared
 
     def _lay_out(self, plan: Plan) -> None:
@@ -216,9 +216,9 @@ class _Wrapped(SubspaceOptimizer):
             self._keep(taken)
 
     def _call(self, method: Callable[[Optimizer], T]) -> T:
-        """A method of X, which sees PᵀW of the selection that the state belongs to.
+        """Call a method of X, which sees PᵀW of the selection to which the state belongs.
 
-        Where there is a gradient, as the next step will take it, state follows that first.
+        If there is a gradient, state first moves to its selection, as in the next step.
         """
         work: list[Work] = []
         for group in self.param_groups:
@@ -243,7 +243,7 @@ class _Wrapped(SubspaceOptimizer):
         return result
 
     def _stand_ins(self, work: list[Work]) -> Prepared:
-        """Stand-ins for the taken weights of each group's ``work``."""
+        """Make stand-ins for the taken weights of each group's ``work``."""
         every: Batch = []
         taken: list[list[Taken]] = []
         for group, entries in zip(self.param_groups, work, strict=True):
@@ -263,7 +263,7 @@ class _Wrapped(SubspaceOptimizer):
         return Prepared(self._batches(every, taken), taken, saved_tensors(options))
 
     def _run(self, prepared: Prepared, call: Callable[[Optimizer], T]) -> T:
-        """Let X's code work on stand-ins, and work out what follows for their weights."""
+        """Let X's code work on stand-ins, and compute what follows for their weights."""
         others = {p: state for p, state in self.state.items() if not self._is_compact(p)}
 
         def of_twin(twin: Optimizer) -> T:
@@ -279,19 +279,19 @@ class _Wrapped(SubspaceOptimizer):
                         f"subspace({self._kind}): its state has entries named {', '.join(clash)}, "
                         "which here tell the subspace."
                     )
-        for twin in reversed(twins):  # so that counts of the groups are those of the first
+        for twin in reversed(twins):  # so that the groups get the first twin's counts
             twin.adopt()
         return result
 
     def _make_eager_state(self, twin: Optimizer) -> None:
-        """The state that X makes in its constructor, for parameters that have none."""
+        """Make the state that X makes in its constructor, for parameters that have none."""
         for group in twin.param_groups if self._eager else ():
             for p in group["params"]:
                 if not twin.state.get(p):
                     twin.state[p].update(self._x.make([p], group).state[p])
 
     def _keep(self, taken: Taken, **own: Tensor) -> None:
-        """The weight's state: what X has made of it, and ours."""
+        """Store the weight's state: X's new entries, and ours."""
         former = self.state[taken.weight]
         ours = {name: former[name] for name in OWN if name in former}
         self.state[taken.weight] = {**taken.state, **ours, **own}
@@ -303,7 +303,7 @@ class _Wrapped(SubspaceOptimizer):
         compact: Tensor | None,
         entries: Mapping[str, probe.Entry],
     ) -> Taken:
-        """Stand-ins for the weight: one, or one for each age where X keeps them apart."""
+        """Make stand-ins for the weight: one, or one per age if X's state tells ages apart."""
         state, shape = self._inner_state(p), compact_shape(p, selection)
         if p not in self._cohorts:
             self._cohorts[p] = cohorts_of(self.state[p]["age"])
@@ -315,12 +315,12 @@ class _Wrapped(SubspaceOptimizer):
         return take(p, selection, compact, state, cohorts, entries)
 
     def _batches(self, every: Batch, taken: list[list[Taken]]) -> list[Batch]:
-        """What X is to step at once: parameters that have no state yet by themselves, if need be.
+        """Split the work into calls of X: if X requires it, parameters without state go apart.
 
-        torch's fused SGD, for one, takes either momentum for all or for none.
+        torch's fused SGD, for example, takes momentum for all parameters or for none.
         """
         states: dict[Any, Any] = dict(self.state)
-        for one in (one for each in taken for one in each):
+        for one in (one for weights in taken for one in weights):
             states |= {part.parameter: part.state for part in one.parts}
         old, new = with_and_without(every, states)
         mixed = [g for g, *both in zip(self.param_groups, old, new, strict=True) if all(both)]
@@ -329,7 +329,7 @@ class _Wrapped(SubspaceOptimizer):
         return [old, new]
 
     def _follow(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> None:
-        """The weight's state moves to the selection of its gradient, all at once."""
+        """Move the weight's state to the selection of its gradient, all at once."""
         state, selection = self.state.get(p, {}), grad.selection
         if state.get("indices") is selection.indices:
             return
@@ -338,7 +338,7 @@ class _Wrapped(SubspaceOptimizer):
                 self._start_compact(p, selection)
             kept: State = {"age": torch.zeros_like(selection.indices)}
         elif (old := self._old_selection(p, selection)) is None or (
-            # A selection that does not change is no refresh, but for those who ask for a reset.
+            # An unchanged selection is no refresh, except with on_refresh="reset".
             group["on_refresh"] == "carry" and old.same_rows(selection)
         ):
             kept = {**self._inner_state(p), "age": state["age"]}
@@ -352,7 +352,7 @@ class _Wrapped(SubspaceOptimizer):
     def _followed(
         self, p: Tensor, old: Selection, selection: Selection, group: dict[str, Any]
     ) -> State:
-        """What of a weight's state is kept at a refresh, and the rows' ages."""
+        """Return the part of a weight's state that is kept at a refresh, and the rows' ages."""
         entries = self._x.ask(probe.entries, group)
         if not self._warned_counts:
             wrappable.warn_of_counts(entries, self._x.ask(probe.group_counts, group), self._kind)
@@ -383,17 +383,17 @@ class _Wrapped(SubspaceOptimizer):
         return bool(state) and any(map(self._is_compact, state))
 
     def _selection_of(self, p: Tensor) -> Selection:
-        """The selection that the state of p belongs to."""
+        """Return the selection to which the state of p belongs."""
         state, subspace = self.state[p], registry.get(p)
         if subspace is not None:
             dim = subspace.selection.dim
-        else:  # loaded, and nothing is compiled yet
+        else:  # loaded before anything was compiled
             dim = 0 if selects_rows(registry.saved_state(p), p) else 1
         known = state["indices"], state.get("scale"), dim, -1, registry.name_of(p)
         return Selection(*known, int(state["generation"]))
 
 
 def _blank(inner: type[Optimizer]) -> Optimizer:
-    """What pickle and copy fill with the state of a wrapped optimizer."""
-    made = subspace(inner)  # type: ignore[arg-type]
-    return made.__new__(made)
+    """Make the empty wrapped optimizer that pickle and copy fill with its state."""
+    wrapped_class = subspace(inner)  # type: ignore[arg-type]
+    return wrapped_class.__new__(wrapped_class)

@@ -1,4 +1,4 @@
-"""Which optimizer classes can step in the subspace, and which of their methods look at weights."""
+"""Decides which optimizer classes can step in the subspace, and finds their additional methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_class(optimizer_class: Any) -> None:
 
 
 def check_instance(optimizer: Optimizer, name: str) -> None:
-    """Raise OptionError if an optimizer steps by another one, which would see whole weights."""
+    """Raise OptionError if an optimizer uses another optimizer, which would see whole weights."""
     for attribute, value in vars(optimizer).items():
         for held in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(held, Optimizer):
@@ -48,7 +48,7 @@ def check_instance(optimizer: Optimizer, name: str) -> None:
 
 
 def check_entries(entries: Mapping[str, Entry], name: str) -> None:
-    """Raise OptionError if X keeps what new rows of a weight cannot begin with."""
+    """Raise OptionError if X keeps an entry for which new rows of a weight have no start value."""
     for entry, what in entries.items():
         if what.start == "average":
             raise OptionError(
@@ -60,7 +60,7 @@ def check_entries(entries: Mapping[str, Entry], name: str) -> None:
 
 
 def warn_of_counts(entries: Mapping[str, Entry], counts: Sequence[str], name: str) -> None:
-    """Warn if new rows' second moments are corrected as though they were as old as the run."""
+    """Warn if X corrects second moments of new rows as though they were as old as the run."""
     if counts and any(what.start == "zero" and what.power == 2 for what in entries.values()):
         warn(
             f"subspace({name}) counts steps for all parameters together, in its group's "
@@ -71,7 +71,7 @@ def warn_of_counts(entries: Mapping[str, Entry], counts: Sequence[str], name: st
 
 
 def methods_of(optimizer_class: type[Optimizer]) -> dict[str, Callable[..., Any]]:
-    """The methods that the class adds to torch's, by name: they may look at weights and state."""
+    """Return the methods that the class adds to torch's: they may look at weights and state."""
     found: dict[str, Callable[..., Any]] = {}
     for base in optimizer_class.__mro__:
         if base in Optimizer.__mro__:

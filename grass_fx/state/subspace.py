@@ -65,8 +65,8 @@ class Subspace:
     ``period`` counts draws. ``scoring_due`` tells whether this step's gradients must carry scores.
     ``delivered`` tells whether a compact gradient has arrived in this step, ``unfinished`` in how
     many backwards; ``backward`` is the number of the last one. ``history`` records selections for
-    reports and decides nothing. ``compilations`` are the (frame, number) pairs that the weight has
-    met since, for a warning. ``replicas`` are the processes it is trained with, ``agreed`` tells
+    reports and decides nothing. ``compilations`` are the (frame, number) pairs of its graphs after
+    the first, for a warning. ``replicas`` are the processes it is trained with, ``agreed`` tells
     whether they have compared options, ``sharding`` how it is sharded. Gradients carry ``owner``.
     """
 
