@@ -28,8 +28,9 @@ class Captured:
     def __init__(self, **options) -> None:
         self.options, self.graphs = {"compiler": "aot_eager", **options}, []
 
-    def __deepcopy__(self, memo: dict) -> "Captured":
-        return self  # Lightning, once imported, copies the arguments of every torch.compile
+    def __getstate__(self) -> dict:
+        # Lightning, once imported, puts a copy of torch.compile's arguments on every model.
+        return {"options": self.options, "graphs": []}
 
     def __call__(self, gm: fx.GraphModule, inputs: list, **kwargs) -> Callable:
         self.graphs.append(grass(gm, inputs, options=self.options, **kwargs))

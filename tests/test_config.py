@@ -38,6 +38,7 @@ def test_defaults_are_those_of_the_method():
         "process_group": None,
         "score_sync": "norms",
         "dump_dir": None,
+        "disable_passes": (),
     }
     assert (SCALE, WARMUP_STEPS, ON_REFRESH) == (1.0, 20, "carry")
 
@@ -141,8 +142,8 @@ grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
   options={"inductor": {...}}.
 grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
   'replacement', 'scoring', 'side', 'include', 'exclude', 'seed', 'process_group', 'score_sync',
-  'compiler', 'mode', 'inductor', 'dump_dir'. Options of Inductor go into options={"inductor":
-  {...}}.
+  'compiler', 'mode', 'inductor', 'dump_dir', 'disable_passes'. Options of Inductor go into
+  options={"inductor": {...}}.
 """,
     )
 
