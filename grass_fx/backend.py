@@ -39,6 +39,7 @@ from grass_fx.passes.observers import PassLog, PushReport
 from grass_fx.passes.pipeline import FIND, GrassPasses, Observer, apply, tapped
 from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.taps import tap
+from grass_fx.state.fsdp2 import owner_of
 from grass_fx.state.registry import registry
 from grass_fx.state.sharding import sharding_of
 
@@ -131,7 +132,7 @@ def _warn_if_compiled_too_often(graph: fx.Graph, found: FoundWeights, name: str)
     placeholders, again = graph.find_nodes(op="placeholder"), []
     for weight in found.taken:
         value = real_value(placeholders[weight.position])
-        subspace = None if value is None else registry.get(value)
+        subspace = None if value is None else registry.get(owner_of(value))
         if subspace is None:
             again.append(0)
             continue

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
-from grass_fx._torch_compat import managed_by_fsdp, parameter_name, real_value
+from grass_fx._torch_compat import fsdp_weight, managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, Result
 from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
 from grass_fx.passes.signature import LinearWeight
+from grass_fx.state.fsdp2 import adopted, owner_of
 from grass_fx.state.records import known
 from grass_fx.state.replicas import replicas_of
 from grass_fx.state.sharding import Shards, common_parts, sharding_of
@@ -65,7 +66,8 @@ def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeight
                     found.unwanted.add(name)
                     raise NotLinear(reason)
                 spec = _spec(node, value, config)
-                spec = replace(spec, group=_group_of(node, config))
+                if spec.shards is None:
+                    spec = replace(spec, group=_group_of(node, config))
                 found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
             except NotLinear as reason:
                 found.left[name], found.positions[name] = str(reason), position
@@ -90,7 +92,7 @@ def _name_in_optimizer(node: fx.Node) -> list[str]:
     optimizer knows the model's if it was built with ``named_parameters()`` before the first step.
     """
     weight = real_value(node)
-    record = known(weight) if isinstance(weight, Tensor) else None
+    record = known(owner_of(weight)) if isinstance(weight, Tensor) else None
     return [] if record is None or record.name is None else [record.name]
 
 
@@ -118,10 +120,12 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
             else f"a tensor subclass, {type(weight).__name__}"
         )
     if managed_by_fsdp(node):
-        raise NotLinear(
-            "fsdp2: the hooks of fully_shard reduce full gradients; "
-            "grass_fx.distributed.fully_shard has none"
-        )
+        known = None if real is None else fsdp_weight(real)
+        if known is None:
+            raise NotLinear("fsdp2: the parameter that it is gathered from is not known")
+        if (reason := known.refusal()) is not None:
+            raise NotLinear(f"fsdp2: {reason}")
+        return _spec_of_shards(node, weight, config, sharding_of[adopted(known)].shards)
     return _fitting(_spec_of_uses([node], weight, config))
 
 

@@ -76,15 +76,20 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
 
 def _settings(weight: LinearWeight, facts: DynamoFacts, variant: Variant) -> dict[str, Any]:
     """The fields of a tap's TapSpec, in plain types and without those that are the default."""
+    shards, config = weight.spec.shards, facts.config
+    bucketed = shards is not None and shards.bucketed
     collectives = () if variant.local else collectives_of(weight.spec)
+    if bucketed and not (variant.scoring and config.score_sync == "gradient"):
+        collectives = ()
     settings: dict[str, Any] = {
         "dim": weight.spec.dim,
         "block": weight.spec.block,
         "collectives": tuple(map(tuple, collectives)),
+        "bucketed": bucketed,
     }
     if variant.scoring:
-        settings["scoring"] = facts.config.scoring
-        settings["score_sync"] = facts.config.score_sync if collectives else "norms"
+        settings["scoring"] = config.scoring
+        settings["score_sync"] = config.score_sync if collectives else "norms"
     defaults = TapSpec._field_defaults
     return {k: v for k, v in settings.items() if k not in defaults or v != defaults[k]}
 

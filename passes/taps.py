@@ -24,6 +24,8 @@ class TapSpec(NamedTuple):
     """The option ``scoring``, in a scoring step; None in a regular one, which yields no scores."""
     score_sync: str = "norms"
     """The option ``score_sync``: what several processes score."""
+    bucketed: bool = False
+    """Whether C is averaged after the graph, with those of all its weights."""
 
 
 class Tap(torch.autograd.Function):
@@ -49,6 +51,8 @@ class Tap(torch.autograd.Function):
             g = average(g, [c._replace(name="all_reduce") for c in collectives])
             collectives = tuple(c for c in collectives if c.name == "reduce_scatter")
         indices, scale = ctx.saved_tensors
+        if spec.bucketed:
+            collectives = ()
         block = () if spec.block == 1 else (spec.block,)
         # Selected first, so that nothing else travels.
         gradients = {"d": average(SELECT(g, indices, scale, spec.dim, *block), collectives)}
@@ -68,9 +72,11 @@ def tap(
     collectives: tuple[Any, ...] = (),
     scoring: str | None = None,
     score_sync: str = "norms",
+    bucketed: bool = False,
     **added: Tensor,
 ) -> Tensor:
     """The weight ``w``, tapped: the fields of :class:`TapSpec`, then the added inputs by role."""
-    spec = TapSpec(dim, block, tuple(map(Collective._make, collectives)), scoring, score_sync)
+    averages = tuple(map(Collective._make, collectives))
+    spec = TapSpec(dim, block, averages, scoring, score_sync, bucketed)
     with torch.enable_grad():  # a graph may turn gradients on after its taps
         return Tap.apply(w, spec, tuple(added), *added.values())

@@ -46,6 +46,7 @@ from grass_fx._torch_compat.frames import (
     other_backends,
     uncompiled_frames,
 )
+from grass_fx._torch_compat.fsdp import FSDPWeight, fsdp_weight, sharded_by_fsdp
 from grass_fx._torch_compat.inductor import (
     CUDA_GRAPHS,
     CustomGraphPass,
@@ -95,6 +96,9 @@ __all__ = [
     "has_triton",
     "ignore_in_ddp",
     "inductor_patches",
+    "FSDPWeight",
+    "fsdp_weight",
+    "sharded_by_fsdp",
     "input_position",
     "is_tangent",
     "is_multiple",

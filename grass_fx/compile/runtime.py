@@ -5,16 +5,25 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grass_fx._torch_compat import averaged_by, current_backward, running_ddp
+from grass_fx._torch_compat import (
+    FSDPWeight,
+    averaged_by,
+    current_backward,
+    fsdp_weight,
+    running_ddp,
+)
+from grass_fx.compile.buckets import Arrived, buckets
 from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError, warn
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.signature import Signature, Variant
+from grass_fx.state.fsdp2 import accumulate, adopted, check_call, owner_of
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import Demand, Left, registry
 from grass_fx.state.selection import Selection
@@ -49,6 +58,22 @@ class _Delivery:
     """Whether the graph averages gradients over the processes of a group."""
     copies: bool
     """Whether gradients are copied out of memory that the next call overwrites."""
+    values: Sequence[Tensor]
+    """What the graph is given for the weights; for FSDP2's, the gathered parameters."""
+    gathered: Sequence[FSDPWeight]
+    """The weights, if FSDP2 gathers them; else empty."""
+
+    def grad(
+        self, k: int, compact: Tensor, scores: Tensor | None, shape: torch.Size
+    ) -> CompactGrad:
+        """The gradient of the k-th weight."""
+        subspace = self.subspaces[k]
+        if subspace.sharding is not None:
+            compact = subspace.sharding.whole(compact)
+        averaged = self.averaged and self.signature.weights[k].spec.group is not None
+        return CompactGrad(
+            compact, self.selections[k], shape, scores, local=not averaged, owner=subspace
+        )
 
 
 class DeliverGradients(torch.autograd.Function):
@@ -62,7 +87,8 @@ class DeliverGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
         if not delivery.stored:
-            delivery.stored[:] = delivery.signature.proxies(weights)  # of two threads: twice
+            made = delivery.signature.proxies(delivery.values)
+            delivery.stored[:] = made  # of two threads: twice
         return tuple(proxy.detach() for proxy in delivery.stored)
 
     @staticmethod
@@ -76,50 +102,65 @@ class DeliverGradients(torch.autograd.Function):
                 "graph is differentiated once: compute this loss with the model itself, which is "
                 "not compiled."
             )
-        backward, signature = current_backward(), delivery.signature
-        results: list[Tensor | None] = []
-        for k, arrived in enumerate(signature.split(grads)):
-            compact, subspace, selection = (
-                arrived["d"],
-                delivery.subspaces[k],
-                delivery.selections[k],
-            )
+        found: list[tuple[Tensor, Tensor | None] | None] = []
+        for k, arrived in enumerate(delivery.signature.split(grads)):
+            subspace, compact = delivery.subspaces[k], arrived["d"]
             if compact is None:
-                results.append(None)
+                found.append(None)
                 continue
             # Its memory in order, as autograd keeps that of a gradient: steps walk through it so.
             if delivery.copies:
                 compact = compact.clone(memory_format=torch.contiguous_format)
             else:
                 compact = compact.contiguous()
-            if subspace.selection.generation != selection.generation:
-                raise SelectionChangedError(
-                    f"{subspace.name}: its selection changed between a forward and its backward "
-                    f"(from {selection.draw} to {subspace.selection.draw}). Call "
-                    "backward before optimizer.step(), and compile every graph that uses the "
-                    "weight with the same options."
-                )
-            subspace.delivered = True
-            if subspace.backward != backward:
-                subspace.backward, subspace.unfinished = backward, subspace.unfinished + 1
-                if subspace.unfinished == PATIENCE:
-                    _warn_unfinished(subspace.name)
+            _note_arrival(subspace, delivery.selections[k])
             # A graph scores all its weights if one is due; the others' scores are dropped.
-            scores = arrived.get("e") if subspace.scoring_due else None
-            if subspace.sharding is not None:
-                compact = subspace.sharding.whole(compact)
-            averaged = delivery.averaged and signature.weights[k].spec.group is not None
-            results.append(
-                CompactGrad(
-                    compact,
-                    selection,
-                    ctx.shapes[k],
-                    scores,
-                    local=not averaged,
-                    owner=subspace,
-                )
-            )
-        return (None, *results)
+            found.append((compact, arrived.get("e") if subspace.scoring_due else None))
+        if any(delivery.gathered):
+            found = _reduced(delivery, found, ctx.shapes)
+        return (
+            None,
+            *(each and delivery.grad(k, *each, ctx.shapes[k]) for k, each in enumerate(found)),
+        )
+
+
+def _note_arrival(subspace: Subspace, selection: Selection) -> None:
+    """A gradient of ``selection`` has arrived, which has to be the current one."""
+    if subspace.selection.generation != selection.generation:
+        raise SelectionChangedError(
+            f"{subspace.name}: its selection changed between a forward and its backward "
+            f"(from {selection.draw} to {subspace.selection.draw}). Call "
+            "backward before optimizer.step(), and compile every graph that uses the "
+            "weight with the same options."
+        )
+    subspace.delivered = True
+    if subspace.backward != (backward := current_backward()):
+        subspace.backward, subspace.unfinished = backward, subspace.unfinished + 1
+        if subspace.unfinished == PATIENCE:
+            _warn_unfinished(subspace.name)
+
+
+def _reduced(
+    delivery: _Delivery, found: Sequence[tuple[Tensor, Tensor | None] | None], shapes: Sequence[Any]
+) -> list[tuple[Tensor, Tensor | None] | None]:
+    """The same with FSDP2's weights reduced over processes; None for those that are held."""
+
+    def deliver(k: int, weight: FSDPWeight, compact: Tensor, scores: Tensor | None) -> None:
+        accumulate(weight.sharded, delivery.grad(k, compact, scores, shapes[k]))
+
+    arrived = {
+        k: Arrived(
+            weight,
+            delivery.subspaces[k],
+            delivery.selections[k],
+            *each,
+            partial(deliver, k, weight),
+        )
+        for k, (weight, each) in enumerate(zip(delivery.gathered, found, strict=True))
+        if weight is not None and each is not None
+    }
+    reduced = dict(zip(arrived, buckets.reduce([*arrived.values()]), strict=True))
+    return [reduced.get(k, each) for k, each in enumerate(found)]
 
 
 class LeftWeights:
@@ -144,7 +185,7 @@ class LeftWeights:
             self._known.clear()
         self._known.add(ids)
         for place, left in self._left.items():
-            registry.note_left(args[place], left)
+            registry.note_left(owner_of(args[place]), left)
 
 
 class GrassCallable:
@@ -178,8 +219,16 @@ class GrassCallable:
 
     def __call__(self, *args: Any) -> Any:
         signature = self.signature
-        params = [args[weight.position] for weight in signature.weights]
+        values = [args[weight.position] for weight in signature.weights]
+        gathered = [fsdp_weight(value) for value in values]
+        params = [
+            value if weight is None else adopted(weight)
+            for value, weight in zip(values, gathered, strict=True)
+        ]
         subspaces = self._demand(params)
+        for value, weight, subspace in zip(values, gathered, subspaces, strict=True):
+            if weight is not None:
+                check_call(weight, value, subspace.name)
         if self._left is not None:
             self._left.note(args)
         replicas = subspaces[0].replicas
@@ -202,7 +251,9 @@ class GrassCallable:
             selections,
             self._stored,
             averaged,
-            copies=self.cuda_graphs and not scoring,
+            self.cuda_graphs and not scoring,
+            values,
+            gathered,
         )
         with torch.enable_grad():  # the graph may turn gradients on itself
             proxies = DeliverGradients.apply(delivery, *params)

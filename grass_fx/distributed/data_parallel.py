@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from grass_fx.errors import DistributedError, OptionError, UnsupportedGradError
 from grass_fx.optim.in_backward import NOT_AVERAGED, SpentGrad
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
-from grass_fx.state.replicas import replicas_of
+from grass_fx.state.replicas import GroupReplicas, replicas_of
 
 BUCKET_BYTES = 25 << 20
 """What is averaged after a backward goes in buckets of this size, as in torch's DDP."""
@@ -133,22 +132,20 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         replicas.enabled = before
 
 
-class ModelReplicas:
+class ModelReplicas(GroupReplicas):
     """One process's part in a model that all of ``group`` train, a ``state.replicas.Replicas``.
 
     It knows the parameters by weak references: whoever finds it by a parameter keeps none alive.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
-        self.group, self.enabled = group, True
-        self.ranks = dist.get_world_size(group)
+        super().__init__(group)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._backward = -1
         self._micro_batches = 0
         self._pending: dict[str, Tensor] = {}
-        self._averaged, self._log = 0, hashlib.sha256()
 
     # --- when -------------------------------------------------------------------------------------
 
@@ -214,55 +211,3 @@ class ModelReplicas:
         for tensors in (each for lists in buckets.values() for each in lists):
             for tensor, total in zip(tensors, self.total(tensors), strict=True):
                 tensor.copy_(total.div_(self.ranks))
-
-    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, of one dtype and device, each summed over the processes."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self._explained():
-            dist.all_reduce(flat, group=self.group)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-
-    def agree(self, what: str, mine: Sequence[Any], remedy: str) -> None:
-        """Raise DistributedError, on every process, unless all have the same values.
-
-        They are compared by a hash, and told one by one only where those differ.
-        """
-        mine = [*map(str, mine), f"{self._averaged} steps of {self._log.hexdigest()[:8]}"]
-        text = "\n".join(mine)
-        digest = hashlib.sha256(text.encode()).digest()[:8]
-        hashes: list[Any] = [None] * self.ranks
-        with self._explained():
-            dist.all_gather_object(hashes, digest, group=self.group)
-            if len(set(hashes)) == 1:
-                return
-            everyones: list[Any] = [None] * self.ranks
-            dist.all_gather_object(everyones, mine, group=self.group)
-        other = next(k for k in range(self.ranks) if everyones[k] != everyones[0])
-        ours, theirs = (
-            sorted(set(everyones[a]) - set(everyones[b])) for a, b in ((0, other), (other, 0))
-        )
-        raise DistributedError(
-            f"{what} differ between processes: {_some(ours)} on rank 0, {_some(theirs)} on rank "
-            f"{other}. {remedy}"
-        )
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """A collective that fails says what that can mean."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            rank = dist.get_rank(self.group)
-            raise DistributedError(
-                f"rank {rank} of {self.ranks} cannot reach the others: {error}. One of them has "
-                "ended, does something else, such as a step more or less, or takes longer than the "
-                "timeout of the process group. Its own error, if it has one, tells more."
-            ) from error
-
-
-def _some(values: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return "; ".join(values[:most]) + more if values else "nothing"

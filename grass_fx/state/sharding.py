@@ -26,6 +26,8 @@ class Shards:
     group: str
     ranks: int
     replicas: tuple[str, ...] = ()
+    bucketed: bool = False
+    """Whether the backward reduces all weights of a graph together, after the graph has run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Sharding:
 
     mesh: DeviceMesh
     reshard_after_forward: bool
+    bucketed: bool = False
 
     @property
     def shards(self) -> Shards:
@@ -41,7 +44,7 @@ class Sharding:
         *replicas, group = (
             process_group.group_name for process_group in self.mesh.get_all_groups()
         )
-        return Shards(group, self.mesh.size(-1), tuple(replicas))
+        return Shards(group, self.mesh.size(-1), tuple(replicas), self.bucketed)
 
     @property
     def placements(self) -> list[Any]:

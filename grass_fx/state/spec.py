@@ -83,6 +83,12 @@ class SubspaceSpec:
         compact[self.dim] = self.rank
         return tuple(compact)
 
+    def graph_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """Return the shape of what a graph yields of C: all of it if it is reduced afterwards."""
+        if self.shards is not None and self.shards.bucketed:
+            return self.compact_shape(shape)
+        return self.own_compact_shape(shape)
+
     def own_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """Return the shape of this process's part of C."""
         first, *rest = self.compact_shape(shape)

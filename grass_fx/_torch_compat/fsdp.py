@@ -1,0 +1,117 @@
+"""torch's own FSDP2 (``torch.distributed.fsdp.fully_shard``): the parameters that it gathers.
+
+A compiled graph is given the gathered Parameter; the optimizer has the sharded one. FSDP2 makes the
+gathered one once, at its first gathering, and keeps the object: only its memory comes and goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+_KNOWN = "_grass_fx_fsdp"
+
+
+@dataclass(frozen=True, eq=False)
+class FSDPWeight:
+    """One parameter under FSDP2: its FSDPParam and the group that it is gathered with."""
+
+    param: Any
+    group: Any
+
+    @property
+    def sharded(self) -> Tensor:
+        """What the optimizer has, a DTensor; ``load_state_dict(assign=True)`` exchanges it."""
+        parameter: Tensor = self.param.sharded_param
+        return parameter
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh: of one dimension, or (replicate, shard)."""
+        return self.param.mesh_info.mesh
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """The dtype in which gradients travel; None: their own."""
+        dtype: torch.dtype | None = self.param.reduce_dtype
+        return dtype
+
+    @property
+    def factor(self) -> float:
+        """FSDP2 reduces a gradient to the average over processes times this."""
+        divide = self.group.gradient_divide_factor
+        return 1.0 if divide is None else self.mesh.size() / float(divide)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether this backward reduces gradients (``set_requires_gradient_sync``)."""
+        return bool(self.group.reduce_grads)
+
+    @property
+    def all_reduces(self) -> bool:
+        """Whether it also averages over replicas (``set_requires_all_reduce``)."""
+        return bool(self.group.all_reduce_grads)
+
+    @property
+    def fills_unused(self) -> bool:
+        """Whether FSDP2 reduces zeros where a parameter has no gradient of its own."""
+        return bool(getattr(self.group, "reduce_scatter_unused_params", False))
+
+    def refusal(self) -> str | None:
+        """Why its gradient cannot be compact, or None."""
+        if getattr(self.param.mesh_info, "shard_mesh_dim", None) is None:
+            return "replicated and not sharded"
+        if self.param.is_dtensor:
+            return "a DTensor before fully_shard, as of tensor parallelism"
+        if self.param.fsdp_placement != Shard(0):
+            return f"sharded along another dimension, {self.param.fsdp_placement}"
+        if self.param.offload_to_cpu:
+            return "offloaded to the CPU"
+        if hasattr(self.param._sharded_local_tensor, "fsdp_pre_all_gather"):
+            return "its shard has a gathering of its own, as of float8"
+        if self.fills_unused:
+            return "set_reduce_scatter_unused_params(True) makes FSDP2 add zeros to its gradient"
+        return None
+
+
+def fsdp_weight(gathered: Tensor) -> FSDPWeight | None:
+    """The weight that FSDP2 has gathered into this Parameter; None if it is no such Parameter."""
+    known = gathered.__dict__.get(_KNOWN)
+    if known is None:
+        known = gathered.__dict__[_KNOWN] = _looked_up(gathered)
+    param, group = (ref() for ref in known) if known else (None, None)
+    return None if param is None else FSDPWeight(param, group)
+
+
+def _looked_up(gathered: Tensor) -> tuple[weakref.ref[Any], ...]:
+    for weight in _weights():
+        if getattr(weight.param, "_unsharded_param", None) is gathered:
+            return weakref.ref(weight.param), weakref.ref(weight.group)
+    return ()
+
+
+def sharded_by_fsdp(parameter: Tensor) -> FSDPWeight | None:
+    """The weight of which this is the sharded parameter, as an optimizer has it."""
+    if not isinstance(parameter, DTensor):
+        return None
+    return next((each for each in _weights() if each.param.sharded_param is parameter), None)
+
+
+def _weights() -> Iterator[FSDPWeight]:
+    """All of the process."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for ref in list(_module_state_mapping.values()):
+        state = ref()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before there were several of one module
+            groups = filter(None, [getattr(state, "_fsdp_param_group", None)])
+        for group in groups:
+            for param in group.fsdp_params:
+                yield FSDPWeight(param, group)
