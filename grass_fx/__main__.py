@@ -1,4 +1,4 @@
-"""``python -m grass_fx``: ``explain`` a model, ``plan`` what fits into a memory."""
+"""``python -m grass_fx``: ``explain`` a model, or ``plan`` the rank that fits into memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULTS = GrassConfig()
 
 
 def _tokens(text: str) -> int:
-    return math.prod(int(each) for each in text.split("x"))
+    return math.prod(int(size) for size in text.split("x"))
 
 
 def _rank(text: str) -> int | float:
@@ -38,7 +38,7 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """The backend's, with its defaults."""
+    """Add options of the backend, with its defaults."""
 
     def add(name: str, text: str, **settings: Any) -> None:
         default = getattr(DEFAULTS, name)
@@ -119,8 +119,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     with torch.device(args.device):
-        made = _factory(args.model)()
-        model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        built = _factory(args.model)()
+        model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
         if not isinstance(model, nn.Module):
             raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
         model = model.to(args.dtype)
@@ -142,7 +142,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _factory(text: str) -> Any:
-    """What ``MODULE:FUNCTION`` names."""
+    """The function that ``MODULE:FUNCTION`` names."""
     name, _, function = text.partition(":")
     try:
         return getattr(importlib.import_module(name), function or "build")
@@ -151,12 +151,12 @@ def _factory(text: str) -> Any:
 
 
 def _input(text: str) -> Tensor:
-    """A random tensor: normal, or integers below a limit."""
+    """A random tensor: normally distributed, or integers below a limit."""
     shape, _, rest = text.partition(":")
     name, _, below = rest.partition(":")
     try:
         dtype = _dtype(name or "float32")
-        size = [int(each) for each in shape.split("x")]
+        size = [int(extent) for extent in shape.split("x")]
         if dtype.is_floating_point:
             return torch.randn(size, dtype=dtype)
         return torch.randint(int(below or 2), size, dtype=dtype)
@@ -177,11 +177,11 @@ def _input_for(model: nn.Module) -> Tensor:
 
 
 COMMANDS = (_add_explain, _add_plan)
-"""Each adds its subcommand, and sets ``run`` to what carries it out and returns the exit status."""
+"""Each adds a subcommand, and sets ``run`` to the function that returns its exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status, 2 for what cannot be done."""
+    """Run a subcommand and return its exit status, which is 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m grass_fx", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for add in COMMANDS:

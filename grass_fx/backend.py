@@ -1,4 +1,4 @@
-"""The Dynamo backend "grass": find, tap, compile with the passes, and hand over to the runtime."""
+"""The Dynamo backend "grass": it finds and taps weights, and compiles the graph for the runtime."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from grass_fx.state.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 
-selfcheck()  # what this torch lacks is told here, and not in the middle of a compilation
+selfcheck()  # report missing interfaces of torch here, and not during a compilation
 
 TOO_OFTEN = 5
-"""Compilations of one frame for the same weights that are a warning; Dynamo gives up after 8."""
+"""Warn when one frame is compiled this often for the same weights; Dynamo gives up after 8."""
 
 
 def grass(
@@ -60,10 +60,10 @@ def grass(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph so that its linear weights get compact gradients.
 
-    Called by ``torch.compile(model, backend="grass", options={...}, mode=...)``. ``options`` are
-    the fields of :class:`~grass_fx.config.GrassConfig`; ``mode`` means what it means for Inductor
-    (``options={"mode": ...}`` where there are options: torch.compile takes one or the other).
-    Without gradients, or without a weight to take, this is plain Inductor.
+    ``torch.compile(model, backend="grass", options={...}, mode=...)`` calls this. ``options`` are
+    the fields of :class:`~grass_fx.config.GrassConfig`; ``mode`` means the same as for Inductor.
+    Since torch.compile takes only one of both, options may contain ``"mode"``. Without gradients,
+    or without a weight to take, this is plain Inductor.
 
     Raises:
         OptionError: an option is unknown or impossible.
@@ -91,13 +91,13 @@ def grass(
 
 
 def _turns_gradients_on(gm: fx.GraphModule) -> bool:
-    """Whether a part of the graph computes gradients though its caller does not."""
+    """Whether the graph turns gradients on somewhere, although its caller turned them off."""
     turned = gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED)
     return any(node.args[0] for node in turned)
 
 
 def _telling(compiled: Callable[..., Any], found: FoundWeights) -> Callable[..., Any]:
-    """What was compiled without us, and tells of the weights that it leaves dense."""
+    """A plainly compiled graph that also reports the weights that it leaves dense."""
     if not found.left:
         return compiled
     left = LeftWeights(found)
@@ -110,21 +110,21 @@ def _telling(compiled: Callable[..., Any], found: FoundWeights) -> Callable[...,
 
 
 def _name_of(graph: fx.Graph) -> str:
-    """The graph as torch's logs name it, with its frame: "3/0 of forward (model.py:12)"."""
+    """The graph's name in torch's logs, with its frame: "3/0 of forward (model.py:12)"."""
     compilation = current_compilation()
     name = "none" if compilation is None else "/".join(map(str, compilation))
     traces = (node.meta.get("stack_trace") or "" for node in graph.nodes)
-    for trace in filter(None, traces):  # of calls from the compiled frame inwards
+    for trace in filter(None, traces):  # a trace begins with a line of the compiled frame
         if frame := re.match(r'\s*File "(.*)", line (\d+), in (.*)', trace):
             return f"{name} of {frame[3]} ({Path(frame[1]).name}:{frame[2]})"
-    return name  # torch leaves out frames of its own, such as Sequential's
+    return name  # torch records no line for its own frames, such as that of Sequential
 
 
 def _warn_if_compiled_too_often(graph: fx.Graph, found: FoundWeights, name: str) -> None:
-    """A warning at the TOO_OFTEN-th graph of one frame *for the same weights*.
+    """Warn at the TOO_OFTEN-th graph of one frame *for the same weights*.
 
-    One frame may be compiled for many layers. So each weight's subspace, which is made when its
-    first graph runs, keeps the later compilations; the first one is not among them.
+    One frame may be compiled for many layers. So the subspace of each weight notes compilations. It
+    is made when the weight's first graph runs, so the first compilation is not among them.
     """
     compilation = current_compilation()
     if compilation is None:
@@ -150,7 +150,7 @@ def _warn_if_compiled_too_often(graph: fx.Graph, found: FoundWeights, name: str)
 
 
 def _log(found: FoundWeights, report: PushReport, seconds: float, name: str) -> None:
-    """One line per compilation; and a warning if a selection could not be pushed."""
+    """Log a line for a compilation, and a warning if a selection could not be pushed."""
     if report.stopped:
         log.warning("full weight gradients are formed for %s", _listed(report.stopped))
     pushed = f"{len(report.pushed)} selections pushed, {len(report.stopped)} stopped"
@@ -170,26 +170,26 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def _some(reasons: Mapping[str, str], most: int = 8) -> str:
-    """The first few of them: a warning need not name every weight of a model."""
+    """The first few reasons, since a warning need not name every weight of a model."""
     more = len(reasons) - most
     return _listed(dict([*reasons.items()][:most])) + (f"; and {more} more" if more > 0 else "")
 
 
 def _reshards(graph: fx.Graph) -> bool:
-    """Whether the backward is to gather sharded parameters again."""
+    """Whether the backward should gather sharded parameters again."""
     values = map(real_value, graph.find_nodes(op="placeholder"))
     shardings = (sharding_of.get(value) for value in values if isinstance(value, Tensor))
-    return any(each.reshard_after_forward for each in shardings if each is not None)
+    return any(found.reshard_after_forward for found in shardings if found is not None)
 
 
 class _Compiler:
-    """The compiler of one configuration: Inductor, or AOTAutograd alone."""
+    """Compiles graphs for one configuration, with Inductor or only with AOTAutograd."""
 
     def __init__(self, config: GrassConfig, patches: Mapping[str, Any]) -> None:
         self.config, self.patches = config, patches
 
     def plain(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What torch would do without us."""
+        """Compile a graph as torch would without grass."""
         if self.config.compiler == "aot_eager":
             return compile_aot_eager(gm, inputs, None)
         return compile_inductor(gm, inputs, self.patches)
@@ -197,10 +197,10 @@ class _Compiler:
     def tapped(
         self, gm: fx.GraphModule, inputs: Sequence[Any], found: FoundWeights, name: str
     ) -> GrassCallable:
-        """The graph with its taken weights tapped: one variant, or two for rules with scores.
+        """Compile a graph with its taken weights tapped: one variant, or two for rules with scores.
 
-        With a process group twice as many: what micro-batches run is averaged later. All are
-        compiled here: once the backend has returned, Dynamo's guards are fixed.
+        A process group doubles their number, because gradients of micro-batches are averaged later.
+        All variants are compiled here, since Dynamo fixes its guards when the backend returns.
         """
         signature = Signature(found.taken, len(inputs), self.config.needs_scores)
         facts = DynamoFacts(self.config, inputs, signature)
@@ -228,7 +228,7 @@ class _Compiler:
     def _variant(
         self, gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer]
     ) -> Callable[..., Any]:
-        """One variant, compiled."""
+        """Compile one variant."""
         config, signature, variant = self.config, facts.signature, facts.variant
         assert signature is not None and variant is not None
         graph, extended = tapped(gm, facts, observers)
@@ -242,9 +242,9 @@ class _Compiler:
         specs = [weight.spec for weight in signature.weights]
         sharded = any(spec.shards for spec in specs)
         if sharded or any(spec.group for spec in specs):
-            # Waits of gatherings cannot sink far: each starts beside the product before its own.
+            # The wait of a gather cannot sink far, so start it beside the product before.
             passes = ["raise_comms", "sink_waits"] if sharded else [all_reduce_early]
             patches = overlapping(patches, passes)
         if variant.scoring and uses_cuda_graphs(patches):
-            patches[CUDA_GRAPHS] = False  # one step in a period would not repay the recording
+            patches[CUDA_GRAPHS] = False  # recording does not pay for one step in a period
         return compile_inductor(graph, extended, patches, make_pass, cacheable)

@@ -1,6 +1,6 @@
 """The options of ``torch.compile(model, backend="grass", options={...})`` and all defaults.
 
-Why these defaults: ``docs/method.md``. They stand here and nowhere else.
+``docs/method.md`` gives the reasons for the defaults, which are defined only here.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 
 from grass_fx.errors import OptionError
 
-# Defaults of the subspace update, a matter of the optimizer (grass_fx.AdamW).
+# Defaults of the subspace update, which belongs to the optimizer (grass_fx.AdamW).
 SCALE = 1.0
 WARMUP_STEPS = 20
 ON_REFRESH = "carry"
 
 SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
-"""What optimizers take beside their own arguments."""
+"""The arguments that optimizers take in addition to their own."""
 
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """What the runtime must know of a selection rule."""
+    """The properties of a selection rule that the runtime needs."""
 
     needs_scores: bool
-    """Whether it looks at gradient norms: then the last step of a period is a scoring step."""
+    """Whether it uses gradient norms. Then the last step of each period is a scoring step."""
     replacement: bool = False
     """Whether it can draw with replacement."""
     power: int = 0
-    """The random rules: q_i ∝ ‖g_i‖^power."""
+    """For random rules: q_i ∝ ‖g_i‖^power."""
     freezes: bool = False
-    """Whether its first full selection is its last."""
+    """Whether it keeps its first full selection forever."""
 
 
 RULES = {
@@ -62,11 +62,12 @@ MODES = (
 
 
 PASSES = ("push_norms", "push_selection", "recompute_gathers", "keep_selected")
-"""What ``disable_passes`` may name: the passes on the joint graph, none of which a number needs."""
+"""The passes that ``disable_passes`` may name: those on the joint graph. No gradient depends on
+them."""
 
 
 def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
-    """The end of an error message: the closest valid name if there is one, else all of them."""
+    """The end of an error message: the closest valid name, or all of them if none is close."""
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(map(repr, words))}."
 
@@ -79,57 +80,64 @@ def _is_int(value: object) -> bool:
 class GrassConfig:
     """Validated options of the "grass" backend.
 
-    Raises :class:`~grass_fx.errors.OptionError` naming the option and the remedy.
+    An impossible option raises :class:`~grass_fx.errors.OptionError`, which names the option and
+    the remedy.
     """
 
     rank: int | float = 0.25
-    """Columns (side "out": rows) of each weight that have a gradient, r: a number, or a fraction of
-    the selected dimension in (0, 1)."""
+    """How many columns (with side "out": rows) of each weight get a gradient: r. Give a number, or
+    a fraction in (0, 1) of the selected dimension."""
     refresh_every: int | float = 100
-    """K, in optimizer steps; ``math.inf`` keeps the first selection."""
+    """K, the number of optimizer steps between two selections. ``math.inf`` keeps the first
+    selection."""
     selection: str = "cyclic"
-    """The selection rule: a key of :data:`RULES`."""
+    """The rule that selects the columns (rows): a key of :data:`RULES`."""
     block: int = 1
-    """B: consecutive columns (rows) that are selected together."""
+    """B, the number of consecutive columns (rows) that are selected together."""
     replacement: bool = False
-    """Draw with replacement (random rules only), scaled so that E[PPᵀG] = G (equation 6)."""
+    """Draw with replacement, and scale the selected columns (rows) so that E[PPᵀG] = G
+    (equation 6). Only random rules can do this."""
     scoring: str = "auto"
-    """How a scoring step gets gradient norms: "gradient" forms each layer's full gradient once, for
-    its scores and its compact gradient; "tiles" holds only tiles of it and computes the compact
-    gradient beside them, at the price of one more compact product; "auto" uses tiles for large
-    gradients on a GPU."""
+    """How a scoring step computes gradient norms. "gradient" forms each layer's full gradient once,
+    and takes its scores and its compact gradient from it. "tiles" holds only tiles of the full
+    gradient, and computes the compact gradient separately, which costs one more compact product.
+    "auto" means "tiles" for large gradients on a GPU, and "gradient" otherwise."""
     side: str = "in"
-    """"in" selects input features, "out" output features, "auto" the smaller dimension. With "in"
-    and a rule without gradient norms the forward keeps only the selected columns of inputs that
-    nothing else needs. Of stacks of matrices (experts) the rows of each are selected, whatever it
-    says."""
+    """Which features are selected: "in" for input features (columns), "out" for output features
+    (rows), "auto" for the smaller dimension. With "in" and a rule that does not use gradient norms,
+    only the selected columns of a layer's input are saved for backward if nothing else needs that
+    input. In a stack of matrices (experts), rows of each matrix are selected, regardless of this
+    option."""
     include: tuple[str, ...] | None = None
-    """Patterns (fnmatch) of parameter names to take; None means all. A name is that of
-    ``named_parameters()`` where the optimizer was built from those before the first step, and also
-    the one relative to what is compiled: a part of the model, with regional compilation or after a
-    graph break."""
+    """Patterns (fnmatch) of the parameter names to take; None takes all. Patterns are matched
+    against the name in the compiled region, which is a part of the model after a graph break or
+    with regional compilation. They are also matched against the name in ``named_parameters()``, if
+    the optimizer was built from those before the first step."""
     exclude: tuple[str, ...] = ()
-    """Patterns (fnmatch) of parameter names to leave dense; stronger than ``include``."""
+    """Patterns (fnmatch) of the parameter names to leave dense. It takes precedence over
+    ``include``."""
     seed: int = 0
-    """Seed of all draws; independent of torch's global generator."""
+    """The seed of all random draws. They do not use torch's global generator."""
     process_group: Any = None
-    """The process group that averages compact gradients, inside the backward graph; None: that of
-    ``grass_fx.distributed.data_parallel(model)``, which the model needs in any case."""
+    """The process group that averages compact gradients inside the backward graph. None uses the
+    group of ``grass_fx.distributed.data_parallel(model)``. That call is needed in either case."""
     score_sync: str = "norms"
-    """What several processes score: "norms" adds up the squared norms of each one's gradient, one
-    small all-reduce in a period; "gradient" takes them of the averaged gradient, for which scoring
-    steps all-reduce full gradients, one layer's at a time."""
+    """How several processes compute scores. With "norms" each process takes the squared norms of
+    its own gradient, and a small all-reduce in each period adds them up. With "gradient" scores are
+    the norms of the averaged gradient; for this, scoring steps all-reduce full gradients, one layer
+    at a time."""
     compiler: str = "inductor"
-    """"inductor", or "aot_eager": the rewritten graphs run without Inductor."""
+    """"inductor" compiles the rewritten graphs with Inductor. "aot_eager" runs them without it."""
     mode: str | None = None
-    """As ``torch.compile(mode=...)``, which torch refuses beside ``options``."""
+    """The mode of ``torch.compile(mode=...)``. Give it here, because torch does not accept ``mode``
+    and ``options`` together."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    """Inductor's own options, as ``torch.compile(options=...)`` takes them."""
+    """Inductor's own options, as in ``torch.compile(options=...)``."""
     dump_dir: str | None = None
-    """A directory that receives the graphs of every stage as text."""
+    """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
-    """Passes to leave out, by their names, to find out which one a difference comes from: any of
-    :data:`PASSES`. Gradients stay the same; memory and time do not."""
+    """Names of passes to leave out, to find the pass that causes a difference: any of
+    :data:`PASSES`. Gradients stay the same; memory and time change."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -187,10 +195,10 @@ class GrassConfig:
         return tuple(patterns)
 
     def _passes(self) -> tuple[str, ...]:
-        given = self.disable_passes
-        names = (given,) if isinstance(given, str) else given
+        value = self.disable_passes
+        names = (value,) if isinstance(value, str) else value
         if not isinstance(names, Iterable):
-            raise OptionError(f"disable_passes={given!r} must be names of passes.")
+            raise OptionError(f"disable_passes={value!r} must be names of passes.")
         names = tuple(names)
         for name in names:
             if name not in PASSES:
@@ -202,7 +210,7 @@ class GrassConfig:
     def _inductor_options(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r} must be a dict of Inductor's options.")
-        return dict(self.inductor)  # a later change of the caller's dict changes nothing here
+        return dict(self.inductor)  # a copy, which later changes of the caller's dict do not reach
 
     def _check_rank(self) -> None:
         if not _is_int(self.block) or self.block < 1:
@@ -223,7 +231,7 @@ class GrassConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> GrassConfig:
-        """The configuration that ``torch.compile(..., options=options)`` asks for."""
+        """The configuration for ``torch.compile(..., options=options)``."""
         options = dict(options or {})
         names = [f.name for f in dataclasses.fields(cls)]
         for name in options:
@@ -236,18 +244,18 @@ class GrassConfig:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the rule looks at gradients, so that a scoring variant is compiled."""
+        """Whether the rule uses gradient norms, so that a scoring variant is compiled."""
         return RULES[self.selection].needs_scores
 
     @property
     def scoring_period(self) -> int | float:
-        """Steps for each scoring step of a long run: a frozen selection scores no more."""
+        """Steps per scoring step in a long run; infinite for a rule that freezes its selection."""
         return math.inf if RULES[self.selection].freezes else self.refresh_every
 
     def wants(self, *names: str) -> str | None:
-        """None if ``include``/``exclude`` let the parameter in, else the reason they do not.
+        """None if ``include`` and ``exclude`` admit the parameter, else the reason why not.
 
-        A pattern may match any of its names: the graph's and its optimizer's.
+        A pattern may match any of the parameter's names: in the graph, or in its optimizer.
         """
 
         def match(pattern: str) -> bool:
@@ -263,8 +271,9 @@ class GrassConfig:
     def rank_and_block(self, size: int) -> tuple[int, int]:
         """(r, B) for a selected dimension of ``size``; a weight with r > size stays dense.
 
-        A fraction is rounded to the nearest multiple of max(8, B), at least that; if that reaches
-        the dimension, r = max(B, floor(fraction * size / B) * B). B = 1 where it does not divide.
+        A fraction is rounded to the nearest multiple of max(8, B), and to at least max(8, B). If
+        that reaches the dimension, r = max(B, floor(fraction * size / B) * B). If B does not divide
+        ``size``, B = 1.
         """
         block = self.block if size % self.block == 0 else 1
         if isinstance(self.rank, int):

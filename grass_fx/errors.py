@@ -1,4 +1,4 @@
-"""What a user can get wrong, one class each. A message says what, where, and what to do."""
+"""One error class for each mistake a user can make. A message says what, where, and what to do."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ class OptionError(GrassError, ValueError):
     """An option is unknown, has an impossible value, or contradicts another one."""
 
 
-class CompactGradError(GrassError, RuntimeError):  # python hides a TypeError of an operator
-    """An operation that a compact gradient cannot answer without becoming dense."""
+class CompactGradError(GrassError, RuntimeError):  # Python hides a TypeError from an operator
+    """A compact gradient does not support an operation, because it would have to become dense."""
 
 
 class SelectionChangedError(GrassError, RuntimeError):
-    """Compact gradients of two different selections met."""
+    """Compact gradients of two different selections were combined."""
 
 
 class StateError(GrassError, ValueError):
-    """A saved optimizer or subspace state does not fit the weight it is loaded into."""
+    """A saved optimizer or subspace state does not fit the weight into which it is loaded."""
 
 
 class UnsupportedTorchError(GrassError, RuntimeError):
-    """This version of torch lacks something that grass_fx needs."""
+    """This version of torch lacks an interface that grass_fx needs."""
 
 
 class GrassWarning(UserWarning):
-    """Something works, but probably not as the user meant it."""
+    """Something works, but probably not as the user intended."""
 
 
 class UnsupportedGradError(GrassError, RuntimeError):
-    """A gradient of a kind that the optimizer cannot step with."""
+    """The optimizer cannot step with a gradient of this kind."""
 
 
 class MissingPackageError(GrassError, ImportError):
-    """An optional package that something needs is not installed."""
+    """A function needs an optional package that is not installed."""
 
 
 class DistributedError(GrassError, RuntimeError):
@@ -47,7 +47,7 @@ class DistributedError(GrassError, RuntimeError):
 
 
 def warn(message: str) -> None:
-    """Give a GrassWarning at the line that led here: the nearest one outside of torch and grass_fx.
+    """Issue a GrassWarning for the nearest calling line outside of torch and grass_fx.
 
     Python shows a warning once for each such line.
     """

@@ -1,8 +1,9 @@
 """The operators of the rewritten graphs, all of them linear algebra on a weight gradient G.
 
-In the notation of docs/method.md: ``select`` takes PᵀG of a full G; ``selected_mm`` makes the same
-numbers from the two factors of G, without G. ``squared_norms`` takes the scores of a full G, and
-``mm_squared_norms`` from its factors. None is differentiable: they only stand in backward graphs.
+In the notation of docs/method.md: ``select`` computes PᵀG from a full G, and ``selected_mm``
+computes the same numbers from the two factors of G, without G. ``squared_norms`` computes the
+scores from a full G, and ``mm_squared_norms`` from its factors. None is differentiable, because
+they occur only in backward graphs.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ torch.library.define("grass::squared_norms", "(Tensor g, int dim, str scoring='a
 torch.library.define("grass::mm_squared_norms", "(Tensor a, Tensor b, int dim) -> Tensor")
 
 PART = 1 << 18
-"""Elements of G that ``mm_squared_norms`` holds at a time outside its GPU kernel."""
+"""How many elements of G ``mm_squared_norms`` holds at a time outside its GPU kernel."""
 
 
 def along(values: Tensor, dim: int, ndim: int) -> Tensor:
-    """A vector as a tensor of ``ndim`` dimensions, ready to broadcast along ``dim``.
+    """A view of a vector with ``ndim`` dimensions that broadcasts along ``dim``.
 
-    One vector for each matrix of a stack, (e, r), keeps its first dimension.
+    ``values`` with a vector for each matrix of a stack, (e, r), keep their first dimension.
     """
     shape = [*values.shape[:-1], *[1] * (ndim - values.dim() + 1)]
     shape[dim] = values.shape[-1]
@@ -47,8 +48,8 @@ def select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: in
 
     ``g``: (..., size, ...); ``indices`` σ: (r,) int64; ``scale`` ρ: (r,) or None. ``block``
     B promises that σ comes in runs of B, each beginning at a multiple of B; it changes no number.
-    Equations 2 and 3 of docs/method.md. Of a stack of matrices, (e, m, n) with ``dim`` 1 or 2, each
-    has a σ, and a ρ, of its own: (e, r).
+    Equations 2 and 3 of docs/method.md. In a stack of matrices, (e, m, n) with ``dim`` 1 or 2, each
+    matrix has its own σ and ρ; both are then (e, r).
     """
     if indices.dim() == 2:
         shape = list(g.shape)
@@ -62,10 +63,10 @@ def select(g: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: in
 def selected_mm(
     a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
 ) -> Tensor:
-    """``select(a @ b, indices, scale, dim)`` in 2brn FLOPs: only the selected part is multiplied.
+    """``select(a @ b, indices, scale, dim)`` in 2brn FLOPs, by multiplying only the selected part.
 
-    ``a``: (m, b), ``b``: (b, n). For a weight gradient DᵀX, ``a`` is the transposed view of D: the
-    gather then reads D row by row. Equations 2 (``dim`` 0) and 3 (``dim`` 1) of docs/method.md.
+    ``a``: (m, b), ``b``: (b, n). For a weight gradient DᵀX, ``a`` is the transposed view of D, so
+    that the gather reads D row by row. Equations 2 (``dim`` 0) and 3 (``dim`` 1) of docs/method.md.
     """
     if dim not in (0, 1):
         raise ValueError(f"grass::selected_mm: dim={dim} must be 0 or 1")
@@ -80,16 +81,16 @@ def squared_norms(g: Tensor, dim: int, scoring: str = "auto") -> Tensor:
     """s: the squared norm of each row of G along ``dim``, float32, summed in float32 or float64.
 
     ``g``: (..., size, ...); returns (size,). ``scoring`` says whether a pass may compute it tile by
-    tile from the factors of G (``GrassConfig.scoring``); it changes no number but by rounding.
+    tile from the factors of G (``GrassConfig.scoring``); it changes numbers only by rounding.
     """
     exact = torch.float64 if g.dtype == torch.float64 else torch.float32
     others = [d for d in range(g.dim()) if d != dim % g.dim()]
-    # Unlike square and sum, a norm needs no other tensor of G's size.
+    # Unlike square and sum, a norm needs no second tensor of G's size.
     return torch.linalg.vector_norm(g, dim=others, dtype=exact).square().float()
 
 
 def mm_squared_norms(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """``squared_norms(a @ b, dim)``, of which only a part is in memory at any time.
+    """``squared_norms(a @ b, dim)`` with only a part of the product in memory at any time.
 
     ``a``: (m, b), ``b``: (b, n); returns (m,) for ``dim`` 0, (n,) for ``dim`` 1.
     """
@@ -154,10 +155,10 @@ torch.library.define(
 
 
 def rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Float32 ``values`` cut to the bits of a bfloat16, up or down as 16 random bits decide.
+    """Float32 ``values`` rounded to bfloat16, up or down depending on 16 random bits.
 
     A bfloat16 is a float32 without its lower 16 bits. Adding 16 random bits carries into the upper
-    ones with the probability of the part that is cut off. What is not finite stays as it is.
+    ones with the probability that the lower bits give. Infinities and NaN stay as they are.
     """
     bits = values.view(torch.int32) + noise
     bits &= -(1 << 16)
@@ -171,10 +172,11 @@ def add_rows_(
     noise: Sequence[Tensor],
     dims: Sequence[int],
 ) -> None:
-    """W[σ] += Δ of each weight, in place, in the dtype of Δ; no row may repeat.
+    """W[σ] += Δ for each weight, in place; the sum has the dtype of Δ. No row may repeat.
 
-    The sum is rounded once: to nearest or, if ``noise`` holds 16 random bits for each element of
-    Δ, by :func:`rounded`. Inductor makes gather, sum and scatter one kernel, with all that makes Δ.
+    The sum is rounded once: by :func:`rounded` if ``noise`` holds 16 random bits for each element
+    of Δ, else to nearest. Inductor makes one kernel of gather, sum and scatter, and of the
+    computation of Δ.
     """
     for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
         rows = w.index_select(dim, index).to(change.dtype) + change

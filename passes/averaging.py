@@ -1,4 +1,4 @@
-"""Averages over processes inside a graph, as operators that Inductor schedules."""
+"""Averages tensors over processes inside a graph, with operators that Inductor schedules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ c10d = torch.ops._c10d_functional
 
 
 class Collective(NamedTuple):
-    """One collective that averages: a key of :data:`AVERAGES`, its group, and how many ranks."""
+    """A collective that averages: a key of :data:`AVERAGES`, its group, and the number of ranks."""
 
     name: str
     group: str
@@ -25,11 +25,11 @@ AVERAGES: dict[str, Callable[[Tensor, Collective], Tensor]] = {
     "all_reduce": lambda x, by: c10d.all_reduce(x, "avg", by.group),
     "reduce_scatter": lambda x, by: c10d.reduce_scatter_tensor(x, "avg", by.ranks, by.group),
 }
-"""Each gives the mean over a group; a reduce-scatter this process's part of it, in dimension 0."""
+"""Each gives the mean over a group; a reduce-scatter gives this process's part of dimension 0."""
 
 
 def collectives_of(spec: SubspaceSpec) -> tuple[Collective, ...]:
-    """How the gradient of a weight is averaged; empty for one process."""
+    """The collectives that average a weight's gradient; empty for one process."""
     if spec.shards is not None:
         scatter = Collective("reduce_scatter", spec.shards.group, spec.shards.ranks)
         return (scatter, *(Collective("all_reduce", group) for group in spec.shards.replicas))
@@ -38,6 +38,6 @@ def collectives_of(spec: SubspaceSpec) -> tuple[Collective, ...]:
 
 def average(x: Tensor, collectives: Sequence[Collective]) -> Tensor:
     """The mean of ``x`` over processes, or this process's part of it along dimension 0."""
-    for each in collectives:
-        x = c10d.wait_tensor(AVERAGES[each.name](x.contiguous(), each))
+    for collective in collectives:
+        x = c10d.wait_tensor(AVERAGES[collective.name](x.contiguous(), collective))
     return x

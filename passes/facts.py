@@ -1,4 +1,4 @@
-"""What a pass may know besides its graph, and what it returns."""
+"""The inputs of a pass besides its graph, and its result."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from grass_fx.passes.signature import Signature, Variant
 
 @dataclass(frozen=True)
 class DynamoFacts:
-    """For passes on the graph of Dynamo, which run once per compilation or variant."""
+    """Inputs of passes on the Dynamo graph, which run once per compilation or variant."""
 
     config: GrassConfig
     inputs: Sequence[Any]
     """The graph's example inputs."""
     signature: Signature | None = None
-    """Of the graph that tapping makes, once the weights are known."""
+    """The signature of the tapped graph, once the weights are known."""
     variant: Variant | None = None
 
 
 @dataclass(frozen=True)
 class JointFacts:
-    """For passes on the joint graph of AOTAutograd. All of it is part of the caches' key."""
+    """Inputs of passes on the joint graph of AOTAutograd. All of them are part of cache keys."""
 
     with_scores: bool = False
-    """The selection rule needs scores."""
+    """Whether the selection rule needs scores."""
     reshards: bool = False
-    """Sharded parameters are to be gathered again in the backward."""
+    """Whether the backward gathers sharded parameters again."""
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
 
 
 @dataclass
 class Result:
-    """What a pass did."""
+    """The result of a pass."""
 
     rewritten: list[fx.Node] = field(default_factory=list)
-    """What was rewritten: for each pass its docstring says which nodes stand for it."""
+    """One node for each rewrite; the docstring of a pass says which nodes these are."""
     stopped: dict[fx.Node, str] = field(default_factory=dict)
-    """What was not, and why: slower, and still right."""
+    """Node -> why it was not rewritten. The graph is then slower, but still correct."""
     note: str = ""
-    """More for the log."""
+    """Additional text for the log."""
 
     @property
     def count(self) -> int:
-        """How many rewrites."""
+        """The number of rewrites."""
         return len(self.rewritten)

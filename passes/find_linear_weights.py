@@ -1,4 +1,4 @@
-"""Find the parameters of a Dynamo graph that are used as linear weights and nothing else."""
+"""Find the parameters of a Dynamo graph that are used only as linear weights."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from grass_fx.state.spec import SubspaceSpec
 
 @dataclass
 class FoundWeights(Result):
-    """Every parameter of a graph: taken, or not and why."""
+    """All parameters of a graph: those that are taken, and why the others are not."""
 
     taken: list[LinearWeight] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    """Trainable, of two dimensions or more, and not taken: name -> reason."""
+    """Name -> reason, for trainable parameters with two or more dimensions that are not taken."""
     positions: dict[str, int] = field(default_factory=dict)
-    """Of those that are left, their positions among the graph's inputs."""
+    """Name -> position among the graph's inputs, for the parameters in ``left``."""
     unwanted: set[str] = field(default_factory=set)
-    """Those that ``include``/``exclude`` leave."""
+    """The names in ``left`` that ``include`` or ``exclude`` rules out."""
     unfit: dict[str, str] = field(default_factory=dict)
-    """No candidates, frozen or a vector: name -> reason."""
+    """Name -> reason, for parameters that are no candidates: frozen ones and vectors."""
 
 
 def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeights:
     """List the linear weights of a Dynamo graph; the graph stays as it is.
 
-    Taken: a 2-D float parameter that needs a gradient, whose every use is ``x @ W`` or ``x @ W.T``
-    (``F.linear``, ``mm``, ``matmul``, ``addmm``, ``einsum``, ``multi_head_attention_forward``; also
-    inside activation-checkpointing bodies, through transposes and dtype conversions, in parts and
-    concatenated with others), with a selected dimension of at least r. And a stack of matrices
-    (e, m, n), used by ``bmm``, ``matmul``, ``baddbmm``, ``einsum``, grouped products or one by one:
-    each of its matrices has a selection of its own, along m.
+    Taken are 2-D float parameters that need a gradient, if every use is ``x @ W`` or ``x @ W.T``
+    and the selected dimension is at least r. Such uses are ``F.linear``, ``mm``, ``matmul``,
+    ``addmm``, ``einsum`` and ``multi_head_attention_forward``, also inside activation-checkpointing
+    bodies, through transposes and dtype conversions, in parts, and concatenated with others. Taken
+    are also stacks of matrices (e, m, n), used by ``bmm``, ``matmul``, ``baddbmm``, ``einsum``,
+    grouped products or one matrix at a time. Each matrix has its own selection, along m.
 
-    Left, with a reason: ``include``/``exclude``, other uses (an embedding tied to a head), sizes,
-    and tensors of other kinds. Uses are followed by what they compute, never by module names.
+    Left, with a reason, are parameters that ``include``/``exclude`` rule out, that have other uses
+    (an embedding tied to a head), or that do not fit by size or kind of tensor. The pass looks at
+    what operations compute, never at module names.
     """
     found, config = FoundWeights(), facts.config
     placeholders = graph.find_nodes(op="placeholder")
@@ -86,10 +87,11 @@ def _group_of(node: fx.Node, config: GrassConfig) -> str | None:
 
 
 def _name_in_optimizer(node: fx.Node) -> list[str]:
-    """What the parameter is called in the model, where the graph is of a part of it.
+    """The parameter's name in its optimizer, if there is one.
 
-    After a graph break, or with regional compilation, the graph's own names begin at that part. The
-    optimizer knows the model's if it was built with ``named_parameters()`` before the first step.
+    After a graph break, or with regional compilation, names in a graph are relative to a part of
+    the model. The optimizer knows the model's own names if it was built with ``named_parameters()``
+    before the first step.
     """
     weight = real_value(node)
     record = known(owner_of(weight)) if isinstance(weight, Tensor) else None
@@ -97,7 +99,7 @@ def _name_in_optimizer(node: fx.Node) -> list[str]:
 
 
 def _unique_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:
-    """Names relative to the region; nodes whose names collide keep Dynamo's own."""
+    """Names relative to the compiled region; nodes whose names collide keep Dynamo's names."""
     names = {node: parameter_name(node) for node in placeholders}
     counts: dict[str, int] = {}
     for name in names.values():
@@ -130,7 +132,7 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
 
 
 def _spec_of_uses(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
-    """By what is done with ``nodes``, the weight or each gathering of it."""
+    """The spec of a weight from the uses of ``nodes``: its node, or those of gathered weights."""
     if weight.dim() == 3:
         return _spec_of_stack(nodes, weight, config)
     uses = [dim for node in nodes for dim in output_dims(node, 0)]
@@ -148,7 +150,7 @@ def _spec_of_uses(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig)
 def _spec_of_shards(
     node: fx.Node, weight: Tensor, config: GrassConfig, shards: Shards
 ) -> SubspaceSpec:
-    """Of a weight sharded along dimension 0: as many selected rows on every process."""
+    """The spec of a weight sharded along dimension 0: all processes select equally many rows."""
     spec = _fitting(_spec_of_uses(gathered(node), weight, config))
     if weight.shape[0] % shards.ranks:
         raise NotLinear(f"its dimension of {weight.shape[0]} is not alike on {shards.ranks} ranks")
@@ -164,7 +166,7 @@ def _spec_of_shards(
 
 
 def gathered(node: fx.Node) -> list[fx.Node]:
-    """The full weights that a sharded one's placeholder is gathered to; of others, itself."""
+    """The nodes that hold the full weight of a sharded parameter; for others, ``node`` itself."""
     value = node.meta.get("example_value")
     if not isinstance(value, DTensor):
         return [node]
@@ -178,7 +180,10 @@ def gathered(node: fx.Node) -> list[fx.Node]:
 
 
 def _method(node: fx.Node) -> str:
-    """What a node calls on a DTensor; up to 2.11 Dynamo makes functions of such calls."""
+    """The name of a method that a node calls on a DTensor.
+
+    Up to torch 2.11, Dynamo turns such calls into functions.
+    """
     return str(getattr(node.target, "__name__", node.target)).removeprefix("prim_")
 
 
@@ -189,7 +194,7 @@ def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
 
 
 def _spec_of_stack(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
-    """Of (e, m, n) the rows of each matrix are selected, whichever features they are."""
+    """The spec of a stack (e, m, n): rows of each matrix are selected, whatever ``side`` says."""
     if not weight.is_contiguous():
         raise NotLinear("a stack of matrices that is not contiguous")
     uses = [dim for node in nodes for dim in output_dims_of_stack(node, 0)]

@@ -1,4 +1,4 @@
-"""Keep X[:, σ] for the backward instead of X: what equation 3 of docs/method.md needs of it."""
+"""Save X[:, σ] for the backward instead of X; equation 3 of docs/method.md needs only that."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PARTS = (
     *SPLITS, operator.getitem, aten.slice.Tensor, aten.select.int, aten.unbind.int,
     aten.expand.default, aten.alias.default, aten.detach.default,
 )  # fmt: skip
-"""Other views, of more than what is selected from."""
+"""Views whose tensor may be larger, so that keeping a part of the view saves nothing."""
 
 CASTS = (aten._to_copy.default, prims.convert_element_type.default)
-"""Autocast makes one for each linear layer; the partitioner sees one of those alike."""
+"""Autocast makes a cast for each linear layer; the partitioner merges equal ones."""
 
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 
 
 def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
-    """Gather the factor that the forward makes there, so that only its selected part is kept.
+    """Gather a factor in the forward that makes it, so that only the selected part is saved.
 
     Before, the backward needs all of x::
 
@@ -44,11 +44,12 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         select = torch.ops.grass.select.default(x, indices, None, 1)
         mm_1 = torch.ops.aten.mm.default(d_t, select)
 
-    Two conditions: in the forward only products use x, and in the backward only selected products,
-    which together select less than x has. Otherwise x is saved anyway, or it is needed to recompute
-    something else. Inputs inside activation checkpointing stay as they are. ρ scales the product,
-    as it did. For joint graphs that are not partitioned yet, of rules without scores: a scoring
-    step needs all of x, and both variants share a forward. Rewritten: the new products.
+    There are two conditions. In the forward, only products use x. In the backward, only selected
+    products use it, and together they select less than all of x. Otherwise x is saved anyway, or
+    something else needs it to be recomputed. Inputs inside activation checkpointing stay as they
+    are. ρ scales the product, as before. The pass is for joint graphs that are not partitioned yet,
+    and for rules without scores: a scoring step needs all of x, and both variants share a forward.
+    Rewritten: the new products.
     """
     backward = _backward(graph)
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -70,7 +71,7 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """What depends on a gradient of the outputs."""
+    """All nodes that depend on the gradient of an output."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         tangent = node.op == "placeholder" and is_tangent(node)
@@ -80,14 +81,14 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _factor(node: fx.Node) -> fx.Node:
-    """The factor of a selected product that is gathered from."""
+    """The factor of a selected product from which rows or columns are gathered."""
     a, b, _, _, dim, *_ = node.args
     factor: Any = a if dim == 0 else b
     return factor
 
 
 def _views(x: fx.Node) -> list[fx.Node]:
-    """``x`` and what it is a view of, from the tensor itself to ``x``."""
+    """The chain of views that ends in ``x``, from the tensor itself to ``x``."""
     views = [x]
     while x.target in VIEWS:
         x = x.all_input_nodes[0]
@@ -96,7 +97,7 @@ def _views(x: fx.Node) -> list[fx.Node]:
 
 
 def _alike(x: fx.Node) -> list[fx.Node]:
-    """All nodes that are the same tensor as ``x``, in the same order for each of them."""
+    """All nodes with the same value as ``x``, in the same order whichever of them ``x`` is."""
     if x.target not in CASTS:
         return [x]
     what = x.target, x.args, x.kwargs
@@ -106,11 +107,11 @@ def _alike(x: fx.Node) -> list[fx.Node]:
 def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
     """The products of the forward that use the factor of ``users`` or a view of it.
 
-    None of them if anything but ``users`` does, too: then it is kept anyway.
+    Empty if anything besides them and ``users`` uses the factor, because then it is saved anyway.
     """
     x = _views(_factor(users[0]))[0]
     if x.op != "call_function" or x.target in PARTS:
-        return []  # an input of the graph is there anyway
+        return []  # an input of the graph is in memory anyway
     found, ahead = [], _alike(x)
     while ahead:
         node = ahead.pop()
@@ -129,14 +130,14 @@ def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.N
 
 
 def _turns(view: fx.Node) -> bool:
-    """Whether it is the transpose of a matrix."""
+    """Whether a view transposes a matrix."""
     return view.target is aten.t.default or (
         view.target is aten.permute.default and view.args[1] == [1, 0]
     )
 
 
 def _is_less(users: list[fx.Node]) -> bool:
-    """Whether all that is selected is smaller than what it is selected from."""
+    """Whether all selected parts together are smaller than the tensor."""
     selected: dict[Any, float] = {}
     for node in users:
         factor, indices, dim = _factor(node), cast(fx.Node, node.args[2]), cast(int, node.args[4])
@@ -154,7 +155,7 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, backward: set[fx.Node])
         views.pop()
     for view in views:
         if view > last:  # autograd has made it in the backward
-            if all(each <= last for each in view.all_input_nodes):
+            if all(used <= last for used in view.all_input_nodes):
                 last.append(view)
             last = view
     rows, along = [x, *views][-1], 1 if turned else dim
@@ -165,7 +166,7 @@ def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, backward: set[fx.Node])
     call = partial(insert, node)
     part = call(aten.permute.default, kept, [1, 0]) if turned else kept
     new = call(aten.mm.default, *((part, b) if dim == 0 else (a, part)))
-    backward.add(new)  # its other factor may be kept for another weight
+    backward.add(new)  # its other factor may be the input that another weight selects from
     if scale is not None:
         scale = call(aten.unsqueeze.default, scale, 1) if dim == 0 else scale
         new = call(aten.mul.Tensor, new, scale)

@@ -1,7 +1,8 @@
-"""What counts as a linear use of a parameter: what a Dynamo graph does with it.
+"""Decides whether the uses of a parameter in a Dynamo graph are linear.
 
-A use is followed by what it computes, never by module names: transposes, conversions and parts are
-passed through until a product is met. What is neither raises :class:`NotLinear` with the reason.
+The search looks at what operations compute, never at module names. It passes through transposes,
+conversions and parts until it meets a product. Any other operation raises :class:`NotLinear` with
+the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class NotLinear(Exception):
     """A use of a parameter that is not a matrix product; the message is the reason."""
 
 
-# The calls a Dynamo graph may hold: python functions, methods by name, ATen packets.
+# The calls a Dynamo graph may hold: Python functions, names of methods, and ATen packets.
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear}
 MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.mm, aten.matmul}
 ADDMM = {torch.addmm, "addmm", aten.addmm}
@@ -33,7 +34,7 @@ TRANSPOSE = PERMUTE | {
     "t", "transpose", "swapaxes", "swapdims", "T", "mT", "adjoint",
     aten.t, aten.transpose, aten.numpy_T, aten.mT,
 }  # fmt: skip
-# Parts of a matrix, and a larger matrix that it is part of.
+# Operations that take parts of a matrix, and operations that make it part of a larger one.
 PARTS = {
     "chunk", "split", "narrow", torch.chunk, torch.split, torch.functional.split, torch.narrow,
     aten.chunk, aten.split, aten.narrow, aten.slice,
@@ -46,9 +47,10 @@ SAME = {
 
 
 def output_dims(node: fx.Node, flipped: int) -> list[int]:
-    """For each use of ``node`` (the parameter, transposed if ``flipped``), its output dimension.
+    """The dimension of output features for each use of ``node``, counted in the parameter.
 
-    Raises NotLinear at the first use that is no matrix product.
+    ``flipped`` is 1 if ``node`` is the transposed parameter. Raises NotLinear at the first use that
+    is no matrix product.
     """
     dims: list[int] = []
     for user in node.users:
@@ -79,25 +81,25 @@ def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
 
 
 def _is_part(user: fx.Node, node: fx.Node) -> bool:
-    """Whether ``user`` is a matrix made of rows or columns of ``node``, or a tuple of such."""
+    """Whether ``user`` is a matrix of rows or columns of ``node``, or a tuple of such matrices."""
     if not user.args or user.args[0] is not node:
         return False
     target = _called(user)
     if target is not operator.getitem:
         return target in PARTS
     if _called(node) in PARTS:
-        return True  # one of a tuple
+        return True  # one matrix of the tuple
     index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
     return all(i is Ellipsis or isinstance(i, slice) for i in index)
 
 
 def _first(user: fx.Node) -> Any:
-    """The first argument of a call, which may be given by its name."""
+    """The first argument of a call, which may be passed as ``input=``."""
     return user.args[0] if user.args else user.kwargs.get("input")
 
 
 def _called(user: fx.Node) -> Any:
-    """What a node calls, whichever overload."""
+    """The target of a node; overloads of an operator count as the same."""
     target = user.target
     return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
 
@@ -129,29 +131,30 @@ def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
 
 
 def _einsum_dim(user: fx.Node, place: int, stacked: bool = False) -> int | None:
-    """Of an einsum of two operands that contracts one dimension of the weight: the other one.
+    """The weight's output dimension, if this einsum of two operands sums over the other one.
 
-    ``stacked``: the weight's first dimension counts matrices, and stands in all three terms.
+    Otherwise None. With ``stacked`` the weight's first dimension counts matrices, and must be in
+    all three terms.
     """
     equation = _first(user)
     if not isinstance(equation, str) or place == 0:
         return None
     left, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow:  # the letters that occur once
+    if not arrow:  # then the result has the letters that occur once
         result = "".join(c for c in left if left.count(c) == 1)
     terms = left.split(",")
     if len(terms) != 2 or place > 2:
         return None
-    mine, other = terms[place - 1], terms[2 - place]
-    kept = [i for i, c in enumerate(mine) if c in result and c not in other]
-    summed = [c for c in mine if c in other and c not in result]
-    if stacked and not (mine[:1] in other and mine[:1] in result):
+    own, other = terms[place - 1], terms[2 - place]
+    kept = [i for i, c in enumerate(own) if c in result and c not in other]
+    summed = [c for c in own if c in other and c not in result]
+    if stacked and not (own[:1] in other and own[:1] in result):
         return None
-    return kept[0] if len(mine) == 2 + stacked and len(kept) == len(summed) == 1 else None
+    return kept[0] if len(own) == 2 + stacked and len(kept) == len(summed) == 1 else None
 
 
 def _swaps(user: fx.Node) -> int:
-    """1 if this call transposes its matrix, 0 if it leaves the dimensions where they are."""
+    """1 if this call transposes its matrix, 0 if it keeps the order of dimensions."""
     dims = user.args[1:] or tuple(v for k, v in user.kwargs.items() if k != "input")
     if dims and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
@@ -199,7 +202,7 @@ UNBOUND = {torch.unbind, "unbind", aten.unbind}
 
 
 def output_dims_of_stack(node: fx.Node, flipped: int) -> list[int]:
-    """As :func:`output_dims` for a stack: 1 or 2 for each use, as its matrices are multiplied."""
+    """Like :func:`output_dims`, for a stack (e, m, n): 1 or 2 for each use."""
     dims: list[int] = []
     for user in node.users:
         dims += _use_of_stack(node, user, flipped)
@@ -220,7 +223,7 @@ def _use_of_stack(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
         if target is operator.getitem and isinstance(args[1], int):
             return [1 + d for d in output_dims(user, flipped)]
         if target is operator.getitem and isinstance(args[1], fx.Node):
-            return output_dims_of_stack(user, flipped)  # the matrices that tokens were sent to
+            return output_dims_of_stack(user, flipped)  # indexed by the matrix of each token
     out = _product_dim_of_stack(node, user)
     if out is None:
         what = getattr(target, "__name__", str(target))
@@ -247,7 +250,7 @@ def _product_dim_of_stack(node: fx.Node, user: fx.Node) -> int | None:
 
 
 def _swaps_in_stack(user: fx.Node) -> int:
-    """1 if this call transposes the matrices of a stack."""
+    """1 if this call transposes the matrices of a stack, 0 if it keeps them."""
     dims = user.args[1:] if _called(user) is not getattr else ()
     if dims and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])

@@ -1,4 +1,4 @@
-"""What watches the passes: a log of what each did, and a report of what became of each weight."""
+"""Observers of the passes: a log of what each pass did, and a report about each weight."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DISABLED = "the option disable_passes leaves push_selection out"
 
 
 class PassLog:
-    """One line per pass: the operations that are fewer and more than before it, and the time.
+    """Logs a line for each pass: the operations it removed and added, and its time.
 
-    ``what`` names the graph; ``before`` is the graph that the first pass gets, if no run of
-    :data:`~grass_fx.passes.pipeline.JOINT` begins with it.
+    ``what`` names the graph. ``before`` is the graph that the first pass gets; passes of
+    :data:`~grass_fx.passes.pipeline.JOINT` do not need it.
     """
 
     def __init__(self, what: str, before: fx.Graph | None = None) -> None:
@@ -47,7 +47,7 @@ class PassLog:
 
 
 def _operations(graph: fx.Graph | None) -> Counter[str]:
-    """How many of each operation a graph has; empty unless it will be logged."""
+    """The number of each operation in a graph; empty if it would not be logged."""
     if graph is None or not log.isEnabledFor(logging.DEBUG):
         return Counter()
     return Counter(_operation(node) for node in graph.nodes if node.op != "output")
@@ -63,9 +63,10 @@ def _operation(node: fx.Node) -> str:
 
 @dataclass
 class PushReport:
-    """Per weight: pushed below its matmul, or why not. Empty after a warm cache: no pass ran.
+    """Which selections were pushed below their matmul, and why the others were not.
 
-    ``names`` are the weights', by the positions of their indices among the graph's inputs.
+    It is empty if a graph came from the cache, since no pass ran. ``names`` has each weight's name
+    by the position of its indices among the graph's inputs.
     """
 
     names: Mapping[int, str] = field(default_factory=dict)

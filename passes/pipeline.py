@@ -1,4 +1,4 @@
-"""The passes in their order, and the one object that Inductor gets: ours, then the user's own."""
+"""The passes in their order, and the object for Inductor that runs them and then the user's."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from grass_fx.passes.tap_weights import tap_weights_pass
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: ``run(graph, facts)`` rewrites the graph and says what it did.
+    """A pass: ``run(graph, facts)`` rewrites the graph and returns a ``Result``.
 
-    ``makes`` is what dumped files call the graph behind it. ``when`` says for which graphs it is.
+    ``makes`` is the name of the resulting graph in dumped files. ``when(facts)`` says whether the
+    pass is for a graph.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Pass:
 
 FIND = Pass("find_linear_weights", find_linear_weights_pass)
 TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
-"""On the graph of Dynamo: FIND once per compilation, TAP once per variant."""
+"""Passes on the Dynamo graph: FIND runs once per compilation, TAP once per variant."""
 
 JOINT = (
     Pass("push_norms", push_norms_pass, makes="normed"),
@@ -45,16 +46,17 @@ JOINT = (
     Pass("recompute_gathers", recompute_gathers_pass, when=lambda facts: facts.reshards),
     Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
 )
-"""On the joint graph of AOTAutograd, once per variant. ``push_norms`` is first because it may free
-a gradient of the need to be whole; ``keep_selected`` goes by what ``push_selection`` made."""
+"""Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` comes first,
+because after it nothing may need a full gradient any more. ``keep_selected`` works on the products
+that ``push_selection`` made."""
 
 AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
-"""What makes the graph that JOINT gets, as observers are told of it."""
+"""Stands for AOTAutograd, which makes the graph that JOINT gets, in the steps of observers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What observers are told of: a pass has run, or was left out by ``disable_passes``."""
+    """An event for observers: a pass has run, or ``disable_passes`` left it out."""
 
     by: Pass
     result: Result
@@ -63,7 +65,7 @@ class Step:
 
 
 class Observer(Protocol):
-    """Logs, dumps, ``explain``: each sees every graph of a run, and changes none."""
+    """Logs, dumps and ``explain`` are observers: they see every graph of a run, and change none."""
 
     def __call__(self, graph: fx.Graph, step: Step) -> None: ...
 
@@ -91,20 +93,20 @@ def tapped(
 def run(
     passes: Sequence[Pass], graph: fx.Graph, facts: JointFacts, observers: Sequence[Observer]
 ) -> None:
-    """Run those of ``passes`` that are for this graph, in their order."""
+    """Run the passes that are for this graph, in their order."""
     apply(AOT, graph, facts, observers)
-    for each in passes:
-        if each.name in facts.disabled:
+    for one in passes:
+        if one.name in facts.disabled:
             for observer in observers:
-                observer(graph, Step(each, Result(), disabled=True))
-        elif each.when(facts):
-            apply(each, graph, facts, observers)
+                observer(graph, Step(one, Result(), disabled=True))
+        elif one.when(facts):
+            apply(one, graph, facts, observers)
 
 
 class GrassPasses(CustomGraphPass):
-    """:data:`JOINT` and then ``users``, the passes that the user has configured in Inductor.
+    """Runs :data:`JOINT` and then ``users``, the passes that the user has configured in Inductor.
 
-    ``facts`` are all that the passes go by besides the graph. ``observers`` change nothing.
+    Besides the graph, the passes depend only on ``facts``. ``observers`` change nothing.
     """
 
     def __init__(
@@ -121,10 +123,10 @@ class GrassPasses(CustomGraphPass):
             user_pass(graph)
 
     def uuid(self) -> Any:
-        """A hash of everything the passes depend on: our sources, torch, the facts, the user's.
+        """A hash of everything the passes depend on: our sources, torch, facts, users' passes.
 
-        What other options decide is in the graph already. None (no caching) if a user's pass has no
-        uuid.
+        Other options need not enter, because their effects are in the graph already. The result is
+        None (no caching) if a pass of the user has no uuid.
         """
         ids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.users]
         if any(i is None for i in ids):

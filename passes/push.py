@@ -1,7 +1,7 @@
-"""A selection on its way down: what the rules of ``push_rules`` plan with.
+"""The plan by which a selection moves down; the rules of ``push_rules`` use it.
 
-A rule changes no graph. It returns a :class:`Planned` node, made of other planned and of existing
-ones; :func:`emit` then makes those that the finished plan needs.
+A rule changes no graph. It returns a :class:`Planned` node, whose inputs are planned or existing
+nodes. :func:`emit` then adds the nodes that the finished plan needs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 class Stop(Exception):
-    """Why a selection cannot go below a node."""
+    """Raised by a rule with the reason why a selection cannot go below a node."""
 
 
 def make_early(node: fx.Node) -> None:
-    """Move a selection or its norms up to the gradient they are of.
+    """Move ``node``, which selects from a gradient or scores it, right behind that gradient.
 
-    Taps are differentiated last: at the end of the graph, where autograd has put it, ``node`` would
-    keep the gradient's factors alive until then, those of all layers.
+    Autograd differentiates taps last and puts ``node`` at the end of the graph. There it would keep
+    the factors of the gradient alive until the end, for all layers.
     """
     g = node.args[0]
     if isinstance(g, fx.Node) and g.op == "call_function":
@@ -40,7 +40,7 @@ def make_early(node: fx.Node) -> None:
 
 
 class Planned:
-    """A call that :func:`emit` may add to the graph. It reads like the node that it will be."""
+    """A call that :func:`emit` may add to the graph. It has the attributes of the future node."""
 
     op = "call_function"
 
@@ -49,14 +49,14 @@ class Planned:
     ) -> None:
         self.target, self.args, self.kwargs, self.meta = target, args, kwargs, {"val": value}
         self.stop = stop
-        """Why this selection stays above its input, for one that does."""
+        """For a selection that stays above its input: the reason. Otherwise None."""
 
 
 Value = fx.Node | Planned
 
 
 def values(arguments: Any) -> Any:
-    """Arguments of a call with the fake value of each node among them."""
+    """The arguments of a call, with each node replaced by its fake value."""
     return fx.node.map_aggregate(
         arguments, lambda x: x.meta["val"] if isinstance(x, (fx.Node, Planned)) else x
     )
@@ -70,7 +70,7 @@ def planned_in(arguments: Any) -> Iterator[Planned]:
 
 
 def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node before another one, with its value and the other one's origin."""
+    """Insert a node before another one; it gets its own value and the other node's origin."""
     with before.meta["val"].fake_mode:
         value = target(*values(args), **values(kwargs))
     return _insert(before, target, args, kwargs, value)
@@ -81,7 +81,7 @@ def _insert(before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) ->
         name = target.overloadpacket.__name__
         new = before.graph.create_node("call_function", target, args, kwargs, name)
     new.meta["val"] = value
-    # Not all of meta: what belongs to the old operator's signature would mislead Inductor.
+    # Do not copy all of meta: entries for the old operator's signature would mislead Inductor.
     for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "autograd_backward"):
         if key in before.meta:
             new.meta[key] = before.meta[key]
@@ -89,20 +89,20 @@ def _insert(before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) ->
 
 
 def emit(plan: Planned, push: Push) -> fx.Node:
-    """Add what ``plan`` needs to the graph, before the selection that was pushed."""
-    made: dict[Planned, fx.Node] = {}
+    """Add the nodes that ``plan`` needs to the graph, before the selection that was pushed."""
+    nodes: dict[Planned, fx.Node] = {}
 
     def node_of(argument: Any) -> Any:
-        return made[argument] if isinstance(argument, Planned) else argument
+        return nodes[argument] if isinstance(argument, Planned) else argument
 
-    for each in push.needed(plan):
-        args, kwargs = fx.node.map_aggregate((each.args, each.kwargs), node_of)
-        made[each] = _insert(push.select, each.target, args, kwargs, each.meta["val"])
-    return made[plan]
+    for planned in push.needed(plan):
+        args, kwargs = fx.node.map_aggregate((planned.args, planned.kwargs), node_of)
+        nodes[planned] = _insert(push.select, planned.target, args, kwargs, planned.meta["val"])
+    return nodes[plan]
 
 
 class Push:
-    """One selection on its way down."""
+    """A selection that moves down."""
 
     def __init__(
         self,
@@ -115,10 +115,10 @@ class Push:
     ) -> None:
         self.rules = rules
         self.graph, self.select, self.indices, self.scale = graph, select, indices, scale
-        self.block = block  # empty, or the one argument after ``dim``
-        self.planned: list[Planned] = []  # in the order in which rules ask for them
-        self.made: dict[Any, Value] = {}  # nodes reached on two ways are selected once
-        self.reports = True  # whether a selection that stays above something is worth telling
+        self.block = block  # empty, or the argument of the operators after ``dim``
+        self.planned: list[Planned] = []  # in the order in which rules planned them
+        self.made: dict[Any, Value] = {}  # so that a node reached by two paths is selected once
+        self.reports = True  # whether to report a selection that stays above something
 
     @property
     def rank(self) -> int:
@@ -126,7 +126,7 @@ class Push:
         return int(self.indices.meta["val"].shape[-1])
 
     def of(self, node: Any, dim: int, user: Any) -> Value:
-        """The selection of ``node``, which ``user`` uses, as deep as it goes."""
+        """The selection of ``node``, which ``user`` uses, pushed down as far as possible."""
         key = node, dim, self.indices, self.scale
         if key not in self.made:
             try:
@@ -136,7 +136,7 @@ class Push:
         return self.made[key]
 
     def _below(self, node: Any, dim: int, user: fx.Node) -> Value:
-        """The selection of ``node``, made of selections of its inputs."""
+        """The selection of ``node``, computed from selections of its inputs."""
         if not isinstance(node, fx.Node) or node.op != "call_function":
             raise Stop("its gradient is an input of the graph")
         self.check(node, user)
@@ -147,36 +147,37 @@ class Push:
         return rule(self, node, dim % node.meta["val"].dim())
 
     def selected(self, node: Any, dim: int, stop: str | None = None) -> Planned:
-        """The selection of ``node``, made above it; ``stop``: why not below."""
-        made = self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
-        made.stop = stop
-        return made
+        """A selection that stays above ``node``; ``stop`` is the reason, if it is reported."""
+        selection = self.call(SELECT, node, self.indices, self.scale, dim, *self.block)
+        selection.stop = stop
+        return selection
 
     def needed(self, plan: Value) -> list[Planned]:
-        """What ``plan`` is made of and itself, in an order in which it can be made."""
+        """``plan`` and all planned nodes that it needs, inputs before their users."""
         found: set[Planned] = set()
         ahead = [plan]
         while ahead:
-            each = ahead.pop()
-            if isinstance(each, Planned) and each not in found:
-                found.add(each)
-                ahead += planned_in((each.args, each.kwargs))
-        return [each for each in self.planned if each in found]
+            value = ahead.pop()
+            if isinstance(value, Planned) and value not in found:
+                found.add(value)
+                ahead += planned_in((value.args, value.kwargs))
+        return [planned for planned in self.planned if planned in found]
 
     def is_whole(self, node: fx.Node, user: fx.Node) -> bool:
-        """Whether more of ``node`` is needed than selections, so that it is in memory anyway."""
+        """Whether something besides selections needs ``node``, so that it is in memory anyway."""
         return self._needs_whole(node, user) is not None
 
     def check(self, node: fx.Node, user: fx.Node) -> None:
-        """Stop if more of ``node`` is needed than selections."""
+        """Raise Stop if something besides selections needs ``node``."""
         if (whole := self._needs_whole(node, user)) is not None:
             raise Stop(f"{node.name} is needed whole by {whole.name}")
 
     def _needs_whole(self, node: fx.Node, user: fx.Node) -> fx.Node | None:
-        """A user of ``node``, besides ``user``, that leads to more than selections; None if none.
+        """A node behind ``node``, not counting ``user``, that needs the whole value; else None.
 
-        A sum may use a gradient twice, and parts of one may each be selected, as those of
-        concatenated weights are: the whole will be gone when all of them are pushed.
+        A sum may use a gradient twice, and parts of a gradient may each be selected, as with
+        concatenated weights. These do not count: once all selections are pushed, nothing forms the
+        whole gradient.
         """
         seen: set[fx.Node] = set()
         ahead = [other for other in node.users if other is not user]
@@ -200,7 +201,7 @@ class Push:
         return own >= 0 and bool(shape[own] == full[dim])
 
     def broadcast(self, x: fx.Node, node: fx.Node, dim: int) -> Value:
-        """The selection of ``x`` as it stands in the shape of ``node``, its user."""
+        """The selection of ``x``, which ``node`` broadcasts to its own shape."""
         if self.spans(x, node, dim):
             return self.of(x, dim - node.meta["val"].dim() + x.meta["val"].dim(), node)
         if self.scale is None:
@@ -212,7 +213,7 @@ class Push:
         return self if self.scale is None else self.other(self.indices, None, self.block)
 
     def moved(self, start: int) -> Push:
-        """The same rows of a tensor in which they begin at ``start``."""
+        """The selection of the same rows in a larger tensor, where they begin at ``start``."""
         if start == 0:
             return self
         indices = self.call(aten.add.Tensor, self.indices, start)
@@ -221,9 +222,11 @@ class Push:
     def inside(
         self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: Value | None
     ) -> Value:
-        """The selected rows that lie in ``x``, which is rows [start, start + size); else ``other``.
+        """Selected rows in [start, start + size) from ``x``, which is that part; the others' from
+        ``other``.
 
-        All r rows of ``x`` are made, those outside from some row of it, so that shapes stay.
+        To keep the shape, all r rows are computed from ``x``; for a row outside of ``x`` any of its
+        rows is taken.
         """
         value = x.meta["val"]
         if value.shape[dim] == 0:
@@ -242,26 +245,26 @@ class Push:
         return self.call(aten.where.self, mask, below, other)
 
     def aligned(self, *offsets: int) -> list[Any]:
-        """The block, if runs that move by ``offsets`` still begin at a multiple of it."""
+        """The block, if runs moved by ``offsets`` still begin at multiples of it; else empty."""
         kept = self.block and all(offset % self.block[0] == 0 for offset in offsets)
         return self.block if kept else []
 
     def other(
         self, indices: Any, scale: Any, block: list[Any], rules: Mapping[Any, Rule] | None = None
     ) -> Push:
-        """The same selection by other indices, as they count rows below some operation."""
+        """The same selection with other indices, for an operation that numbers rows differently."""
         push = Push(rules or self.rules, self.graph, self.select, indices, scale, block)
         push.planned, push.made, push.reports = self.planned, self.made, self.reports
         return push
 
     def quiet(self) -> Push:
-        """The same selection of what leaves no gradient whole, wherever it stops."""
+        """The same selection without reports, for values that are no full gradient."""
         push = self.other(self.indices, self.scale, self.block)
         push.reports = False
         return push
 
     def contiguous(self, x: Value) -> Value:
-        """``x``, copied where it does not lie so; what a collective sends has to."""
+        """``x``, copied if it is not contiguous; collectives need contiguous tensors."""
         if x.meta["val"].is_contiguous():
             return x
         return self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
@@ -271,12 +274,12 @@ class Push:
         args = fx.node.map_aggregate(args, self._known)
         with self.select.meta["val"].fake_mode:
             value = target(*values(args), **values(kwargs))
-        made = Planned(target, args, kwargs, value)
-        self.planned.append(made)
-        return made
+        planned = Planned(target, args, kwargs, value)
+        self.planned.append(planned)
+        return planned
 
     def _known(self, value: Any) -> Any:
-        """A symbolic size as the node that is it: in the code of a graph a symbol has no value."""
+        """The node that holds a symbolic size, because a graph's code cannot name a symbol."""
         if not isinstance(value, torch.SymInt):
             return value
         for node in self.graph.nodes:
@@ -289,7 +292,7 @@ class Push:
                 for d, size in enumerate(known.shape):
                     if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
                         return self.call(aten.sym_size.int, node, d)
-        return value  # Inductor, which reads graphs node by node, knows what it is
+        return value  # Inductor reads graphs node by node, and knows the symbol
 
 
 Rule = Callable[[Push, fx.Node, int], Value]

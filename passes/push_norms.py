@@ -1,4 +1,4 @@
-"""Push the norms of a scoring step down to the matmul that makes the weight gradient."""
+"""Push the norms of a scoring step down to the matmul that makes a weight gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, dim_below_
 aten = torch.ops.aten
 
 LARGE_GRADIENT = 64 << 20
-"""Bytes from which on ``scoring="auto"`` forms no full gradient on a GPU."""
+"""With ``scoring="auto"`` a GPU forms no full gradient of this many bytes or more."""
 
 
 def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
@@ -34,9 +34,9 @@ def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         selected_mm = torch.ops.grass.selected_mm.default(permute, x, indices, None, 0)
         mm_squared_norms = torch.ops.grass.mm_squared_norms.default(permute, x, 0)
 
-    Where it is wanted (:func:`wants_tiles`), where nothing but transposes, views and conversions
-    lies between, and nothing but a selection needs the gradient besides; elsewhere the norms only
-    move up to their gradient. Rewritten: the new norms.
+    This happens if tiles are wanted (:func:`wants_tiles`), only transposes, views and conversions
+    lie between product and norms, and otherwise only a selection needs the gradient. In all other
+    cases the norms only move up to their gradient. Rewritten: the new norms.
     """
     result = Result()
     for norms in graph.find_nodes(op="call_function", target=SQUARED_NORMS):
@@ -61,9 +61,9 @@ def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
 
 
 def wants_tiles(g: torch.Tensor, scoring: str = "auto") -> bool:
-    """Whether the norms of G are to be taken tile by tile; "auto": of a large one on a GPU.
+    """Whether to compute the norms of G tile by tile; with "auto" if G is large and on a GPU.
 
-    Forming G once costs its memory; the tiles cost a compact product more, r/m of the full one.
+    Forming G once costs its memory. Tiles cost another compact product, r/m of the full one.
     """
     if scoring == "auto":
         return g.device.type == "cuda" and g.numel() * g.element_size() >= LARGE_GRADIENT
@@ -71,7 +71,7 @@ def wants_tiles(g: torch.Tensor, scoring: str = "auto") -> bool:
 
 
 def _product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
-    """The factors of G and the dimension that ``dim`` is there; None if G is no plain product."""
+    """The factors of G, and what ``dim`` is in their product; None if G is no plain product."""
     while g.op == "call_function" and all(u is user or u.target is SELECT for u in g.users):
         args = cast("tuple[Any, ...]", g.args)
         if g.target is aten.mm.default:
@@ -94,7 +94,7 @@ def _product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Nod
 
 
 def _matrix(graph: fx.Graph, x: fx.Node) -> fx.Node:
-    """A factor without the batch dimension of one that einsum gives it."""
+    """A factor as a matrix, without the batch dimension of size 1 that einsum adds."""
     value = x.meta["val"]
     if value.dim() == 2:
         return x

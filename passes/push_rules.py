@@ -1,9 +1,9 @@
-"""Below which operations a selection moves, and what is there then: one small function for each.
+"""The rules by which a selection moves below operations, a small function for each.
 
-A rule gets the push, a node and the dimension of the node that is selected. It returns the planned
-selection of ``node``, made from selections of the node's inputs; the graph stays as it is. With P
-from equation 1 of docs/method.md: PᵀF(x) = F′(Pᵀx), for all F that are linear along the selected
-dimension. Where a rule does not apply it raises :class:`Stop` with the reason.
+A rule gets the push, a node and the selected dimension of the node. It returns the planned
+selection of ``node``, computed from selections of the node's inputs; the graph stays as it is. With
+P from equation 1 of docs/method.md: PᵀF(x) = F′(Pᵀx), for all F that are linear along the selected
+dimension. A rule that does not apply raises :class:`Stop` with the reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def registers_in(table: dict[Any, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
-    """The decorator that makes a function the rule of some operators in a table."""
+    """A decorator that enters a function into ``table`` as the rule of some operators."""
 
     def rule(*targets: Any) -> Callable[[Rule], Rule]:
         def register(function: Rule) -> Rule:
@@ -53,22 +53,22 @@ rule = registers_in(RULES)
 
 @rule(aten.mm.default)
 def _mm(push: Push, node: fx.Node, dim: int) -> Value:
-    """select(a @ b) = selected_mm(a, b): what all of this is for."""
+    """select(a @ b) = selected_mm(a, b): the purpose of all rules."""
     return push.call(SELECTED_MM, *node.args, push.indices, push.scale, dim, *push.block)
 
 
 @rule(aten.bmm.default)
 def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
-    """A batch of products: the factor that has the selected dimension is selected."""
+    """A batch of products: select from the factor that has the selected dimension."""
     a, b = cast("tuple[Value, Value]", node.args)
-    if node.meta["val"].shape[0] == 1 and dim > 0:  # as einsum makes it
+    if node.meta["val"].shape[0] == 1 and dim > 0:  # einsum makes such batches
         a, b = push.call(aten.squeeze.dim, a, 0), push.call(aten.squeeze.dim, b, 0)
         compact = push.call(SELECTED_MM, a, b, push.indices, push.scale, dim - 1, *push.block)
         return push.call(aten.unsqueeze.default, compact, 0)
     if dim < 2:
         a = push.selected(a, dim)
     if dim != 1:
-        b = (push if dim == 2 else push.unscaled()).selected(b, dim)  # ρ once
+        b = (push if dim == 2 else push.unscaled()).selected(b, dim)  # apply ρ once
     return push.call(aten.bmm.default, a, b)
 
 
@@ -94,18 +94,18 @@ def _sum(push: Push, node: fx.Node, dim: int) -> Value:
     """Several uses of one weight: select(G ± G′) = select(G) ± select(G′)."""
     if not all(isinstance(x, fx.Node) for x in node.args):
         raise Stop(f"{node.name} adds a number")
-    sums = [node]  # ((G ± G′) ± G″) ± ...: an unrolled loop has more of them than calls can nest
+    sums = [node]  # ((G ± G′) ± G″) ± ...: an unrolled loop can have more than calls can nest
     while (inner := _inner_sum(sums[-1])) is not None:
         sums.append(inner)
     below = push.broadcast(cast(fx.Node, sums[-1].args[0]), sums[-1], dim)
-    for each in reversed(sums):
-        y = push.broadcast(cast(fx.Node, each.args[1]), each, dim)
-        below = push.call(each.target, below, y, **each.kwargs)
+    for step in reversed(sums):
+        y = push.broadcast(cast(fx.Node, step.args[1]), step, dim)
+        below = push.call(step.target, below, y, **step.kwargs)
     return below
 
 
 def _inner_sum(node: fx.Node) -> fx.Node | None:
-    """The sum of two gradients that ``node`` goes on adding to, if nothing else needs that."""
+    """The sum of two gradients to which ``node`` adds another, if nothing else needs that sum."""
     inner = cast(fx.Node, node.args[0])
     if inner.target not in (aten.add.Tensor, aten.sub.Tensor) or len(inner.users) > 1:
         return None
@@ -116,7 +116,10 @@ def _inner_sum(node: fx.Node) -> fx.Node | None:
 
 @rule(*FACTORS)
 def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
-    """select(s ∘ t) = select(s) ∘ select(t), with ρ once; what is constant there stays as it is."""
+    """select(s ∘ t) = select(s) ∘ select(t), with ρ applied once.
+
+    A factor that is constant along the selected dimension stays as it is.
+    """
     spanning = [x for x in node.all_input_nodes if push.spans(x, node, dim)]
     dividing = node.target in (aten.div.Tensor, aten.div.Scalar) and node.args[0] not in spanning
     if not spanning or dividing or node.args[0] is node.args[-1]:
@@ -124,19 +127,19 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
     new: dict[Any, Value] = {}
     for k, x in enumerate(spanning):
         along = dim - node.meta["val"].dim() + x.meta["val"].dim()
-        each = push if k == 0 else push.unscaled()
+        by = push if k == 0 else push.unscaled()
         full = x.meta["val"].shape == node.meta["val"].shape
-        # What is no product, or a smaller one that others need, is in memory: nothing is gained.
+        # Without a product below, or if others need a smaller factor, x is in memory anyway.
         deeper = has_product(x) and (full or not push.is_whole(x, node))
-        each = each if full else each.quiet()  # what stops below it leaves no gradient whole
-        new[x] = each.of(x, along, node) if deeper else each.selected(x, along)
+        by = by if full else by.quiet()  # a stop below a smaller factor forms no full gradient
+        new[x] = by.of(x, along, node) if deeper else by.selected(x, along)
     args = cast("tuple[Any, ...]", node.args)
     return push.call(node.target, *(new.get(x, x) for x in args))
 
 
 def has_product(node: Any) -> bool:
-    """Whether a matrix product lies below ``node`` and what a selection can pass."""
-    seen: set[fx.Node] = set()  # a node may be reached on very many ways
+    """Whether a matrix product lies below ``node``, behind operations that a selection can pass."""
+    seen: set[fx.Node] = set()  # very many paths may lead to a node
     ahead = [node]
     while ahead:
         below = ahead.pop()
@@ -157,7 +160,7 @@ def _neg(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.sum.dim_IntList)
 def _sum_over(push: Push, node: fx.Node, dim: int) -> Value:
-    """Sums over other dimensions: of a batch that one weight was expanded to."""
+    """A sum over other dimensions, such as a batch to which the weight was expanded."""
     x, dims, *keepdim = cast("tuple[Any, ...]", node.args)
     ndim = x.meta["val"].dim()
     gone = {d % ndim for d in dims or range(ndim)}
@@ -178,7 +181,7 @@ def _permute(push: Push, node: fx.Node, dim: int) -> Value:
     if below.target is aten.permute.default:
         inner, first = cast("tuple[Value, list[int]]", below.args)
         if [first[d] for d in dims] == list(range(len(dims))):
-            return inner  # AOTAutograd transposes a linear's gradient twice
+            return inner  # AOTAutograd transposes the gradient of a linear layer twice
     return push.call(aten.permute.default, below, dims)
 
 
@@ -197,7 +200,7 @@ def _transpose(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(*RESHAPES)
 def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
-    """Where the selected dimension is one dimension on both sides."""
+    """Passes if the selected dimension is a single dimension before and after."""
     x = cast(fx.Node, node.args[0])
     new = list(node.meta["val"].shape)
     below = dim_below_reshape(x.meta["val"].shape, new, dim)
@@ -208,7 +211,7 @@ def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
 
 
 def dim_below_reshape(old: Sequence[int], new: Sequence[int], dim: int) -> int | None:
-    """The dimension of the shape ``old`` that is ``dim`` of its view ``new``; None if none is."""
+    """The dimension of shape ``old`` that becomes ``dim`` of its view ``new``, or None."""
     for below in range(len(old)):
         if old[below] == new[dim] and math.prod(old[:below]) == math.prod(new[:dim]):
             return below
@@ -217,7 +220,7 @@ def dim_below_reshape(old: Sequence[int], new: Sequence[int], dim: int) -> int |
 
 @rule(aten.expand.default)
 def _expand(push: Push, node: fx.Node, dim: int) -> Value:
-    """Equal copies along other dimensions, or along the selected one."""
+    """The input is repeated along other dimensions, or along the selected one."""
     x = cast(fx.Node, node.args[0])
     shape = list(node.meta["val"].shape)
     shape[dim] = push.rank
@@ -240,7 +243,7 @@ def _same(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.slice.Tensor)
 def _slice(push: Push, node: fx.Node, dim: int) -> Value:
-    """A part of a larger gradient: the weight was concatenated with others."""
+    """A part of a larger gradient, because the weight was concatenated with others."""
     x, over, start, end, step = _slice_of(node, 1, dim)
     if over != dim:
         return push.call(node.target, push.of(x, dim, node), over, start, end, step)
@@ -267,7 +270,10 @@ def _part(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.cat.default)
 def _cat(push: Push, node: fx.Node, dim: int) -> Value:
-    """Parts of a weight that are used apart. Along the selected dimension each part pays r rows."""
+    """Parts of the weight were used separately.
+
+    If the parts lie along the selected dimension, r rows are computed for each of them.
+    """
     parts, *over = cast("tuple[Any, ...]", node.args)
     across = (over or [0])[0] % node.meta["val"].dim()
     if across != dim:
@@ -286,7 +292,7 @@ def _cat(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.slice_scatter.default)
 def _slice_scatter(push: Push, node: fx.Node, dim: int) -> Value:
-    """The gradient of a weight of which a part is used."""
+    """The gradient of a weight of which only a part was used."""
     base, x = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     _, over, start, end, step = _slice_of(node, 2, dim)
     below = push.of(base, dim, node)
@@ -299,7 +305,7 @@ def _slice_scatter(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.select_scatter.default)
 def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
-    """The same with one matrix of a stack."""
+    """The gradient of a batch of which only one matrix was used."""
     base, x, over, index = cast("tuple[Any, ...]", node.args)
     over %= node.meta["val"].dim()
     if over == dim:
@@ -310,7 +316,7 @@ def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.select.int)
 def _select_int(push: Push, node: fx.Node, dim: int) -> Value:
-    """One matrix of a batch of gradients."""
+    """The gradient of one matrix, out of a batch of gradients."""
     x, over, index = cast("tuple[Any, ...]", node.args)
     over %= x.meta["val"].dim()
     return push.call(node.target, push.of(x, dim + (over <= dim), node), over, index)
@@ -318,7 +324,7 @@ def _select_int(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.full.default)
 def _constant(push: Push, node: fx.Node, dim: int) -> Value:
-    """What parts are written into: zeros."""
+    """Zeros, into which parts of a gradient are written."""
     shape, value = cast("tuple[list[int], Any]", node.args)
     if value != 0:
         raise Stop(f"{node.name} is no gradient")
@@ -328,20 +334,21 @@ def _constant(push: Push, node: fx.Node, dim: int) -> Value:
 
 
 def _slice_of(node: fx.Node, before: int, dim: int) -> tuple[fx.Node, int, Any, Any, Any]:
-    """(input, dimension, start, end, step) of a slice, with what it leaves out filled in.
+    """(input, dimension, start, end, step) of a slice, with its defaults filled in.
 
-    Numbers along the selected dimension; along others they may be symbolic, as in the graph.
+    Along the selected dimension these are numbers; along others they may be symbolic.
     """
     x = cast(fx.Node, node.args[0])
     defaults = (0, None, None, 1)
-    given, named = cast("tuple[Any, ...]", node.args[before:]), cast("dict[str, Any]", node.kwargs)
+    positional = cast("tuple[Any, ...]", node.args[before:])
+    named = cast("dict[str, Any]", node.kwargs)
     names = ("dim", "start", "end", "step")
     over, start, end, step = (
-        given[k] if k < len(given) else named.get(names[k], defaults[k]) for k in range(4)
+        positional[k] if k < len(positional) else named.get(names[k], defaults[k]) for k in range(4)
     )
     over = cast(int, over) % x.meta["val"].dim()
     size = x.meta["val"].shape[over]
-    if all(isinstance(each, int | None) for each in (start, end, step, size)):
+    if all(isinstance(number, int | None) for number in (start, end, step, size)):
         start, end, step = slice(start, end, step).indices(size)
     elif over == dim:
         raise Stop(f"{node.name} ends where only a call tells, along the selected dimension")
@@ -358,7 +365,7 @@ def _wait(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(c10d.all_reduce.default)
 def _all_reduce(push: Push, node: fx.Node, dim: int) -> Value:
-    """All ranks have one sum and select alike in it, so only what is selected travels."""
+    """All ranks have the same sum and select the same rows, so only selected rows are sent."""
     x, op, group = node.args
     if op not in ("sum", "avg"):
         raise Stop(f"{node.name} is no sum")
@@ -367,7 +374,7 @@ def _all_reduce(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(c10d.reduce_scatter_tensor.default)
 def _reduce_scatter(push: Push, node: fx.Node, dim: int) -> Value:
-    """Each rank selects rows of its own part: those of all ranks are summed, r for each."""
+    """Each rank selects r rows of its own part, so the rows that all ranks select are summed."""
     x, op, ranks, group = cast("tuple[fx.Node, str, int, str]", node.args)
     if op not in ("sum", "avg"):
         raise Stop(f"{node.name} is no sum")

@@ -1,4 +1,4 @@
-"""Push each selection of a joint graph down to the matmul that makes the weight gradient."""
+"""Push each selection of a joint graph down to the matmul that makes a weight gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOO_DEEP = "its gradient is made by more operations than can be followed"
 
 
 def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
-    """Replace ``select`` of a full weight gradient by the product of what it selects.
+    """Replace ``select`` of a full weight gradient by a product that computes only those rows.
 
     Before::
 
@@ -31,13 +31,13 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         selected_mm = torch.ops.grass.selected_mm.default(permute, x, indices, scale, 0)
 
     The product stands where its factors are made. ``select`` is linear and moves through the
-    operations of ``push_rules.RULES`` (equations 2 and 3 of docs/method.md). It stops, and is left
-    there with its reason, at a node of another kind and at one whose full value is needed anyway
-    (the scores of a scoring step). Each way down is planned first, and then made. Graphs without a
-    selection, inference graphs among them, stay as they are.
+    operations of ``push_rules.RULES`` (equations 2 and 3 of docs/method.md). It stops at any other
+    operation, and at a node whose full value is needed anyway (for the scores of a scoring step);
+    there it stays, and the reason is reported. Each path down is planned before the graph changes.
+    Graphs without a selection, such as those for inference, stay as they are.
 
-    Rewritten and stopped: the ``indices`` nodes of selections that reached every matmul below them,
-    and of those that stayed above something.
+    Rewritten: the ``indices`` nodes of selections that reached every matmul below them. Stopped:
+    those of the other selections.
     """
     result = Result()
     for select in graph.find_nodes(op="call_function", target=SELECT):
@@ -50,7 +50,7 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         except RecursionError:
             result.stopped[indices] = TOO_DEEP
             continue
-        stops = [each.stop for each in push.needed(plan) if each.stop is not None]
+        stops = [planned.stop for planned in push.needed(plan) if planned.stop is not None]
         if stops:
             result.stopped[indices] = "; ".join(stops)
         else:
@@ -66,7 +66,7 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase ``node`` and what only it used."""
+    """Erase ``node`` and all nodes that only it used."""
     waiting, gone = [node], set()
     while waiting:
         node = waiting.pop()

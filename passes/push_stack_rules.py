@@ -1,7 +1,7 @@
-"""The rules for a stack of matrices, (e, m, n), of which each has a selection of its own, (e, r).
+"""The rules for a stack of matrices (e, m, n), where each matrix has its own selection: (e, r).
 
-The first dimension counts the matrices all the way down, or the selection stops. What treats every
-matrix alike goes by the rules of ``push_rules``.
+On every operation that a selection passes, the first dimension counts the matrices. For operations
+that treat all matrices alike the rules of ``push_rules`` are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ rule = push_rules.registers_in(STACK_RULES)
 
 @rule(aten.bmm.default)
 def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
-    """The factor that has the selected dimension is selected, matrix by matrix."""
+    """Select from the factor that has the selected dimension, matrix by matrix."""
     a, b = cast("tuple[Value, Value]", node.args)
     if dim == 1:
         a = push.selected(a, 1)
@@ -39,7 +39,10 @@ def _bmm(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten._grouped_mm.default)
 def _grouped_mm(push: Push, node: fx.Node, dim: int) -> Value:
-    """Tokens sorted by matrix, each one's end in ``offs``: σ of a token is that of its matrix."""
+    """Tokens are sorted by matrix, and ``offs`` has the end of each matrix's tokens.
+
+    Each token is selected by the σ of its matrix.
+    """
     a, b, offs, *rest = cast("tuple[Any, ...]", node.args)
     if a.meta["val"].dim() != 2 or b.meta["val"].dim() != 2:
         raise Stop(f"{node.name} is no gradient of a stack")
@@ -52,7 +55,7 @@ def _grouped_mm(push: Push, node: fx.Node, dim: int) -> Value:
     place = push.call(prims.iota.default, count, start=0, step=1, dtype=torch.int64,
                       device=device, requires_grad=False)  # fmt: skip
     group = push.call(aten.searchsorted.Tensor, offs, place, right=True)
-    # Tokens behind the last end are in no product: any matrix will do.
+    # Tokens behind the last end are in no product, so they may use the σ of any matrix.
     group = push.call(aten.remainder.Scalar, group, node.meta["val"].shape[0])
     rows = push.call(SELECT, tokens, *_of_tokens(push, group), 1)
     if dim == 1:
@@ -62,12 +65,12 @@ def _grouped_mm(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
 def _index_put(push: Push, node: fx.Node, dim: int) -> Value:
-    """The gradient of the matrices that each token was sent to, one product for each token."""
+    """The gradient when each token was sent to one matrix, with a product for each token."""
     base, where, values, *accumulate = cast("tuple[Any, ...]", node.args)
     if len(where) != 1 or where[0].meta["val"].dim() != 1:
         raise Stop(f"{node.name} indexes more than the matrices of a stack")
-    each = push.other(*_of_tokens(push, where[0]), push.block)
-    below = push.of(base, dim, node), each.of(values, dim, node)
+    by_token = push.other(*_of_tokens(push, where[0]), push.block)
+    below = push.of(base, dim, node), by_token.of(values, dim, node)
     return push.call(node.target, below[0], where, below[1], *accumulate)
 
 
@@ -80,7 +83,7 @@ def _of_tokens(push: Push, group: Value) -> tuple[Value, Value | None]:
 
 @rule(aten.permute.default)
 def _permute(push: Push, node: fx.Node, dim: int) -> Value:
-    """Also two in a row, as einsum makes them, where the first dimension comes back."""
+    """Also passes two in a row, as einsum makes them, if together they keep the first dimension."""
     x, dims = cast("tuple[fx.Node, list[int]]", node.args)
     if dims[0] == 0:
         return RULES[aten.permute.default](push, node, dim)
@@ -102,7 +105,7 @@ def _transpose(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(*RESHAPES)
 def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
-    """Where both dimensions stay, or of matrices in one to their stack."""
+    """Passes if both dimensions stay, or if concatenated matrices become their stack."""
     x, shape = cast(fx.Node, node.args[0]), list(node.meta["val"].shape)
     old = list(x.meta["val"].shape)
     compact = [push.rank if d == dim else size for d, size in enumerate(shape)]
@@ -123,7 +126,7 @@ def _reshape(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(*FACTORS)
 def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
-    """By numbers, and elementwise where every factor that is selected is a stack itself."""
+    """Passes numbers, and elementwise products in which every selected factor is itself a stack."""
     shape = node.meta["val"].shape
     for x in node.all_input_nodes:
         own = x.meta["val"].shape
@@ -134,7 +137,7 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.select_scatter.default)
 def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
-    """The gradient of one matrix that is used by itself."""
+    """The gradient of a matrix that was used by itself."""
     base, x, over, index = cast("tuple[Any, ...]", node.args)
     if over % node.meta["val"].dim() != 0:
         raise Stop(f"{node.name} writes into every matrix of a stack")
@@ -144,7 +147,7 @@ def _select_scatter(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.cat.default)
 def _cat(push: Push, node: fx.Node, dim: int) -> Value:
-    """Stacks, or matrices, that were taken apart."""
+    """Parts of the stack were used separately."""
     parts, *over = cast("tuple[Any, ...]", node.args)
     if (over or [0])[0] % node.meta["val"].dim() != 0:
         raise Stop(f"{node.name} is along a matrix dimension of a stack")

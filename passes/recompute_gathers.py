@@ -18,22 +18,23 @@ SAME_WEIGHT = {
     aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor, aten.cat.default,
     aten.split.Tensor, aten.split_with_sizes.default, *RESHAPES, *CONVERSIONS, *COPIES,
 }  # fmt: skip
-"""What a gathered weight is made of its shards by."""
+"""Operations that lead from shards to a gathered weight, and to views and casts of it."""
 
 REGION = 100_000
-"""The region of recomputation, apart from those of activation checkpointing, counted from 0."""
+"""The number of our recomputation region; those of activation checkpointing count from 0."""
 
 
 def recompute_gathers_pass(graph: fx.Graph, facts: JointFacts) -> Result:
-    """Mark what gathers parameters for the partitioner, which then keeps shards only.
+    """Mark the nodes that gather parameters, so that the partitioner keeps only shards.
 
-    Before, all of the forward, and of it the backward needs ``wait_tensor``::
+    Before, all of this is in the forward, and the backward needs ``wait_tensor``::
 
         all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default(w, 2, '0')
         wait_tensor = torch.ops._c10d_functional.wait_tensor.default(all_gather)
 
-    After: the same, with ``meta["recompute"]``, and both once more in the backward. Views and
-    conversions of a gathered parameter are marked with it. Rewritten: the gatherings.
+    After: the same nodes with ``meta["recompute"]``, so that the partitioner repeats both in the
+    backward. Views and conversions of a gathered parameter are marked, too. Rewritten: the nodes
+    that gather.
     """
     shards: set[fx.Node] = set()
     gathered: set[fx.Node] = set()

@@ -1,7 +1,7 @@
 """The calling convention of a tapped graph: which inputs tapping adds, and in which order.
 
-They follow the graph's own inputs, weight by weight. :data:`ROLES` lists them; everything else that
-names or orders added inputs asks :class:`Signature`.
+They follow the graph's own inputs, weight by weight. :data:`ROLES` lists them. All other code that
+names or orders added inputs uses :class:`Signature`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """A parameter that is taken."""
+    """A parameter that gets a compact gradient."""
 
     position: int
     """Its position among the graph's inputs."""
@@ -32,19 +32,19 @@ class LinearWeight:
 
 
 class Role(NamedTuple):
-    """One added input of a weight."""
+    """A kind of input that tapping adds for a weight."""
 
     name: str
     example: Callable[[SubspaceSpec, Tensor], Tensor]
-    """The input's shape, dtype and device, from the weight's spec and value."""
+    """Makes an input of the right shape, dtype and device from the weight's spec and value."""
     is_proxy: bool = False
-    """A proxy only receives a gradient, and is never read. The others hold the selection."""
+    """A proxy only receives a gradient, and is never read. Other inputs hold the selection."""
     present: Callable[[SubspaceSpec, bool], bool] = lambda spec, with_scores: True
     """Whether a weight has this input, from its spec and whether the rule needs scores."""
 
 
 def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of one element that claims ``shape``: what receives a gradient and is never read."""
+    """A tensor with one element of memory and this ``shape``; it only receives a gradient."""
     return torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=dtype, device=device)
 
 
@@ -70,14 +70,14 @@ ROLES = (
     Role("indices", _indices),
     Role("scale", _scale, present=lambda spec, with_scores: spec.replacement),
 )
-"""d receives the compact gradient C, e the scores s; then σ and, with replacement, ρ."""
+"""d receives the compact gradient C, and e the scores s. Then come σ and, with replacement, ρ."""
 
 
 class Signature:
-    """The added inputs of one graph, behind ``count`` inputs of its own.
+    """The added inputs of a graph, which follow its own ``count`` inputs.
 
-    ``weights`` are those that are taken; ``with_scores``: the selection rule needs scores. Both
-    variants of a graph have the same signature.
+    ``weights`` are the taken ones. ``with_scores`` says whether the selection rule needs scores.
+    Both variants of a graph have the same signature.
     """
 
     ROLES: ClassVar[tuple[Role, ...]] = ROLES
@@ -97,25 +97,25 @@ class Signature:
         self._proxies = [[r.name for r in roles if r.is_proxy] for roles in self._roles.values()]
 
     def places(self, weight: LinearWeight) -> Mapping[str, int]:
-        """Role -> position among the tapped graph's inputs, in their order."""
+        """Role -> position among the tapped graph's inputs, in the order of positions."""
         return self._places[weight.position]
 
     def examples(self, weight: LinearWeight, value: Tensor) -> dict[str, Tensor]:
-        """Role -> an example of the input, for a weight of that value; proxies need gradients."""
+        """Role -> an example of the input for a weight with this value; proxies need gradients."""
         roles = self._roles[weight.position]
         return {r.name: r.example(weight.spec, value).requires_grad_(r.is_proxy) for r in roles}
 
     def proxies(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The proxies of a call, for weights of these values; weights that are alike share them."""
+        """The proxies of a call for weights with these values; similar weights share them."""
         shared: dict[Any, list[Tensor]] = {}
-        made: list[Tensor] = []
+        all_proxies: list[Tensor] = []
         for weight, w in zip(self.weights, values, strict=True):
             alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
             if alike not in shared:
                 proxies = (role for role in self._roles[weight.position] if role.is_proxy)
                 shared[alike] = [role.example(weight.spec, w) for role in proxies]
-            made += shared[alike]
-        return made
+            all_proxies += shared[alike]
+        return all_proxies
 
     def added(self, proxies: Sequence[Tensor], selections: Sequence[Sequence[Tensor]]) -> list[Any]:
         """The added inputs of a call: its proxies, and each weight's [σ] or [σ, ρ], in order."""
@@ -123,23 +123,23 @@ class Signature:
         return [next(proxy if is_proxy else selected) for is_proxy in self._are_proxies]
 
     def split(self, per_proxy: Sequence[T]) -> Iterator[dict[str, T]]:
-        """For each weight, role -> what belongs to its proxy, such as the gradient."""
+        """For each weight, role -> the element of ``per_proxy`` for that proxy, as its gradient."""
         values = iter(per_proxy)
         for names in self._proxies:
             yield {name: next(values) for name in names}
 
 
 class Variant(NamedTuple):
-    """Which graph of a compilation this is."""
+    """Distinguishes the graphs of one compilation."""
 
     scoring: bool = False
-    """A scoring step's, which yields scores too."""
+    """Whether the graph is for scoring steps and also yields scores."""
     local: bool = False
-    """A micro-batch's, whose gradients are averaged over processes afterwards."""
+    """Whether its gradients are averaged over processes only afterwards (micro-batches)."""
 
     @property
     def name(self) -> str:
-        """As logs and dumped files call it."""
+        """The name in logs and dumped files."""
         return ("scoring" if self.scoring else "regular") + ("_local" if self.local else "")
 
 

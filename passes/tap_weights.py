@@ -1,4 +1,4 @@
-"""Tap each linear weight of a Dynamo graph: its value stays, its gradient becomes compact."""
+"""Tap each linear weight of a Dynamo graph: its value stays, and its gradient becomes compact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grass_fx.passes.taps import TapSpec, tap
 
 
 class Tapped(Result):
-    """``rewritten``: the taps. ``inputs``: the tapped graph's, with fake ones for the added."""
+    """``rewritten`` has the taps; ``inputs`` the tapped graph's inputs, the added ones as fakes."""
 
     inputs: Sequence[Any] = ()
 
@@ -34,10 +34,10 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
         tap = grass_fx_passes_taps_tap(weight, dim=0, d=weight_d, indices=weight_indices)
         linear = torch._C._nn.linear(x, tap, bias)
 
-    The inputs that are added are those of ``facts.signature``. Both variants of a rule with scores
-    have the same, and the same forward; the taps of the scoring one yield scores too. Taps average
-    over the weights' process groups, but not those of a local variant. The compact gradient is
-    selected first, so that nothing else travels.
+    ``facts.signature`` lists the added inputs. For a rule with scores both variants have the same
+    inputs and the same forward; the taps of the scoring variant also yield scores. Taps average
+    gradients over the weights' process groups, except in a local variant. They select first, so
+    that only compact gradients are sent.
     """
     signature, variant = facts.signature, facts.variant
     assert signature is not None and variant is not None
@@ -58,12 +58,12 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
                 added.append(example)
             taps += [(full, arguments) for full in gathered(w)]
     result.inputs = [*facts.inputs, *added]
-    for node in placeholders:  # Dynamo's own are cleaned up, and a copy would keep what they hold
+    for node in placeholders:  # Dynamo clears this in its graph; in the copy it would keep tensors
         node.meta.pop("grapharg", None)
     for w, arguments in taps:
         with graph.inserting_before(body if w.op == "placeholder" else w.next):
             value = w
-            if w.op != "placeholder":  # gathered: no gradient is to go that way, not even zeros
+            if w.op != "placeholder":  # a gathered weight: its shards get no gradient, not even 0
                 value = graph.call_method("detach", (w,))
                 value.meta["example_value"] = w.meta["example_value"]
             tapped = graph.call_function(tap, (value,), arguments)
@@ -75,7 +75,7 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
 
 
 def _settings(weight: LinearWeight, facts: DynamoFacts, variant: Variant) -> dict[str, Any]:
-    """The fields of a tap's TapSpec, in plain types and without those that are the default."""
+    """The fields of a tap's TapSpec that differ from their defaults, in plain types."""
     shards, config = weight.spec.shards, facts.config
     bucketed = shards is not None and shards.bucketed
     collectives = () if variant.local else collectives_of(weight.spec)

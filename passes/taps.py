@@ -1,4 +1,4 @@
-"""Taps: autograd functions whose gradient for a weight is compact, and leaves by a proxy."""
+"""Taps: autograd functions that return a weight's compact gradient as the gradient of a proxy."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from grass_fx.passes.averaging import Collective, average
 
 
 class TapSpec(NamedTuple):
-    """What a tap does with the gradient."""
+    """How a tap treats the gradient."""
 
     dim: int
     """The selected dimension of the weight."""
     block: int = 1
-    """B, rows that are selected together."""
+    """B, the number of rows that are selected together."""
     collectives: tuple[Collective, ...] = ()
-    """How gradients are averaged over processes."""
+    """The collectives that average gradients over processes."""
     scoring: str | None = None
-    """The option ``scoring``, in a scoring step; None in a regular one, which yields no scores."""
+    """The option ``scoring``, in a scoring step. None in a regular step, which yields no scores."""
     score_sync: str = "norms"
-    """The option ``score_sync``: what several processes score."""
+    """The option ``score_sync``: whether processes score their own or the averaged gradient."""
     bucketed: bool = False
-    """Whether C is averaged after the graph, with those of all its weights."""
+    """Whether C is averaged after the graph, together with those of all its weights."""
 
 
 class Tap(torch.autograd.Function):
     """Forward: the weight itself. Backward: PᵀG as the gradient of the proxy d, nothing for W.
 
-    In a scoring step also s_i = ‖g_i‖², as the gradient of the proxy e: nothing is mutated.
+    In a scoring step the backward also returns s_i = ‖g_i‖² as the gradient of the proxy e, so that
+    the graph mutates no input.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, spec: TapSpec, roles: tuple[str, ...], *added: Any) -> Tensor:
-        """``added``: the weight's added inputs (passes/signature.py), which ``roles`` names."""
-        given = dict(zip(roles, added, strict=True))
-        ctx.save_for_backward(given["indices"], given.get("scale"))
+        """``added`` has the weight's added inputs (passes/signature.py); ``roles`` names them."""
+        by_role = dict(zip(roles, added, strict=True))
+        ctx.save_for_backward(by_role["indices"], by_role.get("scale"))
         ctx.spec, ctx.roles = spec, roles
         return w.view_as(w)
 
@@ -54,16 +55,17 @@ class Tap(torch.autograd.Function):
         if spec.bucketed:
             collectives = ()
         block = () if spec.block == 1 else (spec.block,)
-        # Selected first, so that nothing else travels.
+        # Select first, so that only the compact gradient is sent.
         gradients = {"d": average(SELECT(g, indices, scale, spec.dim, *block), collectives)}
         if spec.scoring is not None:
-            rows, dim = (g.flatten(0, 1), 0) if g.dim() == 3 else (g, spec.dim)  # of all matrices
+            # A stack is scored like one matrix that has the rows of all its matrices.
+            rows, dim = (g.flatten(0, 1), 0) if g.dim() == 3 else (g, spec.dim)
             how = () if spec.scoring == "auto" else (spec.scoring,)
             gradients["e"] = SQUARED_NORMS(rows, dim, *how)
         return None, None, None, *(gradients.get(role) for role in ctx.roles)
 
 
-# A function of a module, so that the caches can name it (_torch_compat.compile_inductor).
+# A module-level function, so that caches can name it (_torch_compat.compile_inductor).
 def tap(
     w: Tensor,
     *,
@@ -75,7 +77,7 @@ def tap(
     bucketed: bool = False,
     **added: Tensor,
 ) -> Tensor:
-    """The weight ``w``, tapped: the fields of :class:`TapSpec`, then the added inputs by role."""
+    """Tap the weight ``w``; takes the fields of :class:`TapSpec` and the added inputs by role."""
     averages = tuple(map(Collective._make, collectives))
     spec = TapSpec(dim, block, averages, scoring, score_sync, bucketed)
     with torch.enable_grad():  # a graph may turn gradients on after its taps

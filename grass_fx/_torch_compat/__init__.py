@@ -1,15 +1,15 @@
 """The only place that touches private torch; each function says what it uses.
 
-    dynamo.py     Dynamo's graphs, and what it knows of the frame that it compiles
+    dynamo.py     Dynamo's graphs, and what it knows about the frame it is compiling
     aot.py        AOTAutograd: joint graphs, and compilation without Inductor
     inductor.py   Inductor's options, compiler, scheduler and table of lowerings
     kernels.py    kernels, for use inside a lowering
-    frames.py     what Dynamo did with the frames that it met, for warnings
+    frames.py     which frames Dynamo compiled and which not, for warnings
     backward.py   the running backward, and DistributedDataParallel
     selfcheck.py  the list of all these interfaces, and an error that names those that are missing
 
-Imports of Inductor and AOTAutograd stand inside functions, so that importing this loads neither.
-Checked with torch 2.11 to 2.15; features are probed, versions are not compared.
+Inductor and AOTAutograd are imported inside functions, so importing this package loads neither.
+The package is checked with torch 2.11 to 2.15. It probes for features, and compares no versions.
 """
 
 from grass_fx._torch_compat.aot import (

@@ -15,10 +15,10 @@ def trace_static(
     function: Callable[..., Any],
     layouts: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype, torch.device]],
 ) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A function of tensors as a graph of constant sizes, and the fakes it was traced with.
+    """Trace a function of tensors with constant sizes; return the graph and its fake inputs.
 
-    ``layouts``: (shape, strides, dtype, device) of each tensor. Though no size is a symbol, there
-    is a ShapeEnv: Inductor caches nothing without one.
+    ``layouts`` gives (shape, strides, dtype, device) for each tensor. There is a ShapeEnv although
+    no size is symbolic, because Inductor caches nothing without one.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,7 +33,7 @@ def trace_static(
 
 
 def argument_counts(gm: fx.GraphModule) -> list[int] | None:
-    """How many placeholders each argument of a joint graph holds, in a list; None: all are flat."""
+    """The number of placeholders in each argument of a joint graph; None if arguments are flat."""
     from torch.utils._pytree import tree_unflatten
 
     if not hasattr(gm, "_in_spec"):
@@ -43,12 +43,15 @@ def argument_counts(gm: fx.GraphModule) -> list[int] | None:
 
 
 def input_position(node: fx.Node) -> int | None:
-    """Which of the backend's inputs a joint graph's placeholder is (``meta["desc"]``), if known."""
+    """The position of a joint graph's placeholder among the backend's inputs, if it is known.
+
+    It is read from ``meta["desc"]``.
+    """
     return getattr(node.meta.get("desc"), "idx", None)
 
 
 def is_tangent(node: fx.Node) -> bool:
-    """Whether a joint graph's placeholder is the gradient of an output, or a part of one."""
+    """Whether a joint graph's placeholder is an output's gradient, or part of such a gradient."""
     from torch._functorch._aot_autograd.descriptors import TangentAOTInput
 
     desc: Any = node.meta.get("desc")
@@ -74,10 +77,10 @@ def compile_aot_eager(
     on_backward: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
     on_partition: Callable[[fx.GraphModule, fx.GraphModule], None] | None = None,
 ) -> Callable[..., Any]:
-    """AOTAutograd with Inductor's decompositions and partitioner; the graphs run as they are.
+    """Run AOTAutograd with Inductor's decompositions and partitioner, but execute graphs eagerly.
 
-    ``on_backward`` may look at the backward graph, and returns what is to run for it;
-    ``on_partition`` sees both halves. The joint pass is the first act of the partitioner.
+    ``joint_pass`` runs right before the partitioner. ``on_partition`` gets the forward and the
+    backward graph. ``on_backward`` gets the backward graph and returns the callable to run for it.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func

@@ -1,4 +1,4 @@
-"""Autograd and DistributedDataParallel: the backward and the wrapper that run now."""
+"""Autograd's running backward, and the DistributedDataParallel whose forward is running."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def running_ddp() -> Any:
 
 
 def averaged_by(ddp: Any) -> Sequence[Tensor]:
-    """The parameters that a DistributedDataParallel has in its buckets."""
+    """The parameters whose gradients a DistributedDataParallel averages in its buckets."""
     return cast("Sequence[Tensor]", ddp._module_parameters)
 
 
 def ignore_in_ddp(model: torch.nn.Module, names: list[str]) -> None:
-    """Let a DistributedDataParallel of ``model`` leave these parameters alone."""
+    """Make a DistributedDataParallel around ``model`` ignore these parameters."""
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def current_backward() -> int:
-    """The number of the backward that is running."""
+    """The number by which autograd identifies the running backward."""
     return int(torch._C._current_graph_task_id())
 
 

@@ -1,4 +1,4 @@
-"""Dynamo: its graphs, their placeholders, and what it knows of the frame that it compiles."""
+"""Dynamo's graphs, their placeholders, and what it knows about the frame it is compiling."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from grass_fx._torch_compat.selfcheck import selfcheck
 from grass_fx.errors import UnsupportedTorchError
 
 SET_GRAD_ENABLED = getattr(torch._C, "_set_grad_enabled", None)
-"""What a Dynamo graph calls where gradients are turned on or off."""
+"""The function a Dynamo graph calls to turn gradients on or off."""
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph that AOTAutograd takes: Dynamo still reads its own.
+    """Copy a Dynamo graph for AOTAutograd, because Dynamo still reads the original.
 
-    AOTAutograd looks for ``_param_name_to_source`` and every placeholder's ``_dynamo_source``,
-    which a copy of the nodes does not carry.
+    AOTAutograd looks for ``_param_name_to_source`` and for every placeholder's
+    ``_dynamo_source``. Copying the nodes loses both, so they are set here.
     """
     result = copy.deepcopy(gm)
     if hasattr(gm, "_param_name_to_source"):
         result._param_name_to_source = gm._param_name_to_source
-    old, new = (g.graph.find_nodes(op="placeholder") for g in (gm, result))
-    for ours, theirs in zip(new, old, strict=True):
-        ours._dynamo_source = getattr(theirs, "_dynamo_source", None)
+    originals, copies = (g.graph.find_nodes(op="placeholder") for g in (gm, result))
+    for copied, original in zip(copies, originals, strict=True):
+        copied._dynamo_source = getattr(original, "_dynamo_source", None)
     return result
 
 
@@ -38,11 +38,11 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 def compiled_apart(
     function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Iterator[Callable[..., Any]]:
-    """``torch.compile(function)`` that leaves no trace in what is compiled before or after it.
+    """``torch.compile(function)`` without side effects on other compilations.
 
-    It teaches Dynamo no dynamic sizes. Dynamo's cache of a function that it compiled here and never
-    before, be it a copy of ``function`` or one called after a graph break, is emptied at the end:
-    its entries would count towards the limit of recompilations.
+    Dynamo does not mark sizes as dynamic because of it. At the end the cache of every code object
+    that was first compiled here is emptied, also of functions called after a graph break, because
+    its entries would count towards the recompilation limit.
 
     Raises:
         UnsupportedTorchError: this torch lacks a private interface that grass_fx needs.
@@ -69,9 +69,9 @@ def compiled_apart(
 
 
 def mark_added_placeholder(node: fx.Node) -> None:
-    """A placeholder of ours has no source in the user's frame, and a value of one address.
+    """Mark a placeholder that grass_fx added: no source in the user's frame, a fixed address.
 
-    CUDA graphs read such an input where it lies, as they do parameters, instead of copying it.
+    CUDA graphs read an input with a fixed address in place, like a parameter, and do not copy it.
     """
     node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -80,9 +80,9 @@ def mark_added_placeholder(node: fx.Node) -> None:
 def parameter_name(node: fx.Node) -> str:
     """The name of a placeholder's parameter, relative to the compiled region.
 
-    Dynamo's source of a parameter reads ``L['self']._modules['layers']...._parameters['weight']``,
-    or ``.__dict__['_modules']['layers']`` through a module with a ``__getattr__`` of its own; other
-    spellings fall back to what the placeholder is called.
+    Dynamo's source of a parameter reads ``L['self']._modules['layers']...._parameters['weight']``.
+    A module with its own ``__getattr__`` appears as ``.__dict__['_modules']['layers']``. For any
+    other spelling the result is the placeholder's name.
     """
     source = getattr(node, "_dynamo_source", None)
     text = "" if source is None else source.name
@@ -93,7 +93,7 @@ def parameter_name(node: fx.Node) -> str:
 def managed_by_fsdp(node: fx.Node) -> bool:
     """Whether a placeholder's parameter belongs to a module that FSDP gathers and shards by hooks.
 
-    What arrives is an ordinary Parameter; its module is marked, and Dynamo's source leads there.
+    The graph input is an ordinary Parameter. FSDP marks its module, which Dynamo's source names.
     """
     from torch._dynamo import symbolic_convert
 
@@ -104,7 +104,7 @@ def managed_by_fsdp(node: fx.Node) -> bool:
     frame, owner = translator.output.root_tx, source.name.rpartition("._parameters[")[0]
     try:
         module = eval(owner, {"L": frame.f_locals, "G": frame.f_globals})
-    except Exception:  # no name of a module's parameter, or another spelling
+    except Exception:  # not a module's parameter, or the source has another spelling
         return False
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
@@ -120,7 +120,7 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 
 def current_compilation() -> tuple[int, int] | None:
-    """Which frame is being compiled, and its how many-th compilation; torch writes ``3/0``."""
+    """The numbers of the frame and of its compilation that is running; torch writes ``3/0``."""
     from torch._guards import CompileContext
 
     found: Any = CompileContext.current_compile_id()
@@ -128,12 +128,12 @@ def current_compilation() -> tuple[int, int] | None:
 
 
 def real_value(node: fx.Node) -> Any:
-    """What arrived for a placeholder of a Dynamo graph; None where Dynamo no longer knows it."""
+    """The actual input behind a Dynamo graph's placeholder; None if Dynamo no longer knows it."""
     return getattr(node.meta.get("grapharg"), "example", None)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Add ``text()`` to torch's structured trace (``TORCH_TRACE``); not called without one."""
+    """Add ``text()`` to torch's structured trace; it is only called if ``TORCH_TRACE`` is set."""
     from torch._logging._internal import trace_structured
 
     about = {"name": name, "encoding": "string"}

@@ -1,6 +1,6 @@
-"""What Dynamo did with the frames it met: which it ran uncompiled and why, and who compiled others.
+"""Which frames Dynamo left uncompiled and why, and which backends compiled the others.
 
-It serves the words of warnings alone. What a version of torch does not record is left out.
+Only the text of warnings uses this. If a version of torch does not record it, it is left out.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Uncompiled:
-    """A frame of which Dynamo made no graph."""
+    """A frame for which Dynamo made no graph."""
 
     frame: str
-    """The name of its function, with its file: "forward (model.py:12)"."""
+    """Its function and file, as in "forward (model.py:12)"."""
     reason: str
-    """Torch's own words, and its first hint."""
+    """Torch's own message, and its first hint."""
     whole: bool
-    """Whether all of the frame ran as plain Python. Else it broke before its first operation, and
-    what came after the break may be compiled."""
+    """Whether the whole frame ran as plain Python. Otherwise there was a graph break before its
+    first operation, and the code after the break may be compiled."""
 
 
 def uncompiled_frames() -> list[Uncompiled]:
-    """The frames of which Dynamo made no graph since it was reset, the latest of them."""
+    """The frames for which Dynamo made no graph since its reset, by their latest compilation."""
     return _recorded(_uncompiled, [])
 
 
 def other_backends(ours: str) -> dict[str, list[str]]:
-    """Who has compiled frames, apart from the backend ``ours``: name -> frames outside of torch."""
+    """The backends other than ``ours`` that compiled frames: name -> frames outside of torch."""
     return _recorded(lambda: _by_backend(ours), {})
 
 
 def compilation_is_off() -> bool:
-    """Whether ``torch.compile`` compiles nothing now: TORCH_COMPILE_DISABLE, or a stance."""
+    """Whether ``TORCH_COMPILE_DISABLE`` or a stance keeps ``torch.compile`` from compiling."""
 
     def is_off() -> bool:
         from torch._dynamo import config, eval_frame
@@ -53,9 +53,9 @@ def compilation_is_off() -> bool:
 
 
 def _recorded(read: Callable[[], Value], default: Value) -> Value:
-    """What ``read`` finds in torch's records; ``default`` where a version keeps none such."""
+    """What ``read`` finds in torch's records; ``default`` if this torch does not keep them."""
     if "torch._dynamo" not in sys.modules:
-        return default  # nothing was compiled, which importing it would not change
+        return default  # nothing has been compiled, so there is no need to import Dynamo
     try:
         return read()
     except (ImportError, AttributeError):
@@ -66,10 +66,10 @@ def _uncompiled() -> list[Uncompiled]:
     from torch._dynamo.utils import get_compilation_metrics
 
     met = {_key(code): code for code in _codes()}
-    latest: dict[CodeType, Any] = {}  # which may have gone better than an earlier one
+    latest: dict[CodeType, Any] = {}  # a later compilation may succeed where an earlier one failed
     for metrics in get_compilation_metrics():
         key = (metrics.co_name, metrics.co_filename, metrics.co_firstlineno)
-        if key in met:  # else it is of another kind, or from before a reset
+        if key in met:  # otherwise it is another kind of record, or from before a reset
             latest[met[key]] = metrics
     found: dict[Uncompiled, None] = {}
     for code, metrics in latest.items():
@@ -103,7 +103,7 @@ def _codes() -> Iterator[CodeType]:
 
 
 def _entries(code: CodeType) -> list[Any]:
-    """What Dynamo has compiled of a frame."""
+    """Dynamo's cache entries for a frame."""
     return torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
 
 
@@ -120,13 +120,13 @@ def _is_torchs(code: CodeType) -> bool:
 
 
 def _in_short(reason: str) -> str:
-    """The first line of torch's message, what it is about, and its first hint."""
+    """The first line of torch's message, its debug context, and its first hint."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     if not lines:
         return "torch does not say why"
     hint = next((line[5:].strip() for line in lines if line.startswith("Hint:")), "")
     about = re.search(r"^\s*Developer debug context: (.{1,80})$", reason, re.M)
-    if not hint and about is None:  # an exception of a backend: its name, and then its words
+    if not hint and about is None:  # an exception in a backend: its name, then its message
         return " ".join(lines[:2])
     first = lines[0].rstrip(".") + (f": {about[1].strip()}" if about else "")
     return f"{first}. {hint}".rstrip(" .")

@@ -1,4 +1,4 @@
-"""Inductor: its options, its compiler, its scheduler and its table of lowerings."""
+"""Inductor's options, compiler, scheduler and table of lowerings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grass_fx.errors import OptionError
 
 try:
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
-except ImportError:  # selfcheck names it, with all else that is missing
+except ImportError:  # selfcheck reports it together with everything else that is missing
     CustomGraphPass = object  # type: ignore[misc, assignment]
 
 CUDA_GRAPHS = "triton.cudagraphs"
@@ -31,15 +31,18 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 
 
 def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
-    """Whether what is compiled under ``patches`` runs as CUDA graphs."""
+    """Whether code that is compiled under ``patches`` runs as CUDA graphs."""
     from torch._inductor import config
 
     return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
 
 
 def overlapping(patches: Mapping[str, Any], passes: Sequence[Any]) -> dict[str, Any]:
-    """``patches``, and passes on Inductor's scheduler, of its own by name, for collectives to run
-    beside computation. What a user configures of such passes comes first."""
+    """``patches`` with ``passes`` on Inductor's scheduler that overlap collectives and computation.
+
+    A string in ``passes`` names one of Inductor's own. If the user configured such passes already,
+    ``patches`` stays as it is.
+    """
     from torch._inductor import config
 
     key = "reorder_for_compute_comm_overlap"
@@ -49,8 +52,8 @@ def overlapping(patches: Mapping[str, Any], passes: Sequence[Any]) -> dict[str, 
 
 
 def scheduling_of(node: Any) -> tuple[bool, bool, set[str], set[str]]:
-    """Whether a scheduler node starts a collective or waits for one; what it makes; and what it
-    needs, but for what only keeps collectives in order."""
+    """Whether a scheduler node starts a collective, whether it waits for one, and two sets: the
+    buffers it makes and those it needs (without dependencies that only order collectives)."""
     from torch._inductor.utils import contains_collective, contains_wait
 
     needs = {d.name for d in node.unmet_dependencies if not getattr(d, "is_fake", False)}
@@ -66,27 +69,31 @@ def compile_inductor(
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` under ``patches``.
 
-    ``make_pass`` gets the passes the user has configured in the slot and returns the one object to
-    put there (a list of passes crashes torch 2.11). The slot is the *pre* pass: before Inductor's
-    own patterns (padding, noop removal), so that all compilers see one graph. ``cacheable`` maps
-    python functions in the graph, of which others keep AOTAutograd from caching, and whatever else
-    the code depends on to version strings: they are a part of what the caches go by.
+    ``make_pass`` gets the passes the user has configured in Inductor's slot for one, and returns
+    the single object to put there (a list of passes crashes torch 2.11). The slot is the *pre*
+    pass, which runs before Inductor's own patterns (padding, noop removal), so that all compilers
+    see the same graph. ``cacheable`` maps names to version strings that become part of the cache
+    keys: Python functions in the graph, which AOTAutograd would otherwise refuse to cache, and
+    whatever else the code depends on.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(patches)
     if make_pass is not None:
-        theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
-        theirs = tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
-        patches["joint_custom_pre_pass"] = make_pass(theirs)
+        users = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
+        users = tuple(users) if isinstance(users, (list, tuple)) else (users,)
+        patches["joint_custom_pre_pass"] = make_pass(users)
     key = "unsafe_marked_cacheable_functions"
     patches[key] = {**patches.get(key, getattr(config, key)), **(cacheable or {})}
     return cast("Callable[..., Any]", compile_fx(gm, inputs, config_patches=patches))
 
 
 def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
-    """``lower`` gets a function that lowers an aten call, then the operator's own arguments."""
+    """Register ``lower`` as the lowering of ``op``.
+
+    It gets a function that lowers an aten call, then the operator's own arguments.
+    """
     from torch._inductor.lowering import lowerings, register_lowering
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +106,11 @@ def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
 
 
 def combined_kernels(count: int) -> dict[str, Any]:
-    """Config patches: up to ``count`` independent loops become one Triton kernel, unmeasured.
+    """Config patches that make one Triton kernel of up to ``count`` independent loops.
 
-    Measuring would copy every tensor that the kernel changes. What a version does not know is left
-    out; 2.13 simulates memory, and counts as growth that inputs live until their kernel.
+    Autotuning is off, because it would copy every tensor that the kernel changes. There is no limit
+    on peak memory, because torch 2.13 simulates memory and counts it as growth that inputs live
+    until their kernel. Options that this torch does not know are left out.
     """
     from torch._inductor import config
 

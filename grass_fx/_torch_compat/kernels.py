@@ -10,35 +10,35 @@ from torch import Tensor
 
 
 def realized(*values: Any) -> list[Any]:
-    """IR values as buffers that a kernel can read; views of buffers stay views."""
+    """Turn IR values into buffers that a kernel can read; views of buffers stay views."""
     from torch._inductor.ir import ExternKernel
 
     return [ExternKernel.realize_input(value) for value in values]
 
 
 def library_call(op: Any, *args: Any) -> Any:
-    """An operator computed by torch's own kernel, instead of one that Inductor generates."""
+    """Compute an operator with torch's own kernel instead of one that Inductor generates."""
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
 def is_multiple(expr: Any, of: int) -> bool:
-    """Whether a size is a multiple of ``of``, whatever its symbols are."""
+    """Whether a size is a multiple of ``of`` for all values of its symbols."""
     from torch._inductor.virtualized import V
 
     return bool(V.graph.sizevars.statically_known_multiple_of(expr, of))
 
 
 def size_hint(expr: Any) -> int:
-    """What a size was in the example inputs; adds no guard."""
+    """The value of a size in the example inputs; adds no guard."""
     from torch._inductor.virtualized import V
 
     return int(V.graph.sizevars.optimization_hint(expr, fallback=8192))
 
 
 def tuning_everything() -> bool:
-    """Whether Inductor is to measure its choices (``mode="max-autotune"``)."""
+    """Whether Inductor measures its choices of kernels (``mode="max-autotune"``)."""
     from torch._inductor import config
 
     return bool(config.max_autotune or config.max_autotune_gemm)
@@ -46,9 +46,9 @@ def tuning_everything() -> bool:
 
 @cache
 def triton_template(name: str, source: str) -> Any:
-    """A template of Inductor, whose names are unique in a process: hence the cache.
+    """An Inductor template; cached, because its name must be unique in a process.
 
-    Tiles of (m, n) are on the grid's first axis, SPLIT_K on its second.
+    The grid's first axis counts tiles of (m, n), its second SPLIT_K.
     """
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
@@ -61,7 +61,7 @@ def triton_template(name: str, source: str) -> Any:
 
 @cache
 def extern_kernel(kernel: Callable[..., Any]) -> Any:
-    """A python function, with ``out=``, as a choice beside templates."""
+    """A Python function with ``out=`` as a choice for autotuning, beside templates."""
     from torch._inductor.select_algorithm import ExternKernelChoice
 
     return ExternKernelChoice(kernel, name=f"grass_{kernel.__name__}")
@@ -77,10 +77,10 @@ def choose_kernel(
     grid: Sequence[Any] | None = None,
     examples: Mapping[int, Callable[[], Tensor]] | None = None,
 ) -> Any:
-    """The output of the fastest choice; of the only one without measuring.
+    """The output of the fastest choice; if there is only one, nothing is measured.
 
-    ``grid`` is (m, n), by default the last two of ``size``. ``examples`` make inputs, by place, to
-    measure with: integers would be zeros. Since 2.12 Inductor returns the choice as well.
+    ``grid`` is (m, n), by default the last two of ``size``. ``examples`` maps an input's position
+    to a function that makes a tensor to measure with, because Inductor fills integers with zeros.
     """
     from torch._inductor.ir import FixedLayout
     from torch._inductor.select_algorithm import autotune_select_algorithm
@@ -94,16 +94,16 @@ def choose_kernel(
         )
     for extern, options in externs:
         choices.append(extern.bind(list(inputs), layout, **options))
-    made = {k: lambda _, make=make: make() for k, make in (examples or {}).items()} or None
-    result = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=made)
-    return result[0] if isinstance(result, tuple) else result
+    makers = {k: lambda _, make=make: make() for k, make in (examples or {}).items()} or None
+    result = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=makers)
+    return result[0] if isinstance(result, tuple) else result  # a tuple since torch 2.12
 
 
 def put_rows(w: Any, indices: Any, rows: Any, dim: int) -> None:
-    """W[σ] = rows, in place, for rows that do not repeat; one loop computes and stores them.
+    """Lower W[σ] = rows, in place, to one loop that computes and stores the rows; σ has no repeats.
 
-    Unlike the lowering of ``index_put_`` it lets ``rows`` read W[σ] within that loop. What else
-    reads W was lowered before and is stored first: the layout's constructor sees to that.
+    Unlike the lowering of ``index_put_``, it lets ``rows`` read W[σ] within that loop. Other
+    readers of W were lowered before; the layout's constructor makes sure that they run first.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V, ops

@@ -1,6 +1,6 @@
-"""Which interfaces of private torch grass_fx needs, and an error that names those that are missing.
+"""The private torch interfaces grass_fx needs, and an error that names those that are missing.
 
-Every private import of this package is in :data:`NEEDS`; ``tests/test_selfcheck.py`` compares.
+Every private import of this package is in :data:`NEEDS`; ``tests/test_selfcheck.py`` checks that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from grass_fx.errors import UnsupportedTorchError
 
 SUPPORTED = "2.11 to 2.15"
-"""The versions of torch that grass_fx is checked with, as in pyproject.toml."""
+"""The versions of torch with which grass_fx is checked, as in pyproject.toml."""
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "reading and copying Dynamo's graphs": (
@@ -107,7 +107,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
         "torch.autograd.Variable._execution_engine.queue_callback",
     ),
 }
-"""What for -> the names, each with the keywords that it is called with, in brackets."""
+"""Purpose -> the names it needs. Brackets hold the keywords with which a function is called."""
 
 FOR_WORDS = (
     "torch._dynamo.utils.get_compilation_metrics",
@@ -115,24 +115,26 @@ FOR_WORDS = (
     "torch._dynamo.config.disable",
     "torch._dynamo.eval_frame._stance",
 )
-"""What warnings are worded with (frames.py). A torch that lacks it only has less to tell."""
+"""Interfaces for the text of warnings (frames.py). Without them warnings only say less."""
 
 
 @cache
 def selfcheck() -> None:
-    """Look for all that grass_fx needs of private torch, once per process; imports Inductor.
+    """Look for every private torch interface that grass_fx needs, once per process.
+
+    This imports Inductor.
 
     Raises:
-        UnsupportedTorchError: something is missing; the message names all of it, and what each
-            name is needed for.
+        UnsupportedTorchError: something is missing; the message lists every missing name, and what
+            it is needed for.
     """
-    with warnings.catch_warnings():  # torch's own, of its own modules: no business of the user's
+    with warnings.catch_warnings():  # torch warns about its own modules; users need not see that
         warnings.simplefilter("ignore")
         check(NEEDS)
 
 
 def check(needs: Mapping[str, Iterable[str]]) -> None:
-    """:func:`selfcheck` of a list like :data:`NEEDS`."""
+    """Do the work of :func:`selfcheck` for a list like :data:`NEEDS`."""
     missing = [
         f"{name}, for {purpose}"
         for purpose, names in needs.items()
@@ -148,14 +150,14 @@ def check(needs: Mapping[str, Iterable[str]]) -> None:
 
 
 def _is_there(name: str) -> bool:
-    """Whether a name of :data:`NEEDS` can be found, and takes its keywords."""
+    """Whether a name of :data:`NEEDS` exists and accepts its keywords."""
     path, _, keywords = name.removesuffix(")").partition("(")
     found = _resolved(path.split("."))
     return found is not None and all(_takes(found, k) for k in re.findall(r"\w+", keywords))
 
 
 def _resolved(parts: list[str]) -> Any:
-    """The object of a dotted name, behind the longest part of it that is a module; else None."""
+    """The object with this dotted name, or None; imports the longest part that is a module."""
     for end in range(len(parts), 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:end]))
@@ -168,7 +170,7 @@ def _resolved(parts: list[str]) -> Any:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """An attribute, or the annotation of a dataclass's field; what is there is never None."""
+    """An attribute, or the annotation of a dataclass's field; None only if there is neither."""
     missing = object()
     found = getattr(owner, name, missing)
     if found is missing:
@@ -177,10 +179,10 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def _takes(function: Any, keyword: str) -> bool:
-    """Whether a call of ``function`` may have this keyword, as far as its signature can tell."""
+    """Whether ``function`` accepts this keyword, as far as its signature tells."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of compiled code
+    except (TypeError, ValueError):  # compiled code has no signature
         return True
     kinds = {p.name: p.kind for p in parameters}
     return keyword in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()

@@ -1,2 +1,1 @@
-"""From a graph to what runs: how Inductor lowers it, when its collectives start, its dumps, and
-the callable that Dynamo runs."""
+"""Turns a graph into the callable that Dynamo runs: lowerings, order of collectives, dumps."""

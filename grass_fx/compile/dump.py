@@ -1,6 +1,6 @@
-"""The graphs of every stage: files of ``options={"dump_dir": ...}``, artifacts of TORCH_TRACE.
+"""Writes the graphs of every stage to ``options={"dump_dir": ...}`` and to TORCH_TRACE.
 
-A file is readable code with shapes, and can be run: ``python graphs/03_pushed_regular.py``.
+A file is readable code with shapes, and it runs: ``python graphs/03_pushed_regular.py``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if sys.platform != "win32":
 BEGIN, END = "# ---- the graph ----\n", "# ---- to run it ----\n"
 
 Rows = Mapping[int, tuple[int, int]]
-"""The graph inputs that are selections, by position: (size of the selected dimension, block)."""
+"""Position of each graph input that is a selection -> (size of the selected dimension, block)."""
 
 
 class _NotRunnable(Exception):
-    """Why a graph does not run by itself."""
+    """Raised with the reason why a graph does not run by itself."""
 
 
 def graph_text(graph: fx.Graph) -> str:
@@ -44,7 +44,7 @@ def graph_text(graph: fx.Graph) -> str:
 
 
 def graph_part(text: str) -> str:
-    """The graph alone, of the text of a dumped file."""
+    """Only the graph, from the text of a dumped file."""
     return text.partition(BEGIN)[2].partition(END)[0]
 
 
@@ -55,7 +55,7 @@ def random_tensor(
     device: str = "cpu",
     requires_grad: bool = False,
 ) -> Tensor:
-    """A random tensor of that layout; integers are zero, which is valid as any index."""
+    """A random tensor with this layout; integers are zero, which is a valid index everywhere."""
     count = 1 + sum((s - 1) * stride for s, stride in zip(shape, strides, strict=True))
     flat = torch.zeros(max(count, 0), dtype=dtype, device=device)
     if dtype.is_floating_point or dtype.is_complex:
@@ -65,7 +65,7 @@ def random_tensor(
 
 
 def random_rows(shape: tuple[int, ...], size: int, block: int = 1, device: str = "cpu") -> Tensor:
-    """A selection σ of ``shape`` (r,), or (e, r) for a stack: rows below ``size``, in blocks."""
+    """A random σ with ``shape`` (r,), or (e, r) for a stack: rows below ``size``, in blocks."""
     units, count = size // block, shape[-1] // block
     firsts = [torch.randperm(units, device="cpu")[:count] for _ in range(math.prod(shape[:-1]))]
     starts = torch.stack(firsts).sort().values * block
@@ -73,12 +73,12 @@ def random_rows(shape: tuple[int, ...], size: int, block: int = 1, device: str =
 
 
 class Dump:
-    """The stages of one compiled graph, in their order.
+    """Writes the stages of one compiled graph, in their order.
 
-    Files ``03_pushed_regular.py`` of ``config.dump_dir``: numbers are unique in a folder, also
-    among processes; ranks of torch.distributed have a folder each. Artifacts
-    ``grass_pushed_regular`` of torch's structured trace (``TORCH_TRACE``), as tlparse shows it.
-    ``what`` says in the files which graph it is.
+    Each stage becomes a file such as ``03_pushed_regular.py`` in ``config.dump_dir``. Numbers are
+    unique in a folder, also if several processes write to it; with torch.distributed each rank has
+    its own folder. Each stage is also an artifact such as ``grass_pushed_regular`` in torch's
+    structured trace (``TORCH_TRACE``), where tlparse shows it. ``what`` names the graph in files.
     """
 
     def __init__(self, config: GrassConfig, what: str) -> None:
@@ -92,9 +92,9 @@ class Dump:
     def write(
         self, stage: str, graph: fx.Graph, made_by: str, source: str | None, rows: Rows
     ) -> str | None:
-        """Write ``graph`` under the next number; returns the name of the file, if there is one.
+        """Write ``graph`` under the next number; return the file's name, or None without a folder.
 
-        ``source`` is the file of the graph that it was made from.
+        ``source`` is the file with the graph from which this one was made.
         """
         trace_artifact(f"grass_{stage}", lambda: graph_text(graph))
         if self.directory is None:
@@ -133,9 +133,9 @@ class Dump:
 
 
 class DumpStages:
-    """Writes the graphs of one variant, as an observer of the passes.
+    """An observer of the passes that writes the graphs of one variant.
 
-    ``source`` is the file of the graph that the variant is made from.
+    ``source`` is the file with the graph from which the variant is made.
     """
 
     def __init__(self, dump: Dump, variant: str, rows: Rows, source: str | None) -> None:
@@ -149,7 +149,7 @@ class DumpStages:
 
 
 def _changed(config: GrassConfig) -> Iterator[tuple[str, Any]]:
-    """The options that are not the default ones."""
+    """The options that differ from their defaults, except ``dump_dir``."""
     default = GrassConfig()
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
@@ -159,7 +159,7 @@ def _changed(config: GrassConfig) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """No other process numbers a file of ``directory`` meanwhile (on Windows: one may)."""
+    """Keep other processes from numbering files in ``directory``; has no effect on Windows."""
     if sys.platform == "win32":
         yield
         return
@@ -226,7 +226,7 @@ LISTS = """\
 
 
 def _runnable(graph: fx.Graph, rows: Rows) -> tuple[str, str]:
-    """The imports of a graph's code, and code that runs it; raises _NotRunnable."""
+    """The imports of a graph's code, and the code that runs it; raises _NotRunnable."""
     held = [node.target for node in graph.nodes if node.op in ("get_attr", "call_module")]
     if held:
         raise _NotRunnable(
@@ -249,7 +249,7 @@ def _runnable(graph: fx.Graph, rows: Rows) -> tuple[str, str]:
 
 
 def _input(index: int, node: fx.Node, rows: Rows) -> str:
-    """The code of one input."""
+    """The code that makes one input."""
     value = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(value, torch.SymInt):
         return str(_size(value, node))
@@ -274,7 +274,7 @@ def _size(size: Any, node: fx.Node) -> int:
 
 
 def _imports(graph: fx.Graph) -> str:
-    """Imports of the python functions in a graph, under the names that its code gives them."""
+    """Imports of the Python functions in a graph, under the names that its code uses."""
     lines = []
     for name, value in graph.python_code("self").globals.items():
         if re.search(rf"\b{name}\b", PROLOGUE) or hasattr(builtins, name):

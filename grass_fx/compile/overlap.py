@@ -1,4 +1,4 @@
-"""All-reduces beside the backward's computation: in which order Inductor's scheduler nodes run."""
+"""Orders Inductor's scheduler nodes so that all-reduces overlap the backward's computation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from grass_fx._torch_compat import scheduling_of
 
 
 def all_reduce_early(nodes: list[Any]) -> list[Any]:
-    """Inductor's scheduler nodes, with collectives started early and waited for late.
+    """Reorder Inductor's scheduler nodes: start collectives early, and wait for them late.
 
-    An all-reduce works in place, so neither takes memory.
+    Neither takes memory, because an all-reduce works in place.
     """
     if not nodes:
         return nodes
@@ -24,11 +24,13 @@ def all_reduce_early(nodes: list[Any]) -> list[Any]:
 def early_order(
     starts: Sequence[bool], waits: Sequence[bool], before: Sequence[set[int]]
 ) -> list[int]:
-    """A new order of nodes, which are positions in the old: each start of a collective right after
-    what it needs, each wait right before what needs it first, or at the end. In linear time.
+    """A new order of nodes, as positions in the old order.
 
-    ``before``: what each needs, all of it earlier. Starts keep their order among themselves, which
-    is that of all processes, and all else stays where it is. So does a wait that a start needs.
+    Each start of a collective moves right behind the nodes it needs. Each wait moves right before
+    the first node that needs it, or to the end. ``before`` has the nodes that each node needs, all
+    of them earlier. Starts keep their order among themselves, which is the same on all processes.
+    All other nodes, and waits that a start needs, stay where they are. Apart from the final sort
+    it takes linear time.
     """
     first_user = [len(before)] * len(before)
     for k, needed in reversed([*enumerate(before)]):

@@ -1,4 +1,4 @@
-"""The callable that Dynamo runs: picks the variant, feeds selections, delivers gradients."""
+"""The callable that Dynamo runs: it picks the variant, passes selections, delivers gradients."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from grass_fx.state.selection import Selection
 from grass_fx.state.subspace import Subspace, graph_inputs
 
 MANY_CALLS = 1000
-"""As many sets of weights a graph remembers that it has told of."""
+"""How many sets of weights a graph remembers as reported to the registry."""
 
 PATIENCE = 1000
-"""So many backwards of a weight without an optimizer step are a warning."""
+"""A warning comes after this many backwards of a weight without an optimizer step."""
 
 
 def _warn_unfinished(name: str) -> None:
@@ -47,25 +47,23 @@ def _warn_unfinished(name: str) -> None:
 
 @dataclass(frozen=True)
 class _Delivery:
-    """One call of one graph: the weights' subspaces and selections at its forward."""
+    """One call of a graph: the weights' subspaces and their selections in its forward."""
 
     signature: Signature
     subspaces: Sequence[Subspace]
     selections: Sequence[Selection]
     stored: list[Tensor]
-    """The graph's proxies, which all of its calls share; made at the first one."""
+    """The graph's proxies. The first call makes them, and all calls share them."""
     averaged: bool
     """Whether the graph averages gradients over the processes of a group."""
     copies: bool
-    """Whether gradients are copied out of memory that the next call overwrites."""
+    """Whether to copy gradients, because the next call overwrites their memory."""
     values: Sequence[Tensor]
     """What the graph is given for the weights; for FSDP2's, the gathered parameters."""
-    gathered: Sequence[FSDPWeight]
-    """The weights, if FSDP2 gathers them; else empty."""
+    gathered: Sequence[FSDPWeight | None]
+    """Those of the weights that FSDP2 gathers."""
 
-    def grad(
-        self, k: int, compact: Tensor, scores: Tensor | None, shape: torch.Size
-    ) -> CompactGrad:
+    def grad(self, k: int, compact: Tensor, scores: Tensor | None, shape: Any) -> CompactGrad:
         """The gradient of the k-th weight."""
         subspace = self.subspaces[k]
         if subspace.sharding is not None:
@@ -79,7 +77,8 @@ class _Delivery:
 class DeliverGradients(torch.autograd.Function):
     """Makes the proxies of a call, and turns their gradients into the weights' CompactGrads.
 
-    One node for all weights of a graph. In: the weights. Out: the proxies of the signature.
+    One autograd node serves all weights of a graph. Its inputs are the weights, and its outputs
+    are the proxies of the signature.
     """
 
     @staticmethod
@@ -87,16 +86,16 @@ class DeliverGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.delivery, ctx.shapes = delivery, [w.shape for w in weights]
         if not delivery.stored:
-            made = delivery.signature.proxies(delivery.values)
-            delivery.stored[:] = made  # of two threads: twice
+            # Two threads may both do this, which does no harm.
+            delivery.stored[:] = delivery.signature.proxies(delivery.values)
         return tuple(proxy.detach() for proxy in delivery.stored)
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Not for Dynamo, which traces what a training step calls that is compiled as a whole.
+        # Disabled for Dynamo, which would trace it when a whole training step is compiled.
         delivery: _Delivery = ctx.delivery
-        if torch.is_grad_enabled():  # silently a constant, otherwise
+        if torch.is_grad_enabled():  # without an error the gradient would silently be a constant
             raise CompactGradError(
                 f"{delivery.subspaces[0].name}: a gradient with create_graph=True. A compiled "
                 "graph is differentiated once: compute this loss with the model itself, which is "
@@ -108,7 +107,7 @@ class DeliverGradients(torch.autograd.Function):
             if compact is None:
                 found.append(None)
                 continue
-            # Its memory in order, as autograd keeps that of a gradient: steps walk through it so.
+            # Contiguous, as autograd keeps gradients, because optimizer steps read it in order.
             if delivery.copies:
                 compact = compact.clone(memory_format=torch.contiguous_format)
             else:
@@ -166,7 +165,7 @@ def _reduced(
 class LeftWeights:
     """Tells the registry which weights a graph leaves dense, and why.
 
-    They are known when they arrive: one graph can serve many layers.
+    Weights are known only when the graph is called, because one graph can serve many layers.
     """
 
     def __init__(self, found: FoundWeights) -> None:
@@ -177,11 +176,11 @@ class LeftWeights:
         self._known: set[tuple[int, ...]] = set()
 
     def note(self, args: Sequence[Any]) -> None:
-        """A call of the graph with these inputs; weights that it has met are no work."""
+        """Report the weights among these inputs of a call, unless they were reported before."""
         ids = tuple(id(args[place]) for place in self._left)
         if ids in self._known:
             return
-        if len(self._known) > MANY_CALLS:  # each with weights of its own, which are long gone
+        if len(self._known) > MANY_CALLS:  # most of them have ids of weights that are gone
             self._known.clear()
         self._known.add(ids)
         for place, left in self._left.items():
@@ -191,12 +190,13 @@ class LeftWeights:
 class GrassCallable:
     """A compiled training graph with its taken weights.
 
-    ``found`` and ``report`` tell which weights were taken and pushed, and why others were not.
-    Weights are found by the Parameter that arrives, so that one graph can serve many layers.
-    ``graphs`` has the regular variant; the scoring one, if the rule needs scores; and, if the
-    weights have a process group, the local ones of micro-batches that are averaged later.
-    ``cuda_graphs`` says that the regular variant runs as CUDA graphs, whose outputs live until the
-    next call only: a gradient that is accumulated must live longer.
+    ``found`` and ``report`` say which weights were taken and pushed, and why others were not. A
+    weight's subspace is looked up by the Parameter that a call passes, so that one graph can serve
+    many layers. ``graphs`` has the regular variant. If the rule needs scores, it also has the
+    scoring variant. If the weights have a process group, it also has local variants, for
+    micro-batches whose gradients are averaged later. ``cuda_graphs`` says that the regular variant
+    runs as CUDA graphs. Their outputs live only until the next call, and so gradients, which may be
+    accumulated for longer, are copied.
     """
 
     def __init__(
@@ -233,12 +233,12 @@ class GrassCallable:
             self._left.note(args)
         replicas = subspaces[0].replicas
         self._check_ddp(params, subspaces)
-        # Asked of subspaces, not of graphs: one process alone may compile again, for another size.
+        # Subspaces note this, not graphs: one process may compile again alone, for another size.
         if replicas is not None and not all(s.agreed for s in subspaces):
-            # Groups may be called differently: of a mesh each process has groups of its own.
+            # Names of groups may differ, because each process of a mesh has its own groups.
             specs = [replace(s.spec, group=None, shards=None) for s in subspaces]
-            mine = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
-            replicas.agree("options", mine, "Compile every process's model with the same options.")
+            own = [f"{s.name}: {spec}" for s, spec in zip(subspaces, specs, strict=True)]
+            replicas.agree("options", own, "Compile every process's model with the same options.")
             for subspace in subspaces:
                 subspace.agreed = True
         inputs = graph_inputs(subspaces, [p.device for p in params])
@@ -279,9 +279,10 @@ class GrassCallable:
                 )
 
     def _averages(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> bool:
-        """Whether this call's graph is to average gradients, or they are averaged afterwards.
+        """Whether this call's graph averages gradients; otherwise they are averaged afterwards.
 
-        Afterwards, all at once, if some are there already: a sum is averaged at the price of one.
+        If the weights have gradients already, the sum is averaged afterwards, which costs no more
+        than averaging one gradient.
         """
         replicas = subspaces[0].replicas
         if replicas is None:

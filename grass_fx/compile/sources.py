@@ -1,4 +1,4 @@
-"""The version of what generates code: caches on disk must not outlive a change of it."""
+"""The version of the sources that generate code, so that caches on disk notice a change."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 @cache
 def source_hash() -> str:
-    """A hash of every source file of the package, and of torch's version."""
-    passes = find_spec("grass_fx.passes")  # beside the package in a checkout, in it when installed
+    """A hash of all source files of the package and of torch's version."""
+    passes = find_spec("grass_fx.passes")  # in a checkout this folder is outside of the package
     folders = [] if passes is None else passes.submodule_search_locations or []
     files = {file for folder in folders for file in Path(folder).glob("*.py")}
     for pattern in ("*.py", "*.jinja"):

@@ -1,9 +1,9 @@
-"""Training one model on several processes: compact gradients, and nothing larger, are exchanged.
+"""Training one model on several processes, which exchange only compact gradients.
 
     data_parallel.py   every process has the whole model, and a part of each batch
-    fully_shard.py     every process has a part of each parameter too
+    fully_shard.py     every process has only a part of each parameter, too
 
-How processes agree on a selection: ``optim/agreement.py``.
+``optim/agreement.py`` makes the processes agree on a selection.
 """
 
 from grass_fx.distributed.data_parallel import data_parallel, no_sync

@@ -1,4 +1,4 @@
-"""Data parallelism: gradients are averaged over processes, compact ones inside the graph."""
+"""Data parallelism: averages gradients over processes, compact ones inside the compiled graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from grass_fx.state.registry import registry
 from grass_fx.state.replicas import GroupReplicas, replicas_of
 
 BUCKET_BYTES = 25 << 20
-"""What is averaged after a backward goes in buckets of this size, as in torch's DDP."""
+"""Gradients that are averaged after a backward go in buckets of this size, as in torch's DDP."""
 
 
 _SAME_BATCHES = (
@@ -35,28 +35,28 @@ _SAME_BATCHES = (
 
 
 def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Train ``model`` on every process of a group, with gradients averaged over them.
+    """Train ``model`` on every process of a group, and average gradients over the processes.
 
     Call it before the first step and before ``DistributedDataParallel``, if that is used; compile
-    the model before or after. Parameters and buffers become those of the group's first process.
-    From then on every backward ends with averaged gradients: compact ones are averaged inside the
-    compiled backward graph, m·r numbers for each weight; what is dense, and what ``no_sync``
-    accumulated, follows in buckets when the backward ends.
+    the model before or after. Parameters and buffers get the values of the group's first process.
+    From then on every backward ends with averaged gradients. Compact gradients are averaged inside
+    the compiled backward graph, m·r numbers for each weight. Dense gradients, and gradients that
+    ``no_sync`` accumulated, are averaged in buckets when the backward ends.
 
     With ``DistributedDataParallel(model)`` around it, before or after ``torch.compile``, DDP
-    averages vectors and the like, and this the weights of two and three dimensions, which DDP
-    ignores: taken ones and those that a graph left dense.
+    averages only parameters that do not have two or three dimensions, such as biases. All weights
+    of two or three dimensions, also those that a graph leaves dense, are averaged by this function.
 
     Args:
-        model: the model, the same on every process but for its values.
-        process_group: of torch.distributed; None: the default group.
+        model: the model; it must be the same on every process, except for its values.
+        process_group: a process group of torch.distributed; None means the default group.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        DistributedError: there is no process group, models of the processes differ, or a part of
-            the model is averaged already, or over another group. A second call is none at all.
+        DistributedError: there is no process group, the processes' models differ, or a part of the
+            model is averaged already or over another group. Repeating a call changes nothing.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise DistributedError(
@@ -71,9 +71,9 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
     group: Any = dist.group.WORLD if process_group is None else process_group
     already = [replicas_of.get(p) for p in model.parameters()]
     first = already[0] if already else None
-    if first is not None and first.group is group and all(each is first for each in already):
+    if first is not None and first.group is group and all(other is first for other in already):
         return model  # frameworks call their hooks more than once
-    if any(each is not None for each in already):
+    if any(other is not None for other in already):
         raise DistributedError(
             "data_parallel: parameters of this model are averaged over processes already, by "
             "another call or another group. Call it once, with the whole model."
@@ -91,7 +91,7 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
     ignore_in_ddp(model, _Ignored([*plain, *(f"_orig_mod.{name}" for name in plain)]))
     for p in trainable.values():
         replicas_of[p] = replicas
-        frozen = not p.requires_grad  # for now: a hook can only be given to what trains
+        frozen = not p.requires_grad  # registering a hook requires a gradient, so turn it on here
         p.requires_grad_().register_post_accumulate_grad_hook(replicas.on_gradient)
         p.requires_grad_(not frozen)
         if (subspace := registry.get(p)) is not None:
@@ -100,9 +100,9 @@ def data_parallel(model: nn.Module, process_group: Any = None) -> nn.Module:
 
 
 class _Ignored(list[str]):
-    """Names that a DistributedDataParallel of this model ignores; of a copy of it, none.
+    """Names that a DistributedDataParallel of this model ignores; a copied model has none.
 
-    A copy's parameters have no hooks: nothing else would average their gradients.
+    The parameters of a copy have no hooks, so DDP has to average their gradients.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[str]:
@@ -114,13 +114,13 @@ class _Ignored(list[str]):
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Accumulate gradients without averaging them: for all micro-batches of a step but the last.
+    """Accumulate gradients without averaging them; use it for all micro-batches but the last.
 
-    What ``DistributedDataParallel.no_sync`` is, for a model without one. Forward and backward both
-    belong inside.
+    This is ``DistributedDataParallel.no_sync`` for a model without DDP. Run both the forward and
+    the backward inside it.
 
     Raises:
-        DistributedError: ``model`` is not that of a :func:`data_parallel`.
+        DistributedError: :func:`data_parallel` was not called with ``model``.
     """
     replicas = next(filter(None, map(replicas_of.get, model.parameters())), None)
     if replicas is None:
@@ -133,9 +133,9 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 class ModelReplicas(GroupReplicas):
-    """One process's part in a model that all of ``group`` train, a ``state.replicas.Replicas``.
+    """One process's replica of a model that ``group`` trains; a ``state.replicas.Replicas``.
 
-    It knows the parameters by weak references: whoever finds it by a parameter keeps none alive.
+    It maps the ``id`` of each parameter to its name, and so keeps no parameter alive.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
@@ -150,19 +150,19 @@ class ModelReplicas(GroupReplicas):
     # --- when -------------------------------------------------------------------------------------
 
     def syncs(self) -> bool:
-        """Whether the backward of a forward that runs now averages gradients."""
+        """Whether gradients are averaged in the backward that belongs to the current forward."""
         if (ddp := running_ddp()) is not None:
             self._ddp = weakref.ref(ddp)
         outer = self._outer()
         return self.enabled and (outer is None or bool(outer.require_backward_grad_sync))
 
     def _outer(self) -> DistributedDataParallel | None:
-        """The DistributedDataParallel around the model, once one was seen."""
+        """The DistributedDataParallel around the model, once its forward has run."""
         return None if self._ddp is None else self._ddp()
 
     def on_gradient(self, p: Tensor) -> None:
         """Called for each parameter when a backward has accumulated its gradient."""
-        if (task := current_backward()) != self._backward:  # a flag would outlive a failed backward
+        if (task := current_backward()) != self._backward:  # a flag would stay set if one failed
             self._backward = task
             at_end_of_backward(self._finish_backward)
         grad = p.grad
@@ -180,12 +180,13 @@ class ModelReplicas(GroupReplicas):
         pending = {name: p for name, p in self._pending.items() if p.grad is not None}
         count, self._micro_batches, self._pending = self._micro_batches, 0, {}
         names = sorted(pending)
-        mine = [f"{count} micro-batches", *names]
+        summary = [f"{count} micro-batches", *names]
         self._averaged += 1
-        self._log.update("\n".join(mine).encode())
-        # On another device to compare is to wait for it: there the log is, at the next refresh.
+        self._log.update("\n".join(summary).encode())
+        # A comparison waits for a GPU. There, later differences show in the log's hash, which is
+        # compared at the next refresh.
         if self._averaged <= 2 or self._on_cpu:
-            self.agree("micro-batches and gradients", mine, _SAME_BATCHES)
+            self.agree("micro-batches and gradients", summary, _SAME_BATCHES)
         self._average([pending[name] for name in names])
 
     # --- what -------------------------------------------------------------------------------------
@@ -205,9 +206,9 @@ class ModelReplicas(GroupReplicas):
                 grad.mark_averaged()
                 grad = grad.compact
             lists = buckets.setdefault((grad.dtype, grad.device), [[]])
-            if sum(each.nbytes for each in lists[-1]) >= BUCKET_BYTES:
+            if sum(tensor.nbytes for tensor in lists[-1]) >= BUCKET_BYTES:
                 lists.append([])
             lists[-1].append(grad)
-        for tensors in (each for lists in buckets.values() for each in lists):
+        for tensors in (bucket for lists in buckets.values() for bucket in lists):
             for tensor, total in zip(tensors, self.total(tensors), strict=True):
                 tensor.copy_(total.div_(self.ranks))

@@ -1,4 +1,4 @@
-"""Full sharding: every process holds a part of each parameter, gathered inside the graph."""
+"""Full sharding: every process holds a part of each parameter; the graph gathers the parts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def fully_shard(
     """Shard every parameter of ``model`` over the processes of a mesh, in place.
 
     Call it before the optimizer is built and before the model is compiled. Each parameter becomes a
-    DTensor sharded along dimension 0 (on a two-dimensional mesh: replicated over its first
-    dimension, sharded over its second); one that the processes do not divide evenly is replicated.
-    Reading ``module.weight`` gathers it, so that in a compiled model the collectives are operators
-    of the graph: a taken weight's gradient is selected first and reduce-scattered then, m·r
-    numbers. Names, hooks and ``state_dict()`` keys stay; values are those of the mesh's first
-    process.
+    DTensor sharded along dimension 0. On a two-dimensional mesh it is replicated over the mesh's
+    first dimension and sharded over the second. A parameter whose dimension 0 the processes do not
+    divide evenly is replicated. Reading ``module.weight`` gathers it, so that the collectives of a
+    compiled model are operators of its graph: the gradient of a taken weight is first selected and
+    then reduce-scattered, m·r numbers. Names, hooks and ``state_dict()`` keys stay. Values become
+    those of the mesh's first process.
 
     Args:
-        model: the model, the same on every process but for its values.
-        mesh: of one dimension or two; None: one dimension, all processes.
+        model: the model; it must be the same on every process, except for its values.
+        mesh: a mesh with one or two dimensions; None means one dimension with all processes.
         reshard_after_forward: gather the weights again in the backward instead of keeping them.
 
     Returns:
-        ``model`` itself, its modules of subclasses of their classes.
+        ``model`` itself; its modules now have subclasses of their original classes.
 
     Raises:
-        DistributedError: there is no process group, models of the processes differ, or the model is
+        DistributedError: there is no process group, the processes' models differ, or the model is
             sharded already.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -65,15 +65,15 @@ def fully_shard(
     described = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in named.items()]
     replicas.agree("parameters", described, "Build the same model on every process.")
     sharding = Sharding(mesh, reshard_after_forward)
-    made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
+    sharded: dict[int, nn.Parameter] = {}  # by the original's id, so shared parameters stay shared
     for module in list(model.modules()):
         own = {name: p for name, p in module._parameters.items() if p is not None}
         for name, p in own.items():
-            if id(p) not in made:
-                made[id(p)] = _shard(p, sharding)
-                sharding_of[made[id(p)]] = sharding
-                replicas_of[made[id(p)]] = replicas
-            module._parameters[name] = made[id(p)]
+            if id(p) not in sharded:
+                sharded[id(p)] = _shard(p, sharding)
+                sharding_of[sharded[id(p)]] = sharding
+                replicas_of[sharded[id(p)]] = replicas
+            module._parameters[name] = sharded[id(p)]
         if own:
             cls: Any = type(module)
             module.__class__ = _gathering(cls, tuple(own))
@@ -83,7 +83,7 @@ def fully_shard(
 
 
 def _group_of(mesh: DeviceMesh) -> Any:
-    """All processes of a mesh."""
+    """The process group of all processes in a mesh."""
     if mesh.ndim == 1:
         return mesh.get_group()
     if mesh.size() == dist.get_world_size():
@@ -93,7 +93,7 @@ def _group_of(mesh: DeviceMesh) -> Any:
 
 def _shard(p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
     even = p.dim() > 0 and p.shape[0] % sharding.shards.ranks == 0
-    # Padded parts would make the processes' graphs differ, and with them the order of collectives.
+    # Uneven parts would make the processes' graphs, and so the order of collectives, differ.
     placements = sharding.placements if even else [Replicate()] * sharding.mesh.ndim
     value = distribute_tensor(p.detach(), sharding.mesh, placements)
     return nn.Parameter(value, requires_grad=p.requires_grad)
@@ -101,9 +101,9 @@ def _shard(p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
 
 @cache
 def _gathering(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass in which reading one of these parameters gathers it.
+    """A subclass of ``cls`` in which reading one of these parameters gathers it.
 
-    One for all modules alike, so that Dynamo sees one class in every layer.
+    It is cached, so that Dynamo sees the same class in every layer.
     """
     properties = {name: property(_gather(name)) for name in names}
     return type(f"Sharded{cls.__name__}", (cls,), {**properties, "__module__": cls.__module__})

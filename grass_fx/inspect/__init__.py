@@ -1,1 +1,1 @@
-"""What users see of their model before and while it trains: explain, plan, coverage_plot."""
+"""Tools to look at a model before and during training: explain, plan and coverage_plot."""

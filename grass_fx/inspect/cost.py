@@ -1,8 +1,8 @@
-"""What a linear weight costs, as formulas in the symbols of docs/method.md.
+"""The cost of a linear weight, as formulas in the symbols of docs/method.md.
 
-:class:`LinearCost` has FLOPs, traffic and bytes of one weight. They are plain arithmetic: with
-numbers they are numbers, with symbols they are sympy expressions. ``grass_fx.plan`` adds up the
-same bytes over a model.
+:class:`LinearCost` gives the FLOPs, traffic and bytes of one weight. All of it is plain arithmetic:
+numbers give numbers, and symbols give sympy expressions. ``grass_fx.plan`` adds up the same bytes
+over a model.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 
 b, m, n, r, K, e, p = sympy.symbols("b m n r K e p")
-"""Tokens, output and input features, rank, steps between refreshes; bytes per number, ranks."""
+"""Tokens, output features, input features, rank, steps between refreshes, bytes per number, and
+the number of processes."""
 
 MOMENTS = {"adamw": 2, "momentum": 1, "sgd": 0}
-"""Numbers of optimizer state for each number of the gradient."""
+"""How many numbers of optimizer state there are for each number of the gradient."""
 
 LLAMA = {
     "llama-60m": (512, 1376, 8, 32000),
@@ -26,20 +27,21 @@ LLAMA = {
     "llama-7b": (4096, 11008, 32, 32000),
     "llama-13b": (5120, 13824, 40, 32000),
 }
-"""hidden, intermediate, layers, vocabulary; the small ones as in the papers on GaLore and Grass."""
+"""(hidden, intermediate, layers, vocabulary). The small models are those of the GaLore and Grass
+papers."""
 
 
 @dataclass(frozen=True)
 class LinearCost:
-    """One linear weight W (m, n) and one step on b tokens: FLOPs, traffic and bytes.
+    """FLOPs, traffic and bytes of one linear weight W (m, n) in one step on b tokens.
 
-    A size may be a number or a sympy expression, and is its symbol if not given:
+    A size may be a number or a sympy expression. A size that is not given is its symbol:
     ``LinearCost(m=4096, n=4096).compact_gradient_flops.subs({"b": 2048, "r": 512})``. Names in
-    quotation marks are parts of docs/method.md. Formulas here are those of side "in", the
-    default; for "out" exchange m and n in what has r.
+    quotation marks are sections of docs/method.md. The formulas in docstrings are for side "in",
+    the default; for "out" exchange m and n in every term that contains r.
 
-    Traffic is what the operations have to read and write once, in bytes; caches are not modelled.
-    A *scoring* of None is a rule without scores, else "gradient" or "tiles".
+    Traffic is the bytes that the operations have to read and write once; caches are not modelled.
+    *scoring* is None for a rule without scores, otherwise "gradient" or "tiles".
     """
 
     m: Any = m
@@ -55,27 +57,27 @@ class LinearCost:
     moments: int = 2
     weight_decay: bool = True
     ranks: Any = p
-    """Processes of an all-reduce."""
+    """Number of processes in an all-reduce."""
     matrices: int = 1
-    """E: of a stack (E, m, n); b is then the tokens of each matrix."""
+    """E for a stack (E, m, n); b is then the number of tokens for each matrix."""
 
     @property
     def selected(self) -> Any:
-        """Size of the selected dimension ("Symbols"): m for side "out", n for "in"."""
+        """Size of the selected dimension ("Symbols"): m for side "out", n for side "in"."""
         return self.m if self.side == "out" else self.n
 
     @property
     def full_size(self) -> Any:
-        """Numbers in G ("Symbols"): mn."""
+        """How many numbers G has ("Symbols"): mn."""
         return self.matrices * self.m * self.n
 
     @property
     def compact_size(self) -> Any:
-        """Numbers in C (equations 2 and 3): rm for side "in", rn for "out"."""
+        """How many numbers C has (equations 2 and 3): rm for side "in", rn for side "out"."""
         other = self.n if self.side == "out" else self.m
         return self.matrices * self.r * other
 
-    # --- FLOPs: two for each multiplication and addition ------------------------------------------
+    # --- FLOPs: a multiplication and its addition count as two ------------------------------------
 
     @property
     def forward_flops(self) -> Any:
@@ -94,15 +96,15 @@ class LinearCost:
 
     @property
     def compact_gradient_flops(self) -> Any:
-        """C, 2brm (equation 3) or, for "out", 2brn (equation 2)."""
+        """C: 2brm for side "in" (equation 3), 2brn for side "out" (equation 2)."""
         return 2 * self.b * self.compact_size
 
     @property
     def scoring_gradient_flops(self) -> Any:
-        """The weight gradient's product in a scoring step ("Steps, periods, refreshes").
+        """The products for the weight gradient in a scoring step ("Steps, periods, refreshes").
 
-        "gradient" forms G once, 2bmn; "tiles" makes tiles of it and C beside them, 2bmn + 2brm.
-        Without scores it is a regular step's.
+        "gradient" forms G once, 2bmn. "tiles" computes tiles of G and, separately, C: 2bmn + 2brm.
+        For a rule without scores the result is that of a regular step.
         """
         if self.scoring is None:
             return self.compact_gradient_flops
@@ -111,17 +113,17 @@ class LinearCost:
 
     @property
     def refresh_flops(self) -> Any:
-        """What scoring adds to each step on average: one step in K scores."""
+        """The FLOPs that scoring adds to each step on average; one step in K is a scoring step."""
         return (self.scoring_gradient_flops - self.compact_gradient_flops) / self.K
 
     @property
     def full_step_flops(self) -> Any:
-        """Three products at full rank, 6bmn ("What follows from the equations")."""
+        """The three products at full rank, 6bmn ("What follows from the equations")."""
         return self.forward_flops + self.input_gradient_flops + self.full_gradient_flops
 
     @property
     def step_flops(self) -> Any:
-        """The three products, scoring amortised over K steps: (2 + r/n) · 2bmn without scores."""
+        """The three products, scoring averaged over K steps; (2 + r/n) · 2bmn without scores."""
         products = self.forward_flops + self.input_gradient_flops + self.compact_gradient_flops
         return products + self.refresh_flops if self.scoring else products
 
@@ -129,39 +131,42 @@ class LinearCost:
 
     @property
     def product_bytes(self) -> Any:
-        """Forward or input gradient: X or D read, W read, the result written ("Symbols")."""
+        """Forward or input gradient: read X or D, read W, write the result ("Symbols")."""
         return (self.matrices * self.b * (self.m + self.n) + self.full_size) * self.itemsize
 
     @property
     def full_gradient_traffic(self) -> Any:
-        """G = Dᵀ X: D and X read, G written ("Symbols")."""
+        """G = Dᵀ X: read D and X, write G ("Symbols")."""
         return self.product_bytes
 
     @property
     def compact_gradient_traffic(self) -> Any:
-        """C from gathered factors: b × r and b × m (b × n for "out") read, C written (2 and 3)."""
+        """C from gathered factors: read b × r and b × m (side "out": b × n), write C.
+
+        Equations 2 and 3.
+        """
         other = self.n if self.side == "out" else self.m
         factors = self.matrices * self.b * (self.r + other)
         return (factors + self.compact_size) * self.itemsize
 
     @property
     def selection_traffic(self) -> Any:
-        """The gather before the product: b × r read and written, σ read (equations 2 and 3).
+        """The gather before the product: read and write b × r, read σ (equations 2 and 3).
 
-        A kernel that gathers while it loads does without.
+        A kernel that gathers while it loads its tiles has none of this traffic.
         """
         return self.matrices * (2 * self.b * self.r * self.itemsize + 8 * self.r)
 
     @property
     def full_optimizer_traffic(self) -> Any:
-        """Gradient read, weight and moments read and written; AdamW: 7mn numbers."""
+        """Read the gradient, read and write the weight and the moments; AdamW: 7mn numbers."""
         return (3 + 2 * self.moments) * self.full_size * self.itemsize
 
     @property
     def optimizer_traffic(self) -> Any:
-        """The same of C (equation 4), decay of all of W, ages read and written, σ and ρ read.
+        """The update with C (equation 4), weight decay of all of W, ages, σ and ρ.
 
-        AdamW: 7rm + 2mn numbers, and 24r bytes of ages and σ.
+        AdamW: 7rm + 2mn numbers, and 24r bytes for ages (read and written) and σ (read).
         """
         numbers = (3 + 2 * self.moments) * self.compact_size
         if self.weight_decay:
@@ -170,12 +175,15 @@ class LinearCost:
 
     @property
     def full_all_reduce_bytes(self) -> Any:
-        """Sent by each process for G, by a ring: 2 (p − 1)/p · mn numbers."""
+        """Bytes each process sends for G in a ring all-reduce: 2 (p − 1)/p · mn numbers."""
         return self._ring(self.full_gradient_bytes)
 
     @property
     def all_reduce_bytes(self) -> Any:
-        """Sent by each process for C, by a ring: 2 (p − 1)/p · rm numbers (equations 2 and 3)."""
+        """Bytes each process sends for C in a ring all-reduce: 2 (p − 1)/p · rm numbers.
+
+        Equations 2 and 3.
+        """
         return self._ring(self.gradient_bytes)
 
     def _ring(self, size: Any) -> Any:
@@ -190,7 +198,7 @@ class LinearCost:
 
     @property
     def full_gradient_bytes(self) -> Any:
-        """G on weight.grad: mn numbers ("What follows from the equations")."""
+        """G in weight.grad: mn numbers ("What follows from the equations")."""
         return self.full_size * self.itemsize
 
     @property
@@ -200,34 +208,35 @@ class LinearCost:
 
     @property
     def gradient_bytes(self) -> Any:
-        """C on weight.grad: rm numbers ("What follows from the equations")."""
+        """C in weight.grad: rm numbers ("What follows from the equations")."""
         return self.compact_size * self.itemsize
 
     @property
     def state_bytes(self) -> Any:
-        """Moments, 2rm; ages and σ, int64, 16r bytes; ρ, 4r; the selection's number, 8 bytes.
+        """Moments (2rm numbers), ages and σ (int64, 16r bytes), and the generation (8 bytes).
 
-        "What follows from the equations": 2rm + 3r numbers. ρ only with replacement.
+        With replacement there is also ρ, 4r bytes. "What follows from the equations" counts
+        2rm + 3r numbers.
         """
         rows = self.matrices * self.r * (16 + self._scale_itemsize)
         return self.moments * self.compact_size * self.itemsize + rows + 8
 
     @property
     def graph_input_bytes(self) -> Any:
-        """σ and ρ once more, as compiled graphs read them: 8r bytes, and 4r with replacement."""
+        """Copies of σ and ρ that compiled graphs read: 8r bytes, and 4r more with replacement."""
         return self.matrices * self.r * (8 + self._scale_itemsize)
 
     @property
     def _scale_itemsize(self) -> int:
-        """ρ is as exact as the weight, but never less than float32."""
+        """Bytes per number of ρ: float64 for float64 weights, else float32; 0 without ρ."""
         return 0 if not self.replacement else 8 if self.itemsize == 8 else 4
 
     @property
     def score_bytes(self) -> Any:
-        """s of a scoring step: n (m for "out") numbers of float32, held until the step."""
+        """s in a scoring step: n (side "out": m) float32 numbers, held until the optimizer step."""
         return 4 * self.matrices * self.selected if self.scoring else 0
 
     @property
     def scoring_transient_bytes(self) -> Any:
-        """G while a scoring step's backward is in this layer: mn numbers, none with tiles."""
+        """G while the backward of a scoring step is in this layer: mn numbers, 0 with tiles."""
         return self.full_gradient_bytes if self.scoring == "gradient" else 0

@@ -1,4 +1,4 @@
-"""The part of a graph that makes a weight's gradient, small enough to draw."""
+"""Cut out the part of a graph that computes a weight's gradient, small enough to draw."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from grass_fx.inspect.sizes import size_expression
 from grass_fx.ops import SELECT
 
 MOST = 40
-"""Nodes of a picture."""
+"""The largest number of nodes in a picture."""
 
 
 def draw(path: Sequence[fx.Node], labels: Mapping[int, str]) -> tuple[GraphNode, ...]:
-    """The products of a weight's gradient, what is done with them, and what they are made of.
+    """The nodes that compute a weight's gradient, in execution order, with some of their inputs.
 
-    ``path``: those nodes; ``labels`` names inputs by their position. In the order of execution.
+    ``path`` has the products that make the gradient and the operations after them. ``labels``
+    names graph inputs by their position.
     """
-    shown: dict[fx.Node, bool] = dict.fromkeys(path, True)  # node -> whether with its inputs
-    waiting = [each for node in path for each in node.all_input_nodes]
+    shown: dict[fx.Node, bool] = dict.fromkeys(path, True)  # node -> whether its inputs are shown
+    waiting = [used for node in path for used in node.all_input_nodes]
     while waiting and len(shown) < MOST:
         node = waiting.pop(0)
         if node in shown:
@@ -30,7 +31,7 @@ def draw(path: Sequence[fx.Node], labels: Mapping[int, str]) -> tuple[GraphNode,
         shown[node] = node.target in VIEWS or node.target in COPIES or node.target is SELECT
         if shown[node]:
             waiting += node.all_input_nodes
-    ordered = sorted(shown)  # by their places in the graph
+    ordered = sorted(shown)  # nodes compare by their place in the graph
     return tuple(_drawn(node, shown, labels) for node in ordered)
 
 
@@ -43,7 +44,7 @@ def _drawn(node: fx.Node, shown: Mapping[fx.Node, bool], labels: Mapping[int, st
         return GraphNode(node.name, "input", label, shape, ())
     op = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
     whole = shown[node]
-    inputs = [each.name for each in node.all_input_nodes if each in shown] if whole else []
+    inputs = [used.name for used in node.all_input_nodes if used in shown] if whole else []
     return GraphNode(node.name, "op" if whole else "rest", op, shape, (*inputs,))
 
 

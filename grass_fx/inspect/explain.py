@@ -1,4 +1,4 @@
-"""``grass_fx.explain``: what the backend "grass" does to a model, told without training it."""
+"""``grass_fx.explain`` reports what the backend "grass" does to a model, without training it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Compile ``model(*args, **kwargs)`` as the backend "grass" would, and tell what it does.
+    """Trace ``model(*args, **kwargs)`` as the backend "grass" would, and report what changes.
 
-    Graphs are traced, differentiated and rewritten, but no code is generated for them: seconds even
-    where Inductor takes minutes. The model's forward runs once, without gradients, on the given
-    inputs; on the meta device it allocates nothing. Weights, gradients, buffers, random generators
-    and selections stay as they are.
+    Graphs are traced, differentiated and rewritten, but no code is generated for them. This takes
+    seconds even where Inductor takes minutes. The model's forward runs once, without gradients, on
+    the given inputs; on the meta device it allocates nothing. Weights, gradients, buffers, random
+    generators and selections stay as they are.
 
-    Amounts before are those of the same graphs at full rank. FLOPs and traffic are those of matrix
-    products with weights (docs/method.md, "What follows from the equations"); state is AdamW's, and
-    all-reduce a ring's, over the initialised process group or else two processes.
+    Amounts "before" are those of the same graphs at full rank. FLOPs and traffic count only matrix
+    products with weights (docs/method.md, "What follows from the equations"). Optimizer state is
+    that of AdamW. The all-reduce is a ring over the initialised process group, or over two
+    processes if there is none.
 
     Args:
-        model: a module, compiled already or not, in the mode (train, autocast) it is to train in.
-        options: those of the backend, as for ``torch.compile``.
+        model: a module, compiled or not, in the mode (train, autocast) in which it will train.
+        options: the backend's options, as for ``torch.compile``.
         dynamic: as for ``torch.compile``; with symbolic sizes, amounts are sympy expressions.
 
     Raises:
@@ -63,8 +64,8 @@ def explain(
             "same weights are rewritten, and amounts are those of all processes together."
         )
     leaves = tree_leaves((args, kwargs))
-    given = [each for each in leaves if isinstance(each, Tensor)]
-    watcher = _Watcher(model, GrassConfig.from_options(options), given)
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    watcher = _Watcher(model, GrassConfig.from_options(options), inputs)
     from grass_fx._torch_compat import compiled_apart
 
     with _left_as_it_is(model), compiled_apart(_call, watcher, dynamic) as compiled:
@@ -78,7 +79,7 @@ def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
 @contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward changes: buffers and random generators."""
+    """Undo a forward's changes to buffers and random generators."""
     registered = [(module, dict(module._buffers)) for module in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
@@ -93,31 +94,31 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
             module._buffers.update(names)
         with torch.no_grad():
             for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # what never changes may lie in memory anyhow
+                if not torch.equal(buffer, before):  # others may overlap themselves: expanded
                     buffer.copy_(before)
 
 
 @dataclass
 class _Found:
-    """What all graphs together say of a parameter."""
+    """What all graphs together do with a parameter."""
 
     traced: list[TracedWeight] = field(default_factory=list)
 
     @property
     def taken(self) -> LinearWeight | None:
-        """What it is where it is taken."""
-        return next((each.taken for each in self.traced if each.taken is not None), None)
+        """The first graph's description of it as a taken weight; None if no graph takes it."""
+        return next((t.taken for t in self.traced if t.taken is not None), None)
 
     @property
     def reason(self) -> str:
-        """Why it is not pushed, in every graph where that is so."""
+        """Why it is not pushed, from every graph that does not push it."""
         if not self.traced:
             return "in no compiled training graph"
-        return "; ".join(dict.fromkeys(each.reason for each in self.traced if each.reason))
+        return "; ".join(dict.fromkeys(t.reason for t in self.traced if t.reason))
 
 
 class _Watcher:
-    """A Dynamo backend that looks at graphs instead of compiling them."""
+    """A Dynamo backend that analyses graphs instead of compiling them."""
 
     def __init__(self, model: nn.Module, config: GrassConfig, given: Sequence[Any]) -> None:
         self.config = config
@@ -125,8 +126,8 @@ class _Watcher:
         self.symbols: dict[str, int | None] = {}
         self.graphs: set[int] = set()
         self.kept: list[Any] = [0, 0]
-        owned = {_storage(each) for each in (*model.parameters(), *model.buffers(), *given)}
-        self.seen = [owned, set(owned)]  # inputs of graphs that are counted, before and after
+        owned = {_storage(t) for t in (*model.parameters(), *model.buffers(), *given)}
+        self.seen = [owned, set(owned)]  # storages that no longer count as kept, before and after
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from grass_fx.inspect.tracing import trace
@@ -141,28 +142,31 @@ class _Watcher:
             with torch.no_grad():
                 outputs = gm(*args)
             return [
-                each.detach().requires_grad_() if needs and not each.requires_grad else each
-                for each, needs in zip(outputs, needed, strict=True)
+                out.detach().requires_grad_() if needs and not out.requires_grad else out
+                for out, needs in zip(outputs, needed, strict=True)
             ]
 
         (results,) = gm.graph.output_node().args
         needed = [
-            getattr(getattr(each, "meta", {}).get("example_value"), "requires_grad", False)
-            for each in cast("Sequence[Any]", results)
+            getattr(getattr(node, "meta", {}).get("example_value"), "requires_grad", False)
+            for node in cast("Sequence[Any]", results)
         ]
         return run
 
     def _tell_apart(self, graph: TracedGraph) -> None:
-        """Graphs name sizes by their arguments: other sizes of the same name get another."""
+        """Rename symbols that mean other sizes in this graph than in the graphs before it.
+
+        A graph names symbols after its own arguments, so two graphs can use one name for two sizes.
+        """
         new = {}
         for name, value in graph.symbols.items():
             free = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(1)))
-            new[name] = next(each for each in free if self.symbols.get(each, value) == value)
+            new[name] = next(other for other in free if self.symbols.get(other, value) == value)
             self.symbols[new[name]] = value
         graph.rename({name: other for name, other in new.items() if name != other})
 
     def _note(self, graph: TracedGraph, args: Sequence[Any]) -> None:
-        """One call of a graph; a graph may serve many layers."""
+        """Add one call of a graph to the findings; many layers may call the same graph."""
         self.graphs.add(id(graph))
         for place, traced in graph.weights.items():
             if args[place] in self.found:
@@ -175,7 +179,7 @@ class _Watcher:
                     self.kept[k] += value.untyped_storage().nbytes()
 
     def report(self, model: nn.Module, options: Mapping[str, Any]) -> Report:
-        """Everything that was found."""
+        """The report on everything that was found."""
         weights, transient, scores = [], [0], 0
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -183,9 +187,9 @@ class _Watcher:
             found = self.found[parameter]
             weights.append(_weight(name, parameter, found))
             if found.taken is not None and self.config.needs_scores:
-                transient += [each.scoring_step for each in found.traced]
+                transient += [traced.scoring_step for traced in found.traced]
                 scores += 4 * found.taken.spec.rows
-        held = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         return Report(
             tuple(weights), held, (self.kept[0], self.kept[1]), max(transient) + scores,
             len(self.graphs), dict(options), self.symbols,
@@ -197,7 +201,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
-    """A parameter's costs: of the products in graphs, and of what is held and sent."""
+    """A parameter's costs: its products in the graphs, its gradient, state and all-reduce."""
     count, itemsize, ranks = parameter.numel(), parameter.itemsize, _ranks()
     full = LinearCost(m=count, n=1, r=1, itemsize=itemsize, moments=MOMENTS["adamw"], ranks=ranks)
     before = after = Cost(
@@ -218,7 +222,7 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
         full, m=count // (stack * spec.size), n=spec.size, r=spec.rank, matrices=stack,
         replacement=spec.replacement,
     )  # fmt: skip
-    taken = next(each for each in found.traced if each.taken is not None)
+    taken = next(traced for traced in found.traced if traced.taken is not None)
     return replace(
         weight,
         status="taken" if found.reason else "pushed",
@@ -236,6 +240,6 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
 
 
 def _ranks() -> int:
-    """Processes of an all-reduce: those of the initialised group, or two."""
+    """The processes in an all-reduce: the size of the initialised process group, or 2."""
     group = torch.distributed
     return group.get_world_size() if group.is_available() and group.is_initialized() else 2

@@ -1,4 +1,4 @@
-"""What is known of a model's weights after :func:`grass_fx.explain`: amounts before and after."""
+"""The findings of :func:`grass_fx.explain` about a model's weights: amounts before and after."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ Amount = Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What weights cost in one training step: FLOPs and traffic of products, and bytes held.
+    """The cost of weights in one training step: FLOPs and traffic of products, and bytes held.
 
-    Sums of :class:`Cost` are costs. FLOPs count two for each multiplication and addition; traffic
-    is what a product has to read and write once. Amounts are numbers or sympy expressions.
+    Costs can be added. A multiplication and its addition count as two FLOPs. Traffic is the bytes
+    that a product has to read and write once. Amounts are numbers or sympy expressions.
     """
 
     forward_flops: Amount = 0
-    """Products with the weight in the forward, recomputed ones (checkpointing) included."""
+    """Products with the weight in the forward, including those that checkpointing recomputes."""
     input_gradient_flops: Amount = 0
     weight_gradient_flops: Amount = 0
-    """Of a rule with scores, the mean over a period: one step in K scores ("frozen_top": none)."""
+    """For a rule with scores, the mean over a period of K steps with one scoring step. For
+    "frozen_top", which stops scoring, that of a regular step."""
     forward_bytes: Amount = 0
     input_gradient_bytes: Amount = 0
     weight_gradient_bytes: Amount = 0
@@ -36,19 +37,19 @@ class Cost:
     state: Amount = 0
     """Bytes of AdamW's state."""
     all_reduce: Amount = 0
-    """Bytes that each process sends in a data-parallel step, by a ring."""
+    """Bytes that each process sends in a data-parallel step, with a ring all-reduce."""
 
     def __add__(self, other: Cost) -> Cost:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Cost(*(a + b for a, b in pairs))
 
     def map(self, change: Callable[[Amount], Amount]) -> Cost:
-        """``change`` done to every amount."""
+        """The cost with ``change`` applied to every amount."""
         return Cost(*(change(getattr(self, f.name)) for f in fields(self)))
 
     @property
     def flops(self) -> Amount:
-        """Of all three kinds of products."""
+        """FLOPs of all three kinds of products."""
         return self.forward_flops + self.input_gradient_flops + self.weight_gradient_flops
 
     @property
@@ -64,7 +65,8 @@ class GraphNode:
     name: str
     """As in the graph."""
     kind: str
-    """"op", "input" for what the graph is given, "rest" for the end of what is shown."""
+    """"op" for an operation, "input" for a graph input, "rest" for an operation whose own inputs
+    are not shown."""
     label: str
     """The operation, or the role of an input: "weight", "indices", "scale"."""
     shape: str
@@ -74,24 +76,24 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Weight:
-    """A trainable parameter, and what became of it."""
+    """A trainable parameter, and what the backend does with it."""
 
     name: str
     """As in ``model.named_parameters()``."""
     shape: tuple[int, ...]
     dtype: str
     status: str
-    """"pushed": its full gradient is never formed. "taken": its gradient is compact, but selected
-    from a full one. "dense": it trains as without grass."""
+    """"pushed": its full gradient is never formed. "taken": its gradient is compact, but it is
+    selected from a full gradient. "dense": it trains as it would without grass."""
     reason: str
     """Why it is not pushed; empty if it is."""
     side: str | None = None
-    """"out" or "in", the features that are selected; None if dense."""
+    """"out" or "in": whether output or input features are selected; None if dense."""
     rank: int | None = None
-    """r: selected rows, of each matrix if it is a stack of them."""
+    """r, the number of selected rows; for a stack, the number in each of its matrices."""
     kernel: str | None = None
-    """What computes the compact gradient: "gather + mm", "triton template" or "autotuned"; several
-    for several uses; "mm, then gather" if the selection was not pushed."""
+    """How the compact gradient is computed: "gather + mm", "triton template" or "autotuned", or
+    several of them if the weight has several uses. "mm, then gather" if it is not pushed."""
     before: Cost = Cost()
     """At full rank."""
     after: Cost = Cost()
@@ -106,37 +108,37 @@ class Weight:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that :func:`grass_fx.explain` found, and sums of it."""
+    """Everything that :func:`grass_fx.explain` found, and its totals."""
 
     weights: tuple[Weight, ...]
     """Every trainable parameter."""
     weight_bytes: int
-    """All parameters, frozen ones and buffers included."""
+    """Bytes of all parameters (frozen ones too) and buffers."""
     activations: tuple[Amount, Amount]
-    """Bytes that the graphs keep for the backward, before and after; parameters, buffers and the
-    model's inputs aside."""
+    """Bytes that the graphs save for the backward, before and after. Parameters, buffers and the
+    model's inputs are not counted."""
     scoring_step: Amount
-    """Bytes that a scoring step needs more: the largest full gradient that it forms, and scores."""
+    """Extra bytes in a scoring step: the largest full gradient that it forms, and all scores."""
     graphs: int
-    """Compiled training graphs; more than one after graph breaks."""
+    """The number of compiled training graphs; graph breaks make it more than one."""
     options: Mapping[str, Any]
-    """The options that were given."""
+    """The options passed to explain."""
     symbols: Mapping[str, int | None]
     """With dynamic shapes: the symbols in amounts, and their values in the given inputs."""
 
     @property
     def before(self) -> Cost:
-        """The sum over all weights at full rank."""
+        """The cost of all weights at full rank."""
         return sum((weight.before for weight in self.weights), Cost())
 
     @property
     def after(self) -> Cost:
-        """The same as compiled with grass."""
+        """The cost of all weights as compiled with grass."""
         return sum((weight.after for weight in self.weights), Cost())
 
     @property
     def flops(self) -> Amount:
-        """FLOPs of the weights' products in a step; ``.subs({"s0": 8})`` if it is symbolic."""
+        """FLOPs of the weights' products in a step; use ``.subs({"s0": 8})`` if it is symbolic."""
         return self.after.flops
 
     @property
@@ -153,22 +155,22 @@ class Findings:
         return before + self.activations[0], after + self.activations[1]
 
     def __getitem__(self, name: str) -> Weight:
-        """The trainable parameter of this name; KeyError, with the nearest name, if none has it."""
+        """The trainable parameter with this name; otherwise a KeyError with the nearest name."""
         for weight in self.weights:
             if weight.name == name:
                 return weight
         raise KeyError(f"{name}: {nearest(name, list(self))}")
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """The names of the weights."""
         return (weight.name for weight in self.weights)
 
     def __contains__(self, name: object) -> bool:
         """Whether a trainable parameter has this name."""
-        return any(name == each for each in self)
+        return any(name == known for known in self)
 
     def rows(self) -> list[tuple[str, Amount, Amount, str]]:
-        """The totals: what, before, after, unit ("FLOPs" or "bytes")."""
+        """The totals as (name, before, after, unit); the unit is "FLOPs" or "bytes"."""
         before, after = self.before, self.after
         rows: list[tuple[str, Amount, Amount, str]] = []
         for kind in ("forward", "input_gradient", "weight_gradient"):
@@ -185,9 +187,9 @@ class Findings:
         return rows
 
     def evaluated(self, amount: Amount) -> float | None:
-        """An amount as a number, its symbols as they were in the given inputs.
+        """An amount as a number, with its symbols' values in the given inputs.
 
-        None if one has no value: sizes that depend on data have none.
+        None if a symbol has no value; sizes that depend on data have none.
         """
         if not hasattr(amount, "subs"):
             return float(amount)
@@ -195,7 +197,10 @@ class Findings:
         return float(value) if value.is_number else None
 
     def groups(self) -> list[tuple[str, list[Weight]]]:
-        """Weights that differ by numbers in their names only, as layers do: (name, weights)."""
+        """(name, weights) of weights whose names differ only in numbers, such as layers' indices.
+
+        Weights of one group also agree in shape, status, reason, rank and kernel.
+        """
         found: dict[Any, list[Weight]] = {}
         for weight in self.weights:
             name = re.sub(r"\b\d+\b", "*", weight.name)
@@ -204,17 +209,17 @@ class Findings:
         return [(key[0] if len(g) > 1 else g[0].name, g) for key, g in found.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON; symbolic amounts as strings."""
+        """Everything as plain data, for JSON; symbolic amounts become strings."""
 
         def plain(value: Any) -> Any:
             if hasattr(value, "free_symbols"):
                 return float(value) if value.is_number else str(value)
-            if value in (math.inf, -math.inf):  # which JSON has no name for
+            if value in (math.inf, -math.inf):  # JSON has no infinity
                 return str(value)
             if isinstance(value, Mapping):
-                return {str(key): plain(each) for key, each in value.items()}
+                return {str(key): plain(item) for key, item in value.items()}
             if isinstance(value, (list, tuple)):
-                return [plain(each) for each in value]
+                return [plain(item) for item in value]
             if hasattr(value, "__dataclass_fields__"):
                 return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
             return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
@@ -223,5 +228,5 @@ class Findings:
         return {**plain(self), "totals": plain(totals)}
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as text."""
+        """The result of :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no other file."""
+"""Writes a report as one self-contained HTML page, without network or other files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ AMOUNTS = (
     ("state", "state", "bytes"),
     ("flops", "weight_gradient_flops", "FLOPs"),
 )
-"""Columns: the key to sort by, the attribute of ``Cost``, the unit."""
+"""Columns as (key to sort by, attribute of ``Cost``, unit)."""
 
 
 def as_html(report: Findings) -> str:
-    """The page: tables of weights, bars of memory and FLOPs, and the graphs of chosen weights."""
+    """The page: tables of weights, bars of memory and FLOPs, and the graph of a chosen weight."""
     groups = report.groups()
-    taken = [each for each in groups if each[1][0].taken]
-    dense = [each for each in groups if not each[1][0].taken]
+    taken = [group for group in groups if group[1][0].taken]
+    dense = [group for group in groups if not group[1][0].taken]
     parts = {
         "headline": "".join(f"<p>{escape(line)}</p>" for line in headline(report).splitlines()),
         "facts": _facts(report),
@@ -47,14 +47,14 @@ def as_html(report: Findings) -> str:
     }
     page = TEMPLATE.read_text(encoding="utf-8")
     for name in ("taken", "dense", "choices"):
-        if not parts[name]:  # <!--if name--> ... <!--end name--> is left out
+        if not parts[name]:  # leave <!--if name--> ... <!--end name--> out
             page = re.sub(rf"<!--if {name}-->.*?<!--end {name}-->", "", page, flags=re.S)
     page = re.sub(r"<!--(if|end) \w+-->\n?", "", page)
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
 
 
 def _facts(report: Findings) -> str:
-    """Options and symbols."""
+    """The options and symbols, as paragraphs."""
     options = ", ".join(f"{name} = {value!r}" for name, value in report.options.items())
     lines = [f"Options: {options or 'the defaults'}."]
     if report.symbols:
@@ -67,7 +67,7 @@ def _facts(report: Findings) -> str:
 
 
 def _panel(report: Findings, of: Bars) -> str:
-    """Two stacked bars, and their numbers below."""
+    """Two stacked bars, with their numbers below."""
     rows = {name: (before, after) for name, before, after, _ in report.rows()}
     whole = "memory in all" if of.unit == "bytes" else "all products"
     lines = [(f"c{k}", name, before, after) for k, (name, before, after) in enumerate(of.parts)]
@@ -110,7 +110,7 @@ def _total(
 
 
 def _others(report: Findings) -> str:
-    """Totals that stand in no bar."""
+    """The totals that are not part of a bar."""
     skipped = {*MEMORY, *PRODUCTS, "memory in all", "all products"}
     rows = [row for row in report.rows() if row[0] not in skipped]
     text = "".join(_total(report, "", *row) for row in rows)
@@ -124,7 +124,10 @@ def _others(report: Findings) -> str:
 
 
 def _amount(report: Findings, amount: Amount, unit: str) -> str:
-    """A cell: a readable number, exact in its tooltip; below an expression in small letters."""
+    """A table cell: a readable number, with the exact one in its tooltip.
+
+    A symbolic amount shows its expression, and below it the number in small print.
+    """
     number = report.evaluated(amount)
     symbolic = bool(getattr(amount, "free_symbols", ()))
     text = "" if number is None else readable(number, unit)
@@ -140,7 +143,7 @@ Cells = Callable[[Findings, Sequence[Weight]], str]
 
 
 def _rows(report: Findings, groups: Sequence[tuple[str, list[Weight]]], cells: Cells) -> str:
-    """A ``tbody`` for each group: its sum and, to be unfolded, its weights."""
+    """One ``tbody`` for each group: a row for its sum, and rows for its weights that unfold."""
     bodies = []
     for name, group in groups:
         lines = [_row(report, name, group, cells)]
@@ -197,11 +200,11 @@ def _dense_cells(report: Findings, group: Sequence[Weight]) -> str:
 
 
 def _choices(groups: Sequence[tuple[str, list[Weight]]]) -> str:
-    """Options of the select box, the weights of a group together."""
+    """The options of the select box; the weights of a group stand together."""
     text = ""
     for name, group in groups:
         names = [escape(weight.name) for weight in group if weight.pictures]
-        options = "".join(f'<option value="{each}">{each}</option>' for each in names)
+        options = "".join(f'<option value="{value}">{value}</option>' for value in names)
         if len(names) > 1:
             options = f'<optgroup label="{escape(name)}">{options}</optgroup>'
         text += options
@@ -209,7 +212,11 @@ def _choices(groups: Sequence[tuple[str, list[Weight]]]) -> str:
 
 
 def _data(weights: Sequence[Weight]) -> str:
-    """What the script draws, as JSON: drawings, once each, and by weight their nodes' names."""
+    """The JSON that the page's script draws from.
+
+    It has each distinct drawing once, and for each weight the numbers of its drawings and the names
+    of their nodes.
+    """
     pool: dict[str, int] = {}
     drawn: dict[str, Any] = {}
     for weight in weights:
@@ -222,8 +229,8 @@ def _data(weights: Sequence[Weight]) -> str:
         for when in ("before", "after"):
             nodes = shown(weight.pictures.get(when, ()))
             key = json.dumps(place(nodes))
-            names = [(each.name, each.label, each.shape) for each in nodes]
-            entry[when] = [pool.setdefault(key, len(pool)), [" ".join(each) for each in names]]
+            names = [(node.name, node.label, node.shape) for node in nodes]
+            entry[when] = [pool.setdefault(key, len(pool)), [" ".join(texts) for texts in names]]
         drawn[weight.name] = entry
     text = json.dumps({"weights": drawn})
     text = f'{text[:-1]}, "drawings": [{", ".join(pool)}]}}'

@@ -1,4 +1,4 @@
-"""Places for the nodes of a small graph, in layers from top to bottom."""
+"""Lays out the nodes of a small graph in layers from top to bottom."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 from grass_fx.inspect.findings import GraphNode
 
 WIDTH, HEIGHT = 172, 40
-"""Of a node, in pixels."""
+"""Size of a node, in pixels."""
 GAP, RISE = 16, 30
-"""Between nodes beside and above each other."""
+"""Horizontal and vertical distance between nodes."""
 LANE = 14
-"""Width of an edge that passes a layer."""
+"""Width reserved for an edge that passes through a layer."""
 LETTERS = 23
-"""That fit into a node."""
+"""How many letters fit into a node."""
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "selected_mm"}
 SELECTING = {"select", "selected_mm"}
 
 
 def roles(nodes: Sequence[GraphNode]) -> list[str]:
-    """What each node is: "full" or "compact" for gradients of the weight, else its kind.
+    """The role of each node: "full" or "compact" for gradients of the weight, else its kind.
 
-    Gradients are the products and what is made of them; compact ones are selected from others.
+    Products and all nodes computed from them are gradients. They are compact from the node on that
+    selects rows.
     """
     found: dict[str, str] = {}
     for node in nodes:
@@ -40,20 +41,20 @@ def roles(nodes: Sequence[GraphNode]) -> list[str]:
 
 
 def shown(nodes: Sequence[GraphNode]) -> list[GraphNode]:
-    """Without the sizes that a graph of symbolic shapes computes with."""
+    """The nodes without the size inputs of a graph with symbolic shapes."""
     return [node for node in nodes if node.shape or node.kind == "op"]
 
 
 def place(nodes: Sequence[GraphNode]) -> dict[str, Any]:
-    """A drawing as plain data: its size, the nodes' left upper corners, the edges' points.
+    """A drawing as plain data: its size, the nodes' upper left corners, the edges' points.
 
-    ``nodes`` are in the order of execution; inputs that are not among them are left out. Each
-    node is as low as what uses it allows, so that factors stand right above their product.
+    ``nodes`` are in execution order; inputs that are not among them are left out. Each node stands
+    as low as its users allow, so that factors are right above their product.
     """
     number = {node.name: k for k, node in enumerate(nodes)}
     edges = [(number[i], number[n.name]) for n in nodes for i in n.inputs if i in number]
     layer = _layers(len(nodes), edges)
-    chains = []  # each edge as the nodes, and the lanes between them, that it runs through
+    chains = []  # each edge as its first node, the lanes it runs through, and its last node
     for start, end in edges:
         lanes = range(len(layer), len(layer) + layer[end] - layer[start] - 1)
         layer += range(layer[start] + 1, layer[end])
@@ -78,15 +79,15 @@ def place(nodes: Sequence[GraphNode]) -> dict[str, Any]:
 
 
 def _layers(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """0 at the top; each node one above the highest of its users, or at the bottom."""
-    depth = [0] * count  # from the bottom
-    for start, end in sorted(edges, reverse=True):  # users come later, and are done
+    """Each node's layer, 0 at the top: one above its highest user, or the bottom without users."""
+    depth = [0] * count  # counted from the bottom
+    for start, end in sorted(edges, reverse=True):  # users have higher numbers, so theirs is final
         depth[start] = max(depth[start], depth[end] + 1)
-    return [max(depth, default=0) - each for each in depth]
+    return [max(depth, default=0) - level for level in depth]
 
 
 def _ordered(layer: Sequence[int], chains: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Nodes and lanes of each layer from left to right, near what they are connected to."""
+    """The nodes and lanes of each layer from left to right, near the ones they connect to."""
     rows: list[list[int]] = [[] for _ in range(max(layer, default=-1) + 1)]
     for k, level in enumerate(layer):
         rows[level].append(k)
@@ -95,7 +96,7 @@ def _ordered(layer: Sequence[int], chains: Sequence[Sequence[int]]) -> list[list
         for a, b in zip(chain, chain[1:], strict=False):
             near[1].setdefault(a, []).append(b)
             near[-1].setdefault(b, []).append(a)
-    for side in (1, -1, 1, -1, 1):  # the bottom is one product: look down first
+    for side in (1, -1, 1, -1, 1):  # start with users below, since the bottom is one product
         at = {k: (i + 0.5) / len(row) for row in rows for i, k in enumerate(row)}
         for row in rows if side < 0 else reversed(rows):
             mean = {
@@ -108,7 +109,7 @@ def _ordered(layer: Sequence[int], chains: Sequence[Sequence[int]]) -> list[list
 
 
 def _line(points: Sequence[tuple[float, float]]) -> list[list[int]]:
-    """From the lower edge of the first node to the upper edge of the last."""
+    """The points of an edge, from the first node's lower side to the last node's upper side."""
     (x, y), *between, (end, bottom) = points
     line = [(x, y + HEIGHT), *((a, b + h) for a, b in between for h in (0, HEIGHT)), (end, bottom)]
     return [[round(a), round(b)] for a, b in line]

@@ -1,4 +1,4 @@
-"""Pictures of a training run, as files; they need matplotlib."""
+"""Writes pictures of a training run to files; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from grass_fx.optim.telemetry import taken
 from grass_fx.state.subspace import Subspace
 
 PANELS = 9
-"""How many weights a picture shows unless it is told which."""
+"""How many weights a picture shows if no patterns are given."""
 
 TITLE = 30
-"""Letters of a name that fit above a panel."""
+"""How many letters of a name fit above a panel."""
 
 
 def coverage_plot(
@@ -29,18 +29,18 @@ def coverage_plot(
     path: str | os.PathLike[str],
     weights: str | Iterable[str] | None = None,
 ) -> None:
-    """Draw which rows were selected over time, a panel for each weight, into a PNG.
+    """Draw a PNG that shows which rows were selected over time, with one panel for each weight.
 
     Args:
-        optimizer: a ``grass_fx.AdamW`` or one made by ``grass_fx.subspace(X)``.
-        path: the file to write; its folder is made.
-        weights: patterns of names, as ``include`` takes them and ``optimizer.stats()`` has them;
-            None, or no pattern: up to nine weights, evenly spread over those taken.
+        optimizer: a ``grass_fx.AdamW`` or an optimizer made by ``grass_fx.subspace(X)``.
+        path: the file to write; its folder is created.
+        weights: patterns like those of ``include``, for the names that ``optimizer.stats()`` shows.
+            None or an empty list draws up to nine weights, evenly spread over those in a subspace.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        OptionError: it is another optimizer, it has no weight in a subspace yet, or a pattern
-            matches none.
+        OptionError: the optimizer is of another kind, it has no weight in a subspace yet, or a
+            pattern matches no weight.
     """
     new_figure = figure_class("coverage_plot")
     if not isinstance(optimizer, SubspaceOptimizer):
@@ -72,7 +72,7 @@ def coverage_plot(
 
 
 def figure_class(what: str) -> Any:
-    """Matplotlib's ``Figure``, for the function ``what``.
+    """Matplotlib's ``Figure``; ``what`` is the function that the error names.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -110,7 +110,7 @@ def _chosen(
 
 
 def _draw(axis: Any, name: str, subspace: Subspace) -> Any:
-    """One panel: steps to the right, rows downwards."""
+    """Draw one panel, with steps to the right and rows downwards."""
     bins, begin, width = subspace.history.picture(subspace.step)
     rows = subspace.spec.rows
     image = axis.imshow(

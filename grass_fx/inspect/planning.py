@@ -1,4 +1,4 @@
-"""The largest rank that fits into a given memory. What is counted: docs/memory-planning.md."""
+"""Finds the largest rank that fits into a given memory. See docs/memory-planning.md."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ class Plan:
     """A rank, and the memory that training with it takes. ``print`` shows a table."""
 
     memory: int
-    """Bytes there are."""
+    """The available bytes."""
     rank: int | float
     """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or r."""
     rows: int
     """r of the weights with the largest selected dimension, ``size``."""
     size: int
+    """The largest selected dimension."""
     parts: dict[str, int]
-    """What takes how many bytes."""
+    """Name of a part -> its bytes."""
     full_total: int
-    """Bytes of the same at full rank, scoring step aside."""
+    """The sum of the same parts at full rank, without the scoring step."""
     taken: dict[str, int]
-    """r of every weight that is taken to be taken."""
+    """Name -> r, for every weight that is assumed to be taken."""
     flops: dict[str, float] | None
-    """Of the taken weights' products in one step, at "full rank" and in the "subspace"."""
+    """FLOPs of the taken weights' products in one step, at "full rank" and in the "subspace"."""
     notes: tuple[str, ...]
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """The sum of all parts, in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether that is no more than ``memory``; always, unless a rank was asked for."""
+        """Whether ``total`` is at most ``memory``; only a rank given to ``plan`` can exceed it."""
         return self.total <= self.memory
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,10 +73,10 @@ class Plan:
 
 
 def parse_memory(memory: int | str) -> int:
-    """Bytes: of 24 * 2**30, "40GB" (decimal), "24GiB" (binary), "1.5TB".
+    """The number of bytes in 24 * 2**30, "40GB" (decimal), "24GiB" (binary), "1.5TB".
 
     Raises:
-        OptionError: it is none of these.
+        OptionError: ``memory`` is no such amount.
     """
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
@@ -90,7 +91,7 @@ def parse_memory(memory: int | str) -> int:
 
 
 def llama_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of a LLaMA of ``inspect.cost.LLAMA``: name -> shape.
+    """The parameters of the LLaMA called ``name`` in ``inspect.cost.LLAMA``: name -> shape.
 
     Raises:
         OptionError: the name is not known.
@@ -100,23 +101,24 @@ def llama_shapes(name: str) -> dict[str, tuple[int, ...]]:
     hidden, ffn, layers, vocabulary = LLAMA[name]
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden)}
     for k in range(layers):
-        for each in ("wq", "wk", "wv", "wo"):
-            shapes[f"layers.{k}.attention.{each}.weight"] = (hidden, hidden)
-        for each in ("gate", "up"):
-            shapes[f"layers.{k}.mlp.{each}.weight"] = (ffn, hidden)
+        for part in ("wq", "wk", "wv", "wo"):
+            shapes[f"layers.{k}.attention.{part}.weight"] = (hidden, hidden)
+        for part in ("gate", "up"):
+            shapes[f"layers.{k}.mlp.{part}.weight"] = (ffn, hidden)
         shapes[f"layers.{k}.mlp.down.weight"] = (hidden, ffn)
-        for each in ("attention_norm", "mlp_norm"):
-            shapes[f"layers.{k}.{each}.weight"] = (hidden,)
+        for part in ("attention_norm", "mlp_norm"):
+            shapes[f"layers.{k}.{part}.weight"] = (hidden,)
     return {**shapes, "norm.weight": (hidden,), "head.weight": (vocabulary, hidden)}
 
 
 def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
-    """Bytes that autograd keeps of one eager forward for its backward, parameters aside.
+    """Bytes that autograd saves for the backward of one eager forward, without parameters.
 
-    Runs ``model(*inputs, **kwargs)`` where the model is; on the meta device that allocates nothing.
+    It runs ``model(*inputs, **kwargs)`` on the model's device. On the meta device that allocates
+    nothing.
     """
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, Tensor] = {}  # holds the tensors, so that no address comes back
+    saved: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -127,7 +129,7 @@ def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
 
 
-# Modules of torch whose matrices are used otherwise than in a matrix product of their own.
+# Torch modules that use their matrices in other ways than in a plain matrix product.
 _DENSE_MODULES = (
     nn.Embedding,
     nn.EmbeddingBag,
@@ -149,10 +151,10 @@ class _Parameter:
     candidate: bool
 
     def cost(self, config: GrassConfig, moments: int) -> LinearCost:
-        """Of the whole parameter at full rank, r = m; a vector is a matrix of one row."""
+        """The parameter's cost at full rank, r = m; a vector counts as a matrix with one row."""
         *stack, rows, columns = (1, 1, *self.shape) if len(self.shape) < 2 else self.shape
         side = config.side
-        if side == "auto" or self.stacked:  # of stacks, rows are selected whatever side says
+        if side == "auto" or self.stacked:  # a stack always selects rows
             side = "out" if rows <= columns or self.stacked else "in"
         scoring = None
         if config.needs_scores:
@@ -168,19 +170,19 @@ class _Parameter:
 
 
 def _of_model(model: nn.Module, config: GrassConfig, dtype: torch.dtype | None) -> list[_Parameter]:
-    """All parameters, each once. One that an embedding also has is used by it, and stays dense."""
+    """All parameters, each once. A weight that is shared with an embedding is not a candidate."""
     used_otherwise = {
-        id(each)
+        id(p)
         for module in model.modules()
         if isinstance(module, _DENSE_MODULES)
-        for each in module.parameters(recurse=False)
+        for p in module.parameters(recurse=False)
     }
     found = []
-    for name, each in model.named_parameters():
-        itemsize = dtype.itemsize if dtype and each.is_floating_point() else each.itemsize
-        fit = each.dim() in (2, 3) and each.is_floating_point() and each.requires_grad
-        candidate = fit and id(each) not in used_otherwise and config.wants(name) is None
-        found.append(_Parameter(name, tuple(each.shape), itemsize, each.requires_grad, candidate))
+    for name, p in model.named_parameters():
+        itemsize = dtype.itemsize if dtype and p.is_floating_point() else p.itemsize
+        fit = p.dim() in (2, 3) and p.is_floating_point() and p.requires_grad
+        candidate = fit and id(p) not in used_otherwise and config.wants(name) is None
+        found.append(_Parameter(name, tuple(p.shape), itemsize, p.requires_grad, candidate))
     return found
 
 
@@ -198,7 +200,7 @@ def _of_shapes(
 
 
 def _layer(name: str) -> str:
-    """Which layer a parameter is of: "layers.3" of "layers.3.mlp.up.weight", else it alone."""
+    """A parameter's layer: "layers.3" for "layers.3.mlp.up.weight"; without a number, its name."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
     return match[0] if match else name
 
@@ -206,26 +208,26 @@ def _layer(name: str) -> str:
 def _measure(
     parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
 ) -> tuple[dict[str, int], dict[str, LinearCost]]:
-    """Bytes by part, without buffers and activations; and the costs of the taken weights."""
+    """The bytes of each part, without buffers and activations, and the taken weights' costs."""
     taken: dict[str, LinearCost] = {}
     compact, dense = 0, 0
     together: Counter[str] = Counter()
     compact_state = dense_state = inputs = weights = 0
-    for each in parameters:
-        cost = each.cost(config, moments)
+    for p in parameters:
+        cost = p.cost(config, moments)
         weights += cost.weight_bytes
         rank, _ = config.rank_and_block(cost.selected)
-        if each.candidate and rank <= cost.selected:
-            cost = taken[each.name] = replace(cost, r=rank)
+        if p.candidate and rank <= cost.selected:
+            cost = taken[p.name] = replace(cost, r=rank)
             compact += cost.gradient_bytes
-            together[_layer(each.name)] += cost.gradient_bytes
+            together[_layer(p.name)] += cost.gradient_bytes
             compact_state += cost.state_bytes
             inputs += cost.graph_input_bytes
-        elif each.trains:
+        elif p.trains:
             dense += cost.full_gradient_bytes
-            together[_layer(each.name)] += cost.full_gradient_bytes
+            together[_layer(p.name)] += cost.full_gradient_bytes
             dense_state += cost.full_state_bytes
-    if in_backward:  # those of a graph come together, and go before the next graph's
+    if in_backward:  # a graph's gradients exist together, and are freed before the next graph's
         gradients = {"gradients of a layer": max(together.values(), default=0)}
     else:
         gradients = {"compact gradients": compact, "dense gradients": dense}
@@ -245,14 +247,14 @@ def _measure(
 def _full_rank(
     parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
 ) -> int:
-    """Bytes with every parameter dense, which no step scores."""
-    dense = [replace(each, candidate=False) for each in parameters]
+    """The bytes with every parameter dense, and therefore without scoring steps."""
+    dense = [replace(p, candidate=False) for p in parameters]
     parts, _ = _measure(dense, config, moments, in_backward)
     return sum(size for name, size in parts.items() if name != "scoring step")
 
 
 def _fractions(size: int, block: int) -> list[float]:
-    """All fractions of ``size`` worth trying: multiples of 8 rows, of the block where size < 9."""
+    """The fractions of ``size`` to try: multiples of lcm(8, block) rows, less for small sizes."""
     unit = math.lcm(8, block)
     if unit >= size:
         unit = block if block < size else 1
@@ -272,31 +274,32 @@ def plan(
     in_backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The largest rank with which training fits into ``memory``, and what takes how much of it.
+    """Find the largest rank with which training fits into ``memory``, and what uses that memory.
 
-    The rank is a multiple of 8 rows of the largest selected dimension (of one row if that has no
-    more than 8), as a fraction of it, which is rounded for other dimensions as training does
-    (docs/method.md, "rank").
+    The rank is a fraction of the largest selected dimension, and stands for a multiple of 8 rows
+    of it (of one row if that dimension is 8 or less). For other dimensions the fraction is rounded
+    as in training (docs/method.md, "rank").
 
-    Which weights are taken is an estimate, made without tracing: matrices and stacks of them that
-    ``include`` and ``exclude`` let in, but those of embeddings (also tied to a head), convolutions
-    and recurrent layers. A matrix that the model adds, such as positions, wants ``exclude``.
+    Which weights are taken is an estimate, made without tracing the model. It takes the matrices
+    and stacks of matrices that ``include`` and ``exclude`` admit, except those of embeddings (also
+    tied to a head), convolutions and recurrent layers. Name a matrix that the model only adds, such
+    as position embeddings, in ``exclude``.
 
     Args:
-        model: a module, on any device; one on the meta device is planned for without memory. Or
-            shapes, {name: (m, n)} or a sequence of them, or a name of ``inspect.cost.LLAMA``.
-        memory: bytes, or "40GB" (decimal), "24GiB" (binary).
-        rank: plan with this rank, as the option ``rank`` of the backend, instead of the largest.
-        tokens: b of one step; only for the FLOPs.
-        dtype: of the parameters; None: as they are, and bfloat16 for shapes.
-        optimizer: "adamw", "momentum" or "sgd": 2, 1 or 0 moments.
-        activations: bytes, as ``memory``.
-        inputs: of the model, in place of ``activations``: they are measured, by
+        model: a module on any device; on the meta device it needs no memory. Or shapes, as
+            {name: (m, n)} or a sequence of (m, n), or a name in ``inspect.cost.LLAMA``.
+        memory: bytes, or a string such as "40GB" (decimal) or "24GiB" (binary).
+        rank: plan with this rank instead of the largest; values as for the backend's ``rank``.
+        tokens: b, the tokens of one step; needed only for FLOPs.
+        dtype: the dtype of the parameters. None keeps their own; for shapes it is bfloat16.
+        optimizer: "adamw", "momentum" or "sgd", with 2, 1 or 0 moments.
+        activations: bytes of activations, in the forms that ``memory`` takes.
+        inputs: the model's inputs, instead of ``activations``, to measure activations with
             :func:`activation_bytes`.
-        in_backward: with ``grass_fx.step_in_backward`` and layers that are compiled one by one:
-            gradients exist for one layer at a time, all parameters of a name up to its first
-            number. In one graph of the whole model they all exist together.
-        options: those of the backend; ``rank`` is set here.
+        in_backward: plan for ``grass_fx.step_in_backward`` with layers that are compiled one by
+            one. Then gradients exist for one layer at a time, where a layer is all parameters whose
+            names agree up to the first number. In one graph of the whole model all exist together.
+        options: the backend's options, without ``rank``.
 
     Raises:
         OptionError: nothing fits, no weight can be taken, or an argument is impossible.
@@ -310,10 +313,10 @@ def plan(
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     if isinstance(model, nn.Module):
         parameters = _of_model(model, config, dtype)
-        other["buffers"] = sum(each.nbytes for each in model.buffers())
+        other["buffers"] = sum(buffer.nbytes for buffer in model.buffers())
     elif isinstance(model, str):
         listed = llama_shapes(model)
-        config = replace(config, exclude=(*config.exclude, "embed.weight"))  # looked up in, not fed
+        config = replace(config, exclude=(*config.exclude, "embed.weight"))  # only looked up in
         parameters = _of_shapes(listed, config, dtype)
     else:
         parameters = _of_shapes(model, config, dtype)
@@ -326,7 +329,7 @@ def plan(
         other["activations"] = parse_memory(activations)
     else:
         notes.append("activations are not counted: give activations, or inputs of the model")
-    sizes = [each.cost(config, 0).selected for each in parameters if each.candidate]
+    sizes = [p.cost(config, 0).selected for p in parameters if p.candidate]
     if not sizes:
         raise OptionError("there is no linear weight to take: look at include and exclude.")
 

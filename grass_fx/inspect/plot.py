@@ -1,4 +1,4 @@
-"""Memory and FLOPs of a report as stacked bars: what they are made of, and their picture."""
+"""Memory and FLOPs of a report as stacked bars: their parts, and their picture."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from grass_fx.inspect.text import readable
 MEMORY = ("weights", "gradients", "optimizer state", "activations")
 PRODUCTS = ("forward products", "input gradient products", "weight gradient products")
 COLOURS = ("#8a94a6", "#d9822b", "#3f8f6b", "#5a7fc0")
-"""Of the parts from left to right, in the picture and on the page."""
+"""Colours of the parts from left to right, in the picture and on the HTML page."""
 
 
 class Bars(NamedTuple):
-    """Two bars to compare, of the same parts."""
+    """Two bars with the same parts, to compare."""
 
     title: str
     unit: str
     parts: list[tuple[str, Amount, Amount]]
-    """What, before, after."""
+    """(name, before, after) of each part."""
 
     def values(self, report: Findings) -> tuple[list[float], list[float]] | None:
-        """The parts as numbers before and after; None if a symbol in them has no value."""
+        """The parts' numbers before and after; None if a symbol in them has no value."""
         both = [[report.evaluated(part[k]) for part in self.parts] for k in (1, 2)]
-        before, after = ([value for value in each if value is not None] for each in both)
+        before, after = ([value for value in bar if value is not None] for bar in both)
         return (before, after) if [before, after] == both else None
 
 
 def bars(report: Findings) -> list[Bars]:
-    """What the picture and the page compare: memory, and FLOPs of products."""
+    """The bars of the picture and the HTML page: memory, and FLOPs of products."""
     rows = {name: (before, after) for name, before, after, _ in report.rows()}
     return [
         Bars(title, unit, [(name, *rows[name]) for name in names])
@@ -42,28 +42,28 @@ def bars(report: Findings) -> list[Bars]:
 
 
 def as_figure(report: Findings) -> Any:
-    """Memory and FLOPs at full rank and with grass side by side, as a matplotlib ``Figure``.
+    """A matplotlib ``Figure`` that compares memory and FLOPs at full rank and with grass.
 
-    Symbolic amounts are drawn as in the given inputs (``report.symbols``).
+    Symbolic amounts are drawn with their values in the given inputs (``report.symbols``).
 
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
     figure = figure_class("report.plot")(figsize=(10, 3.1), layout="constrained")
-    for axis, each in zip(figure.subplots(1, 2), bars(report), strict=True):
-        _draw(axis, each, each.values(report))
+    for axis, panel in zip(figure.subplots(1, 2), bars(report), strict=True):
+        _draw(axis, panel, panel.values(report))
     return figure
 
 
 def _draw(axis: Any, of: Bars, values: tuple[list[float], list[float]] | None) -> None:
-    """One panel: two stacked bars, their sums at their ends."""
+    """Draw one panel: two stacked bars, with their sums at their ends."""
     axis.set_title(of.title, loc="left", fontsize=11)
     axis.spines[["top", "right", "left"]].set_visible(False)
     if values is None:
         axis.set_axis_off()
         axis.text(0, 0.5, "sizes without values", transform=axis.transAxes)
         return
-    totals = [sum(each) for each in values]
+    totals = [sum(bar) for bar in values]
     left = [0.0, 0.0]
     for (name, *_), colour, *pair in zip(of.parts, COLOURS, *values, strict=False):
         axis.barh([0, 1], pair, left=left, height=0.55, color=colour, label=name)

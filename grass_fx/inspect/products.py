@@ -1,8 +1,9 @@
-"""Which matrix products of a joint graph belong to which weight, and what they cost.
+"""Finds the matrix products of each weight in a joint graph, and their costs.
 
 A joint graph holds the forward, the products with output gradients, and the gradients of all
-inputs. From a weight, views and conversions lead to the products that use it; from its gradient (or
-its proxy's, if it is taken) similar operations lead back to the products that make it.
+inputs. To find the products that use a weight, the search follows views and conversions from the
+weight. To find those that make its gradient, it goes back from the gradient through similar
+operations; for a taken weight it starts at the gradient of its proxy.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ LINEAR = {
     aten.select_scatter.default, aten.index_put.default, SELECT, c10d.all_reduce.default,
     c10d.wait_tensor.default, c10d.reduce_scatter_tensor.default,
 }  # fmt: skip
-# operations with indices -> the positions of what is not one
+# operations with indices -> the positions of the arguments that are no indices
 INDEXED = {
     aten.index.Tensor: (0,), aten.index_select.default: (0,), SELECT: (0,),
     aten.index_put.default: (0, 2), aten.where.self: (1, 2),
@@ -59,16 +60,16 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Product:
-    """A product, and what part of it is a weight's: concatenated weights share theirs."""
+    """A product, and the share of it that belongs to a weight: concatenated weights share one."""
 
     node: fx.Node
     share: float = 1.0
 
     @property
     def flops(self) -> Any:
-        """Two for each multiplication and addition."""
+        """FLOPs; a multiplication and its addition count as two."""
         a, _ = self.factors
-        # Of grouped tokens, (m, b) x (b, n), each goes into one of the products only.
+        # In a grouped product (m, b) x (b, n), each token takes part in only one of the products.
         grouped = self.node.target == aten._grouped_mm.default and self.output.dim() == 3
         sizes = self.output.shape[1:] if grouped else self.output.shape
         inner = 1 if self.node.target == aten.mul.Tensor else a.shape[-1]
@@ -76,7 +77,10 @@ class Product:
 
     @property
     def bytes(self) -> Any:
-        """Factors read and result written, once; of a selected product only what it selects."""
+        """Bytes to read the factors and write the result, each once.
+
+        A selected product reads only the selected part of its factor.
+        """
         a, b = self.factors
         sizes = [_nbytes(a), _nbytes(b)]
         if self.node.target == SELECTED_MM:
@@ -87,12 +91,12 @@ class Product:
 
     @property
     def output(self) -> Any:
-        """The fake result."""
+        """The result, as a fake tensor."""
         return self.node.meta["val"]
 
     @property
     def factors(self) -> tuple[Any, Any]:
-        """The fake factors."""
+        """The two factors, as fake tensors."""
         first, second = (cast(fx.Node, self.node.args[k]) for k in PRODUCTS[self.node.target])
         return first.meta["val"], second.meta["val"]
 
@@ -103,10 +107,10 @@ class Product:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Also of an outer product, as which a product over one token is traced."""
+    """Whether a node is a matrix product, or the outer product that stands for one of one token."""
     if node.target != aten.mul.Tensor:
         return node.target in PRODUCTS
-    values = [getattr(each, "meta", {}).get("val") for each in node.args]
+    values = [getattr(arg, "meta", {}).get("val") for arg in node.args]
     sizes = [_numel(value.shape) for value in values if isinstance(value, Tensor)]
     return len(sizes) == 2 and _numel(node.meta["val"].shape) not in sizes
 
@@ -120,7 +124,7 @@ def _nbytes(value: Any) -> Any:
 
 
 def _part(node: fx.Node, whole: fx.Node) -> Any:
-    """What part of ``whole`` the elements of ``node`` are."""
+    """The number of elements of ``node``, as a fraction of those of ``whole``."""
     return _numel(node.meta["val"].shape) / _numel(whole.meta["val"].shape)
 
 
@@ -132,35 +136,35 @@ class WeightProducts:
     input_gradient: list[Product]
     weight_gradient: list[Product]
     path: list[fx.Node]
-    """What is done with the products of the gradient, up to the graph's output."""
+    """The products that make the gradient, and the operations from them to the graph's output."""
 
 
 def weight_products(graph: fx.Graph, weight: int, proxy: int | None) -> WeightProducts | None:
-    """The products of the weight that is input ``weight``; None if it is not in the graph.
+    """The products of the weight at input position ``weight``; None if the graph does not have it.
 
-    ``proxy``: the input that receives its compact gradient, if it is taken.
+    ``proxy`` is the position of the input that receives its compact gradient, if it is taken.
     """
     places = {compat.input_position(node): node for node in graph.find_nodes(op="placeholder")}
     if weight not in places:
         return None
     uses = list(_uses(places[weight], 1.0))
     if not uses and proxy is None:
-        # Looked up in or added, say: what leads to its gradient is no product of its own.
+        # It may be looked up in or added: then no product in its gradient belongs to it.
         return WeightProducts([], [], [], [])
     backward = _backward_nodes(graph)
     forward = [use for use in uses if use.node not in backward]
     input_gradient = [use for use in uses if use.node in backward]
     gradient = compat.gradient_of_input(graph, weight if proxy is None else proxy)
     path: dict[fx.Node, None] = {}
-    # Selected rows are masked where a use reads a part of the weight. Behind the mask of a dense
-    # gradient, an embedding's, are products of others.
+    # Where a use reads a part of a taken weight, a mask is put on its selected rows: look behind
+    # it. Behind the mask in a dense gradient, as of an embedding, are products of other weights.
     through = LINEAR if proxy is None else {*LINEAR, aten.where.self}
-    made = {} if gradient is None else {p.node: p for p in _makers(gradient, 1.0, path, through)}
-    return WeightProducts(forward, input_gradient, list(made.values()), list(path))
+    makers = {} if gradient is None else {p.node: p for p in _makers(gradient, 1.0, path, through)}
+    return WeightProducts(forward, input_gradient, list(makers.values()), list(path))
 
 
 def _backward_nodes(graph: fx.Graph) -> Collection[fx.Node]:
-    """All that depends on an output's gradient."""
+    """All nodes that depend on the gradient of an output."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         tangent = node.op == "placeholder" and compat.is_tangent(node)
@@ -170,10 +174,10 @@ def _backward_nodes(graph: fx.Graph) -> Collection[fx.Node]:
 
 
 def _uses(node: fx.Node, share: float) -> Iterator[Product]:
-    """The products below ``node``; each once, however often it uses it."""
+    """The products that use ``node``, each once, even if it uses the node twice."""
     for user in node.users:
         if is_product(user):
-            if node in [user.args[k] for k in PRODUCTS[user.target]]:  # and not added to it
+            if node in [user.args[k] for k in PRODUCTS[user.target]]:  # a factor, not a summand
                 yield Product(user, share)
         elif user.target == aten.cat.default:
             yield from _uses(user, share * _part(node, user))
@@ -184,7 +188,10 @@ def _uses(node: fx.Node, share: float) -> Iterator[Product]:
 def _makers(
     node: fx.Node, share: float, path: dict[fx.Node, None], through: Collection[Any]
 ) -> Iterator[Product]:
-    """The products that ``node`` is made of by operations of ``through``, and those on the way."""
+    """The products from which ``node`` is computed by views, copies and operations of ``through``.
+
+    Every node on the way is added to ``path``.
+    """
     if is_product(node):
         path[node] = None
         yield Product(node, share)
@@ -195,13 +202,13 @@ def _makers(
         elif node.target in PARTS:
             inputs = [_whole(node)]
             share *= _part(node, inputs[0])
-        for each in inputs:
-            if each.op == "call_function":
-                yield from _makers(each, share, path, through)
+        for source in inputs:
+            if source.op == "call_function":
+                yield from _makers(source, share, path, through)
         path[node] = None
 
 
 def _whole(part: fx.Node) -> fx.Node:
-    """What a node takes a part of; ``getitem`` takes it of a split."""
+    """The node of which ``part`` takes a part; for ``getitem`` the input of its split."""
     whole = part.all_input_nodes[0]
     return whole.all_input_nodes[0] if part.target is operator.getitem else whole

@@ -1,4 +1,4 @@
-"""What ``grass_fx.explain`` returns: what is rewritten, what is not and why, what it saves."""
+"""The result of ``grass_fx.explain``: which weights are rewritten, why others are not, savings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Report(Findings):
         return as_text(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs nothing else: tables to sort, bars, and drawn graphs."""
+        """Write one self-contained page with sortable tables, bars and drawings of graphs."""
         from grass_fx.inspect.html import as_html
 
         _write(path, lambda file: file.write_text(as_html(self), encoding="utf-8"))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw memory and FLOPs before and after as a picture; needs matplotlib.
+        """Draw a picture of memory and FLOPs before and after; needs matplotlib.
 
         Raises:
             MissingPackageError: matplotlib is not installed.

@@ -21,7 +21,7 @@ def readable(value: float, unit: str) -> str:
 
 
 def as_text(report: Findings) -> str:
-    """Two tables: the weights, alike ones in one line, and the totals."""
+    """A headline and the tables of a report; alike weights share a line."""
     parts = [headline(report), _weights(report), _left(report), _totals(report)]
     symbols = ", ".join(f"{name} = {value}" for name, value in report.symbols.items())
     if symbols:
@@ -30,7 +30,7 @@ def as_text(report: Findings) -> str:
 
 
 def headline(report: Findings) -> str:
-    """How many matrices are taken and pushed, in how many graphs."""
+    """A sentence that counts the matrices taken and pushed, and the graphs."""
     matrices = [weight for weight in report.weights if len(weight.shape) > 1]
     taken = [weight for weight in matrices if weight.taken]
     pushed = sum(weight.status == "pushed" for weight in taken)
@@ -70,7 +70,7 @@ def _row(report: Findings, name: str, group: Sequence[Weight]) -> list[str]:
 
 
 def _left(report: Findings) -> str:
-    """Matrices by name, with the reason; vectors only counted."""
+    """The table of dense parameters: matrices by name with the reason, vectors only counted."""
     rows = [["dense", "", "shape", "why"]]
     vectors = 0
     for name, group in report.groups():
@@ -117,5 +117,5 @@ def _table(rows: Sequence[Sequence[str]], align: str) -> str:
 
 
 def amount_text(amount: Amount) -> str:
-    """A symbolic amount as it is, a number with separators."""
+    """A symbolic amount as its expression, a number with thousands separators."""
     return str(amount) if hasattr(amount, "free_symbols") else f"{amount:,}"

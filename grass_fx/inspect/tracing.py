@@ -1,4 +1,4 @@
-"""A Dynamo graph differentiated and rewritten, and what that says of the parameters in it."""
+"""Differentiates and rewrites a Dynamo graph, and reports on the parameters in it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ON_META = ": on the meta device torch differentiates no cross_entropy, leave the
 
 @dataclass
 class TracedWeight:
-    """What one graph does with a parameter."""
+    """The result of one graph for a parameter."""
 
     taken: LinearWeight | None
     reason: str
     """Why it is not pushed, or not taken; empty if it is pushed."""
     before: Cost = Cost()
     after: Cost = Cost()
-    """Products only: what is held and sent depends on no graph."""
+    """Costs of products only; gradient, state and all-reduce do not depend on a graph."""
     kernel: str | None = None
     pictures: dict[str, tuple[GraphNode, ...]] = field(default_factory=dict)
     scoring_step: Any = 0
@@ -49,7 +49,7 @@ class TracedWeight:
 
 @dataclass
 class Kept:
-    """What a graph keeps for its backward: bytes of its own, and which inputs besides."""
+    """What a graph saves for its backward: bytes of intermediates, and positions of inputs."""
 
     bytes: Any = 0
     inputs: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Kept:
 
 @dataclass
 class TracedGraph:
-    """What :func:`trace` found, by the position of the parameters among the inputs."""
+    """The result of :func:`trace`; ``weights`` is keyed by input position."""
 
     weights: dict[int, TracedWeight]
     symbols: dict[str, int | None]
@@ -65,7 +65,7 @@ class TracedGraph:
     after: Kept = field(default_factory=Kept)
 
     def rename(self, symbols: Mapping[str, str]) -> None:
-        """Give symbols other names, in all amounts."""
+        """Rename symbols in all amounts."""
         if not symbols:
             return
         new = {sympy.Symbol(name): sympy.Symbol(other) for name, other in symbols.items()}
@@ -73,9 +73,9 @@ class TracedGraph:
         def renamed(amount: Any) -> Any:
             return amount.subs(new) if hasattr(amount, "subs") else amount
 
-        for each in self.weights.values():
-            each.before, each.after = each.before.map(renamed), each.after.map(renamed)
-            each.scoring_step = renamed(each.scoring_step)
+        for weight in self.weights.values():
+            weight.before, weight.after = weight.before.map(renamed), weight.after.map(renamed)
+            weight.scoring_step = renamed(weight.scoring_step)
         for kept in (self.before, self.after):
             kept.bytes = renamed(kept.bytes)
 
@@ -83,7 +83,7 @@ class TracedGraph:
 def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> TracedGraph | None:
     """Trace a graph at full rank and as rewritten; None if it is no training graph.
 
-    The regular variant is traced; what scoring adds is by the formulas of ``inspect.cost``.
+    Only the regular variant is traced. The costs of scoring are computed from it.
     """
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
@@ -109,9 +109,9 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
 
 
 def _kept(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, list[int]]:
-    """Bytes of what the backward gets from the forward; and which of its inputs, by position."""
+    """Bytes of intermediates saved for the backward, and positions of the inputs it reads."""
     places = forward.graph.find_nodes(op="placeholder")
-    given = {_storage(node): compat.input_position(node) for node in places if _storage(node)}
+    of_inputs = {_storage(node): compat.input_position(node) for node in places if _storage(node)}
     total: Any = 0
     inputs, seen = set(), set()
     for node in backward.graph.find_nodes(op="placeholder"):
@@ -119,21 +119,21 @@ def _kept(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, list[
         if storage is None or node.name.startswith("tangents") or storage in seen:
             continue
         seen.add(storage)
-        if storage in given:
-            inputs.add(given[storage])
+        if storage in of_inputs:
+            inputs.add(of_inputs[storage])
         else:
             total += size_expression(node.meta["val"].untyped_storage().nbytes())
     return total, sorted(place for place in inputs if place is not None)
 
 
 def _storage(node: fx.Node) -> Any:
-    """What tells whether two fake tensors share memory; None of what is no tensor."""
+    """A key that fake tensors have in common if they share memory; None if it is no tensor."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 class _Tracer:
-    """Observes a run of the passes: the joint graph before and after, and what it is cut into."""
+    """Observes a run of the passes: the joint graph before and after, and its two halves."""
 
     def __init__(
         self, config: GrassConfig, found: FoundWeights, signature: Signature, inputs: Sequence[Any]
@@ -155,7 +155,7 @@ class _Tracer:
         self.after: dict[int, _Measured] = {}
 
     def __call__(self, graph: fx.Graph, step: Step) -> None:
-        """Measure what the passes get, and what each of them leaves: the last counts."""
+        """Measure the graph before the passes and after each; the last measurement counts."""
         self.push(graph, step)
         if step.by is AOT:
             self.before = self.after = self._measured(graph)
@@ -163,7 +163,7 @@ class _Tracer:
             self.after = self._measured(graph)
 
     def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        """Called with the two halves of the step."""
+        """Keep the forward and the backward graph."""
         self.parts = forward, backward
 
     def _measured(self, graph: fx.Graph) -> dict[int, _Measured]:
@@ -177,13 +177,13 @@ class _Tracer:
             if products is not None:
                 labels[place] = "weight"
                 picture = draw(products.path, labels) if proxy is not None else ()
-                ways = {self._way(each) for each in products.weight_gradient}
+                ways = {self._way(product) for product in products.weight_gradient}
                 measured[place] = _Measured.of(products, picture, ways)
                 del labels[place]
         return measured
 
     def _way(self, product: Product) -> str:
-        """How the backend computes it."""
+        """How the backend computes a product of the weight gradient."""
         if product.node.target != SELECTED_MM:
             return GATHER
         dim = cast("int", product.node.args[4])
@@ -192,19 +192,19 @@ class _Tracer:
         return way(factor.device.type, factor.dtype, strides, self.tunes)
 
     def weights(self) -> dict[int, TracedWeight]:
-        """Everything that is known of each trainable parameter."""
+        """The result for each trainable parameter, by input position."""
         again = {n.name for n in self.parts[1].graph.nodes if n.op == "call_function"}
         left = iter(self.found.left.values())
         unfit = iter([r for r in self.found.unfit.values() if r != "frozen"])
         answer: dict[int, TracedWeight] = {}
         for place, value in self.parameters.items():
             weight = self.taken.get(place)
-            before, after = (each.get(place, _Measured()) for each in (self.before, self.after))
+            before, after = (at.get(place, _Measured()) for at in (self.before, self.after))
             if weight is None:
                 reason = next(left if value.dim() > 1 else unfit)
             else:
                 reason = self.push.stopped.get(f"{place}", "")
-                if not reason and not after.picture:  # what was pushed ended in zeros
+                if not reason and not after.picture:  # the pushed gradient became constant zeros
                     reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
             traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
             if weight is not None:
@@ -219,14 +219,14 @@ class _Tracer:
         return answer
 
     def _add_scoring(self, traced: TracedWeight, weight: Tensor) -> None:
-        """One step in K forms the full gradient, or tiles of it besides the compact one."""
+        """Add scoring: one step in K forms the full gradient, or C and tiles of the full one."""
         tiles = weight.dim() == 2 and wants_tiles(weight, self.config.scoring)
         traced.scoring_step = 0 if tiles else weight.nbytes
         if self.config.scoring_period == math.inf:
             return
         amounts = {}
         for kind in ("weight_gradient_flops", "weight_gradient_bytes"):
-            full, compact = (getattr(each, kind) for each in (traced.before, traced.after))
+            full, compact = (getattr(cost, kind) for cost in (traced.before, traced.after))
             more = full if tiles and not traced.reason else full - compact
             amounts[kind] = compact + more / self.config.scoring_period
         traced.after = replace(traced.after, **amounts)
@@ -234,10 +234,10 @@ class _Tracer:
 
 @dataclass
 class _Measured:
-    """A weight's products as amounts: the graph goes on changing."""
+    """A weight's products as amounts, because the graph will still change."""
 
     forward: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """Names, FLOPs and bytes."""
+    """(name, FLOPs, bytes) of each product."""
     rest: Cost = Cost()
     picture: tuple[GraphNode, ...] = ()
     ways: tuple[str, ...] = ()
@@ -246,18 +246,18 @@ class _Measured:
     def of(
         cls, products: WeightProducts, picture: tuple[GraphNode, ...], ways: set[str]
     ) -> _Measured:
-        """Everything that is to be kept of ``products``."""
+        """The amounts of ``products``."""
         rest = Cost(
-            input_gradient_flops=sum(each.flops for each in products.input_gradient),
-            input_gradient_bytes=sum(each.bytes for each in products.input_gradient),
-            weight_gradient_flops=sum(each.flops for each in products.weight_gradient),
-            weight_gradient_bytes=sum(each.bytes for each in products.weight_gradient),
+            input_gradient_flops=sum(p.flops for p in products.input_gradient),
+            input_gradient_bytes=sum(p.bytes for p in products.input_gradient),
+            weight_gradient_flops=sum(p.flops for p in products.weight_gradient),
+            weight_gradient_bytes=sum(p.bytes for p in products.weight_gradient),
         )
-        forward = [(each.node.name, each.flops, each.bytes) for each in products.forward]
+        forward = [(p.node.name, p.flops, p.bytes) for p in products.forward]
         return cls(forward, rest, picture, (*sorted(ways),))
 
     def cost(self, again: set[str]) -> Cost:
-        """All of it; products that the backward computes ``again`` count twice."""
+        """The total cost; products that the backward computes ``again`` count twice."""
         times = [(1 + (name in again), flops, size) for name, flops, size in self.forward]
-        flops, size = (sum(each[0] * each[k] for each in times) for k in (1, 2))
+        flops, size = (sum(product[0] * product[k] for product in times) for k in (1, 2))
         return self.rest + Cost(forward_flops=flops, forward_bytes=size)

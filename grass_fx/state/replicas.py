@@ -45,7 +45,7 @@ class GroupReplicas:
         return self.enabled
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, of one dtype and device, each summed over the processes."""
+        """Sum each tensor over the processes; all have one dtype and device."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._explained():
             dist.all_reduce(flat, group=self.group)
@@ -53,9 +53,9 @@ class GroupReplicas:
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
     def agree(self, what: str, mine: Sequence[Any], remedy: str) -> None:
-        """Raise DistributedError, on every process, unless all have the same values.
+        """Raise DistributedError on every process unless all processes have the same values.
 
-        They are compared by a hash, and told one by one only where those differ.
+        Processes exchange a hash of their values, and the values only if the hashes differ.
         """
         mine = [*map(str, mine), f"{self._averaged} steps of {self._log.hexdigest()[:8]}"]
         text = "\n".join(mine)
@@ -78,7 +78,7 @@ class GroupReplicas:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A collective that fails says what that can mean."""
+        """Turn the failure of a collective into an error that lists possible causes."""
         try:
             yield
         except torch.OutOfMemoryError:

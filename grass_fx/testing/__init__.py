@@ -1,1 +1,1 @@
-"""What tests compare with, and what users may: Grass in plain eager code."""
+"""Plain eager code of Grass, for tests and users to compare with."""

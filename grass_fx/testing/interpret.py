@@ -1,9 +1,10 @@
-"""Runs a module that Inductor generated for a GPU on the CPU, its kernels in Triton's interpreter.
+"""Runs GPU modules that Inductor generated on the CPU, with their kernels in Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m grass_fx.testing.interpret FOLDER
 
-reads ``cases.pt`` in FOLDER, pairs of a module's code and its inputs, and writes ``outputs.pt``.
-Triton reads the variable when it is imported, hence a process of its own. For small tensors.
+reads ``cases.pt`` in FOLDER, which holds pairs of a module's code and its inputs, and writes
+``outputs.pt``. It is a process of its own, because Triton reads the variable when it is imported.
+Use small tensors: the interpreter is slow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What the module does with the device, and what it does instead here.
+# The module's code for the device -> the code that replaces it.
 ON_CPU = {
     "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": "get_raw_stream = id",
     "with torch.cuda._DeviceGuard(0):": "if True:",
@@ -32,12 +33,13 @@ ON_CPU = {
     "del async_compile": "",
 }
 BLOCKS = {"XBLOCK": 128, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 128, "R1_BLOCK": 1}
-FOREACH_BLOCK = 1024  # what Inductor writes into kernels of several loops that it does not measure
+FOREACH_BLOCK = 1024  # Inductor's block for kernels of several loops that it does not measure
 
 
 def interpret(cases: Sequence[tuple[str, Sequence[Any]]]) -> list[list[Tensor]]:
-    """The outputs of generated modules for CPU tensors, in one process that interprets Triton.
+    """Run generated modules on CPU tensors, in one process that interprets Triton.
 
+    ``cases`` holds pairs of a module's code and its inputs; the result is each module's outputs.
     Raises RuntimeError with the process's output if it fails.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -52,37 +54,37 @@ def interpret(cases: Sequence[tuple[str, Sequence[Any]]]) -> list[list[Tensor]]:
 
 
 class _Launcher:
-    """Stands for a compiled kernel: ``run`` computes the grid and interprets."""
+    """Takes the place of a compiled kernel: ``run`` computes the grid and interprets the kernel."""
 
     def __init__(self, name: str, body: str, folder: Path) -> None:
         from grass_fx.testing.kernels import kernel_of
 
         self.kernel = kernel_of(name, body)
         self.function = self.kernel.load(folder)
-        # Of loops that were combined into one kernel.
+        # The sizes of loops that were combined into one kernel.
         self.sizes = [int(size) for size in re.findall(r"'xnumel_\d+': (\d+)", body)]
 
     def run(self, *args: Any, stream: Any = None) -> None:
         names = [k for k, kind in self.kernel.signature.items() if kind != "constexpr"]
-        given = dict(zip(names, args[: len(names)], strict=True))
+        values = dict(zip(names, args[: len(names)], strict=True))
         blocks = {k: BLOCKS[k] for k, v in self.kernel.signature.items() if v == "constexpr"}
         if self.kernel.is_template:
             grid = tuple(args[len(names) :])
         elif self.sizes:
-            # In turn or one after the other on the grid: this is enough for both.
+            # Loops alternate on the grid or follow each other; this size is enough for both.
             block = blocks.get("XBLOCK", FOREACH_BLOCK)
             grid = (len(self.sizes) * math.ceil(max(self.sizes) / block),)
         else:
             grid = tuple(
-                math.ceil(given.get(f"{axis}numel", 1) / blocks.get(f"{axis.upper()}BLOCK", 1))
+                math.ceil(values.get(f"{axis}numel", 1) / blocks.get(f"{axis.upper()}BLOCK", 1))
                 for axis in "xyz"
             )
-        self.function[grid](**given, **blocks)
+        self.function[grid](**values, **blocks)
 
 
 def _main(folder: Path) -> None:
     class AsyncCompile:
-        """As Inductor's, as far as the module uses it."""
+        """The part of Inductor's AsyncCompile that generated modules use."""
 
         @staticmethod
         def triton(name: str, body: str, **kwargs: Any) -> _Launcher:
@@ -90,8 +92,8 @@ def _main(folder: Path) -> None:
 
     outputs = []
     for code, inputs in torch.load(folder / "cases.pt"):
-        for theirs, ours in ON_CPU.items():
-            code = code.replace(theirs, ours)
+        for on_gpu, on_cpu in ON_CPU.items():
+            code = code.replace(on_gpu, on_cpu)
         module: dict[str, Any] = {"__name__": "module", "async_compile": AsyncCompile}
         exec(compile(code, "module.py", "exec"), module)
         outputs.append(list(module["call"](inputs)))

@@ -1,4 +1,4 @@
-"""Triton kernels in generated code: their text as modules, and their compilation without a GPU."""
+"""Triton kernels in generated code: saves them as modules, and compiles them without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SHARED_MEMORY = {80: 166912, 90: 232448}
-"""What a block of threads may use at most, in bytes, by compute capability."""
+"""Compute capability -> the most shared memory that a block of threads may use, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Kernel:
 
     name: str
     source: str
-    """A python module that defines it, by plain ``@triton.jit``."""
+    """A Python module that defines it with a plain ``@triton.jit``."""
     signature: Mapping[str, str]
     warps: int
     stages: int
@@ -32,7 +32,7 @@ class Kernel:
         return self.name.startswith("triton_tem")
 
     def save(self, folder: Path) -> Path:
-        """The module as a file, which the interpreter's process can import."""
+        """Write the module to a file that the interpreter's process can import."""
         path = folder / f"{self.name}.py"
         path.write_text(self.source, encoding="utf-8")
         return path
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def kernel_of(name: str, body: str) -> Kernel:
-    """A kernel from the text that ``async_compile.triton`` gets."""
+    """Make a kernel from the text that generated code passes to ``async_compile.triton``."""
     meta = body[body.index("triton_meta=") :]
     signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1))  # type: ignore[union-attr]
     warps, stages = (
@@ -81,17 +81,17 @@ class Compiled:
 
 
 def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
-    """Triton's compilation for sm_80 or sm_90, and what ptxas says about it."""
+    """Compile a kernel with Triton for sm_80 or sm_90, and ask ptxas for its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # Sizes that Inductor would try too: of reductions few rows at a time, of the rest many numbers.
+    # Sizes that Inductor would also try: few rows for reductions, many numbers for other loops.
     rows = 8 if kernel.name.startswith(("triton_red", "triton_per")) else 256
     constants = {"XBLOCK": rows, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
     constexprs = {k: constants[k] for k, ty in kernel.signature.items() if ty == "constexpr"}
     signature = dict(kernel.signature)
-    # As torch's launcher knows it: every buffer begins at a multiple of 16 bytes.
+    # Torch's launcher guarantees that every buffer begins at a multiple of 16 bytes.
     aligned = [["tt.divisibility", 16]]
     attributes = {(k,): aligned for k, ty in enumerate(signature.values()) if ty[0] == "*"}
     with tempfile.TemporaryDirectory() as folder:

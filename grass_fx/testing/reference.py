@@ -1,6 +1,6 @@
-"""Grass by the book: full gradients, explicit projections, plain loops, no compiler.
+"""Grass as the equations say: full gradients, explicit projections, plain loops, no compiler.
 
-Slow and short on purpose. Only the random streams are shared with the library (docs/method.md).
+It is slow and short on purpose. It shares only random streams with the library (docs/method.md).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from grass_fx.testing.weight import Weight
 
 @dataclass
 class Reference:
-    """Trains ``model`` as a grass-compiled one with grass_fx.AdamW would.
+    """Trains ``model`` as if it were compiled with grass and stepped by grass_fx.AdamW.
 
-    ``taken`` maps parameter names to the selected tensor dimension; all other parameters are
-    stepped by ``torch.optim.AdamW``. ``weights`` holds C and s of the last step.
+    ``taken`` maps parameter names to the selected tensor dimension. ``torch.optim.AdamW`` steps all
+    other parameters. ``weights`` holds C and s of the last step.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class Reference:
         self.adamw = torch.optim.AdamW(self.dense, *options, maximize=up) if self.dense else None
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
-        """One optimizer step on the sum of ``losses``, one backward for each."""
+        """Make one optimizer step on the sum of ``losses``, with one backward for each loss."""
         self.model.zero_grad()
         for weight in self.weights.values():
             weight.compact = weight.scores = None
@@ -96,7 +96,7 @@ class Reference:
         weight.w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * self.scale * step)
 
     def finish(self, weight: Weight) -> None:
-        """Between two steps (``t`` is the next one already): refresh where a period ends."""
+        """Refresh if a period ends; called between two steps, when ``t`` is already the next."""
         s = weight.scores
         if not self.config.needs_scores:
             if self.t % self.config.refresh_every == 0:
@@ -107,7 +107,7 @@ class Reference:
                 self.refresh(weight, s)
 
     def refresh(self, weight: Weight, scores: Tensor | None) -> None:
-        """Draw a selection by the rule, or by rule 10 without scores; moments move along."""
+        """Draw a selection by the rule, or by rule 10 without scores; move the moments along."""
         before, rule = (weight.rows, weight.rho, weight.age, weight.moments), self.config.selection
         gen = stream(self.config.seed, weight.key, weight.period)
         total, k = weight.w.shape[weight.dim] // weight.block, weight.rank // weight.block

@@ -1,4 +1,4 @@
-"""The selection rules of docs/method.md once more, as plain loops over lists."""
+"""A second implementation of the selection rules in docs/method.md, as plain loops over lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 
 
 def cyclic(queue: list[int], total: int, k: int, gen: torch.Generator) -> list[int]:
-    """Rule 10: the next k of ``queue``, the rest of a permutation; changed in place."""
+    """Rule 10: take the next k units from ``queue``, the rest of a permutation, in place."""
     units = queue[:k]
     del queue[:k]
     if len(units) < k:
@@ -21,7 +21,7 @@ def cyclic(queue: list[int], total: int, k: int, gen: torch.Generator) -> list[i
 
 
 def top(norms: Tensor, k: int, gen: torch.Generator) -> list[int]:
-    """Rules 5 and 9: the k largest, ties to the lowest index."""
+    """Rules 5 and 9: the k largest norms; ties go to the lowest index."""
     order = sorted(range(norms.numel()), key=lambda i: (-float(norms[i]), i))
     return filled([i for i in order if norms[i] > 0][:k], norms.numel(), k, gen)
 
@@ -40,7 +40,7 @@ def multinomial(
 
 
 def filled(units: list[int], total: int, k: int, gen: torch.Generator) -> list[int]:
-    """``units``, made up to k by a uniform draw from the others."""
+    """``units``, filled up to k with a uniform draw from the others."""
     if len(units) == k:
         return units
     others = torch.randperm(total, generator=gen).tolist()

@@ -1,4 +1,4 @@
-"""Counting what collectives move: each operator that reaches the dispatcher, and its bytes."""
+"""Counts the collectives that reach the dispatcher, and their bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NAMES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes handed to collectives while it is active, of this process: ``with Traffic() as t``.
+    """Counts the bytes that this process hands to collectives: ``with Traffic() as t``.
 
-    ``bytes``: kind -> the larger of a collective's input and output, so that an all-reduce counts
-    its tensor, a reduce-scatter what it scatters and an all-gather what it gathers. What a network
-    moves for these depends on the algorithm: a ring of p processes sends 2 (p − 1)/p of it for an
-    all-reduce, (p − 1)/p for the others. Open it around ``backward()`` of something that is
-    compiled already: Dynamo compiles anew under a mode.
+    ``bytes`` maps a kind to a sum over its collectives of the larger of input and output: the
+    tensor of an all-reduce, the input of a reduce-scatter, the output of an all-gather. How much of
+    it a network moves depends on the algorithm: with a ring of p processes each sends 2 (p − 1)/p
+    of it for an all-reduce, and (p − 1)/p for the others. Use it around the ``backward()`` of
+    something that is compiled already, because Dynamo compiles again under a mode.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Traffic(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The bytes of all kinds."""
         return sum(self.bytes.values())
 
     def __torch_dispatch__(

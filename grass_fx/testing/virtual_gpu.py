@@ -1,11 +1,11 @@
-"""Inductor's code for a GPU, generated, compiled and checked on a machine that has none.
+"""Generates, compiles and checks Inductor's code for a GPU on a machine without one.
 
-Fake CUDA tensors and a device interface that answers as an H100 let Inductor generate its module;
-Triton compiles each kernel of it for sm_80 and sm_90, since only launching needs a driver; and
-Triton's interpreter runs kernels on the CPU (bfloat16 excepted: triton 3.7.1 gets it wrong there).
+Inductor generates its module from fake CUDA tensors and a device interface that answers like an
+H100. Triton compiles each kernel for sm_80 and sm_90, since only a launch needs a driver. Triton's
+interpreter runs kernels on the CPU (except in bfloat16, which triton 3.7.1 computes wrongly there).
 
-For tests. It patches torch for the time of a ``with`` block, which nothing else here may do, and
-needs ``triton`` installed.
+This is for tests and needs ``triton``. It patches torch during a ``with`` block; nothing else in
+this project may do that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ H100 = types.SimpleNamespace(
 
 
 def _named_target() -> Any:
-    """A Triton driver that knows its target and can launch nothing."""
+    """A Triton driver that knows its target but cannot launch kernels."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -91,14 +91,14 @@ class Measured:
 
     name: str
     made: Mapping[int, tuple[int, ...]]
-    """The shapes of the inputs that are made for it, by place; others Inductor fills itself."""
+    """Position -> shape of each input that a function makes; Inductor fills the other inputs."""
 
 
 @contextlib.contextmanager
 def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
-    """Inside, torch believes in one CUDA device; of several choices the first is the fastest.
+    """Make torch believe that there is one CUDA device, on which the first choice is the fastest.
 
-    Yields the list that receives all choices that are measured.
+    Yields the list that receives all choices that autotuning compares.
     """
     import triton
 
@@ -115,8 +115,8 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
     ) -> dict[Any, float]:
         makers = (input_gen_fns or {}).items()
         with V.fake_mode:
-            made = {k: tuple(make(input_nodes[k]).shape) for k, make in makers}
-        measured.extend(Measured(choice.name, made) for choice in choices)
+            shapes = {k: tuple(make(input_nodes[k]).shape) for k, make in makers}
+        measured.extend(Measured(choice.name, shapes) for choice in choices)
         return {choice: 1.0 + k for k, choice in enumerate(choices)}
 
     measured: list[Measured] = []
@@ -146,7 +146,7 @@ def virtual_gpu(props: Any = H100) -> Iterator[list[Measured]]:
         )
         stack.enter_context(raw_stream)
         triton.runtime.driver.set_active(_named_target())
-        has_triton.cache_clear()  # the answer may have been found without a GPU
+        has_triton.cache_clear()  # the cached answer may be from before, without a GPU
         stack.callback(has_triton.cache_clear)
         yield measured
 
@@ -167,7 +167,7 @@ class Module:
 
     @property
     def buffers(self) -> list[tuple[str, ...]]:
-        """Shapes of everything the module allocates, dimensions as text (symbols among them)."""
+        """Shapes of everything the module allocates; sizes are text, since some are symbols."""
         shapes = re.findall(r"empty_strided(?:_cuda)?\(\((.*?)\), \(", self.code)
         return [tuple(d.strip() for d in shape.split(",") if d.strip()) for shape in shapes]
 
@@ -178,16 +178,16 @@ class Module:
 
 
 Like = torch.Tensor | torch.SymInt | tuple[Sequence[int | str], torch.dtype]
-"""An input: as a tensor or a traced graph's symbolic number, or by (shape, dtype), where a string
-in a shape is a symbolic size."""
+"""An input: a tensor, a symbolic number of a traced graph, or (shape, dtype), where a string in
+the shape is a symbolic size."""
 
 
 def fake_inputs(
     likes: Sequence[Like], hint: int = 8192
 ) -> tuple[FakeTensorMode, list[torch.Tensor | torch.SymInt]]:
-    """Fake CUDA tensors, and symbolic numbers as they are."""
-    theirs = detect_fake_mode(likes)  # symbols mean something in the ShapeEnv they come from only
-    env = ShapeEnv() if theirs is None or theirs.shape_env is None else theirs.shape_env
+    """Make fake CUDA tensors, and leave symbolic numbers as they are."""
+    mode = detect_fake_mode(likes)  # symbols are valid only in the ShapeEnv they come from
+    env = ShapeEnv() if mode is None or mode.shape_env is None else mode.shape_env
     fake = FakeTensorMode(shape_env=env)
     symbols: dict[str, Any] = {}
 
@@ -211,10 +211,10 @@ def fake_inputs(
                 continue
             if isinstance(like, torch.Tensor):
                 strides = like.stride()
-                made = torch.empty_strided(like.shape, strides, device="cuda", dtype=like.dtype)
+                tensor = torch.empty_strided(like.shape, strides, device="cuda", dtype=like.dtype)
             else:
-                made = torch.empty([size(d) for d in like[0]], device="cuda", dtype=like[1])
-            inputs.append(made)
+                tensor = torch.empty([size(d) for d in like[0]], device="cuda", dtype=like[1])
+            inputs.append(tensor)
     return fake, inputs
 
 
@@ -224,12 +224,12 @@ def generate(
     max_autotune: bool = False,
     hint: int = 8192,
 ) -> Module:
-    """The module that Inductor generates for ``function`` of CUDA tensors."""
+    """Let Inductor generate a module for ``function`` of CUDA tensors."""
     patches = {
         "max_autotune": max_autotune,
         "compile_threads": 1,
         "benchmark_epilogue_fusion": False,
-        # Nothing of a GPU that is none may be found later.
+        # Code for a virtual GPU must not be found in a cache later.
         "force_disable_caches": True,
         "autotune_local_cache": False,
     }
@@ -260,16 +260,16 @@ def call(args):
 def generate_in_place(
     function: Callable[..., None], layouts: Sequence[Any], patches: Mapping[str, Any]
 ) -> Module:
-    """As :func:`generate` for a function that changes its inputs; ``call`` returns all of them.
+    """Like :func:`generate`, but for a function that changes its inputs; ``call`` returns them all.
 
-    The whole of ``compile_fx`` runs: as for a CPU until mutations are functional, since torch
-    without CUDA copies into no fake CUDA tensor, then as for a GPU. ``layouts``: (shape, strides,
-    dtype, device) of each input; the device is ignored.
+    All of ``compile_fx`` runs. Until mutations are functional it compiles for a CPU, because torch
+    without CUDA cannot copy into a fake CUDA tensor; after that it compiles for a GPU. ``layouts``
+    gives (shape, strides, dtype, device) for each input; the device is ignored.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     class Generated(BaseException):
-        """Ends the compilation: nothing can load the code."""
+        """Ends the compilation, because nothing here can load the code."""
 
     codes: list[str] = []
 
@@ -291,7 +291,7 @@ def generate_in_place(
                 node.meta["val"] = torch.utils._pytree.tree_map(on_gpu, node.meta.get("val"))
                 if "device" in node.kwargs:
                     node.update_kwarg("device", torch.device("cuda", 0))
-            return compile_fx_inner(gm, [on_gpu(each) for each in inputs], **kwargs)
+            return compile_fx_inner(gm, [on_gpu(value) for value in inputs], **kwargs)
 
     lowering.register()
     here = [(shape, strides, dtype, torch.device("cpu")) for shape, strides, dtype, _ in layouts]
@@ -305,7 +305,7 @@ def generate_in_place(
 
 @dataclass
 class Backward:
-    """The backward graph of a tapped model, with what it was called with and returned, on a CPU."""
+    """The backward graph of a tapped model on a CPU, with its inputs and outputs of one call."""
 
     graph: fx.GraphModule
     inputs: list[Any]
@@ -315,17 +315,17 @@ class Backward:
 
     @property
     def likes(self) -> list[Like]:
-        """The inputs as the graph was traced with them, symbolic sizes among them."""
+        """The inputs with which the graph was traced, including symbolic sizes."""
         return [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
 
 
 def tapped_backward(
     model: torch.nn.Module, x: torch.Tensor, dynamic: bool = False, **options: Any
 ) -> Backward:
-    """Compile ``model`` for training as the backend does, but for the CPU, and run it backwards.
+    """Compile ``model`` for training as the backend does, for the CPU, and run its backward.
 
-    ``dynamic`` makes all sizes of ``x`` symbolic that the model leaves open. With a rule that needs
-    scores it is the backward of a scoring step.
+    ``dynamic`` makes every size of ``x`` symbolic that the model does not fix. For a rule that
+    needs scores the result is the backward of a scoring step.
     """
     graph_config = GrassConfig.from_options(options)
     scores = graph_config.needs_scores
@@ -352,5 +352,5 @@ def tapped_backward(
         return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
 
     out = torch.compile(model, backend=backend, dynamic=dynamic)(x)
-    out.square().sum().backward()  # whose gradients differ in every element
+    out.square().sum().backward()  # a loss whose gradients differ in every element
     return seen

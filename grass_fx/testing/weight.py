@@ -1,4 +1,4 @@
-"""One weight of the reference: its selection, its P and its moments."""
+"""A weight of the reference implementation: its selection, its P and its moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Weight:
-    """The subspace of one weight, selected along ``dim``; matrices are turned so that it is 0."""
+    """The subspace of one weight, selected along ``dim``; matrices are turned to make ``dim`` 0."""
 
     w: Tensor
     dim: int
@@ -28,7 +28,7 @@ class Weight:
     scores: Tensor | None = None
 
     def turned(self, matrix: Tensor) -> Tensor:
-        """``matrix``, or its transpose for ``dim`` 1; turning twice is nothing."""
+        """``matrix``, or its transpose if ``dim`` is 1; turning twice gives the original."""
         return matrix if self.dim == 0 else matrix.T
 
     def p(self) -> Tensor:

@@ -1,12 +1,12 @@
 """How Inductor lowers the operators of ``grass_fx.ops``.
 
     selected_mm.py        which kernel computes a selected product, and its configurations
-    selected_mm.py.jinja  the Triton kernel: gather, product and whatever Inductor fuses after it
-    add_rows.py           the optimizers' rows: gather, sum, rounding and scatter in one loop
+    selected_mm.py.jinja  the Triton kernel: gather, product and any work Inductor fuses after it
+    add_rows.py           the optimizers' update of rows: gather, sum, round and scatter in one loop
     squared_norms.py      the scores of a scoring step
-    mm_squared_norms.py.jinja  the Triton kernel that makes them without a full gradient
+    mm_squared_norms.py.jinja  the Triton kernel that computes scores without a full gradient
 
-``select`` is an ordinary indexing node, which Inductor may fuse with whatever makes its input.
+``select`` becomes an ordinary indexing node, which Inductor may fuse with its input.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def register() -> None:
     compat.register_inductor_lowering(ADD_ROWS, lower_add_rows)
     compat.register_inductor_lowering(SQUARED_NORMS, lower_squared_norms)
     compat.register_inductor_lowering(MM_SQUARED_NORMS, lower_mm_squared_norms)
-    compat.extern_kernel(gather_then_mm)  # code that comes from the cache calls it by name
+    compat.extern_kernel(gather_then_mm)  # code from the cache calls it by name
 
 
 def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 1) -> Any:
     size = list(g.get_size())
-    if len(indices.get_size()) == 2:  # a stack: rows of its own for each matrix
+    if len(indices.get_size()) == 2:  # a stack, where each matrix has its own rows
         size[dim] = indices.get_size()[1]
         rows = call(aten.expand.default, _along(call, indices, dim, len(size)), size)
         return _scaled(call, call(aten.gather.default, g, dim, rows), scale, dim)
@@ -63,9 +63,9 @@ def _selected_mm(
 
 
 def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
-    """Gather, then Inductor's own matmul."""
+    """Gather, then use Inductor's own matmul."""
     if dim == 0:
-        # Gathered through the transposed view: each run of D is read where it lies.
+        # Gather through the transposed view, so that D is read row by row.
         columns = _columns(call, call(aten.permute.default, a, [1, 0]), indices)
         a = call(aten.permute.default, columns, [1, 0])
     else:
@@ -74,19 +74,22 @@ def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
 
 
 def _columns(call: Any, x: Any, indices: Any) -> Any:
-    """Columns of x. On a GPU the gather fuses with what makes x."""
+    """Gather columns of x. On a GPU the gather fuses with the computation of x."""
     if x.get_device().type == "cpu":
-        # Inductor's loop reads element by element; torch's kernel is faster, though it fuses not.
+        # Inductor's loop reads element by element. Torch's kernel cannot be fused, but is faster.
         return compat.library_call(aten.index_select.default, x, 1, indices)
     return call(aten.index.Tensor, x, [None, indices])
 
 
 def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:
-    """The product by the Triton kernel, or by the faster way if Inductor measures; None if not."""
+    """The product by the Triton kernel, or by the fastest way if Inductor measures.
+
+    None if the product should be computed by a gather and a matmul.
+    """
     dtype = a.get_dtype()
     tunes = compat.tuning_everything()
-    # Where a matrix is in no memory yet, gathering fuses with what makes it; and a stride that is a
-    # symbol is a multiple of nothing, so that loads would be of single elements.
+    # A stride may be unknown for two reasons. If the matrix is not in memory yet, a gather fuses
+    # with its computation. If the stride is symbolic, the kernel would load single elements.
     factor = a if dim == 0 else b
     strides = _known_stride(factor, dim), _known_stride(factor, 1 - dim)
     if rule.way("cuda", dtype, strides, tunes) == rule.GATHER:
@@ -96,7 +99,7 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     laid_out = _known_stride(a if dim == 0 else b, dim)
     r, k = indices.get_size()[0], a.get_size()[1]
     size = [r, b.get_size()[1]] if dim == 0 else [a.get_size()[0], r]
-    m, n, length = (compat.size_hint(each) for each in (*size, k))
+    m, n, length = (compat.size_hint(extent) for extent in (*size, k))
     tiles = rule.TILES if tunes else [rule.best_tile(m, n)]
     steps = length // tiles[0].k(dtype.itemsize)
     processors = torch.cuda.get_device_properties(a.get_device()).multi_processor_count
@@ -110,11 +113,11 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
             "EVEN_N": compat.is_multiple(size[1], tile.n),
             "EVEN_K": compat.is_multiple(k, tile.k(dtype.itemsize)),
         }  # dimensions that need no mask
-        given = {"DIM": dim, "RUN": run, "SPLIT_K": split, **even}
-        choices.append((template, rule.options_of(tile, dtype.itemsize, **given)))
+        settings = {"DIM": dim, "RUN": run, "SPLIT_K": split, **even}
+        choices.append((template, rule.options_of(tile, dtype.itemsize, **settings)))
 
     def spread() -> Tensor:
-        """σ for measuring. Zeros, as Inductor has it, would have all tiles read one row."""
+        """σ for measuring. With Inductor's zeros all tiles would read the same row."""
         total = a.get_size()[0] if dim == 0 else b.get_size()[1]
         size, count = compat.size_hint(total), compat.size_hint(r)
         return rule.spread(size, count, block, a.get_device())
@@ -138,7 +141,7 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
 
 
 def _known_stride(value: Any, dim: int) -> int | None:
-    """A stride of an IR value: None if it depends on a symbol, or the value is in no memory yet."""
+    """A stride of an IR value; None if it depends on a symbol, or the value has no memory yet."""
     strides = value.maybe_get_stride()
     try:
         return None if strides is None else int(strides[dim])
@@ -147,7 +150,7 @@ def _known_stride(value: Any, dim: int) -> int | None:
 
 
 def gather_then_mm(a: Tensor, b: Tensor, indices: Tensor, *, dim: int, out: Tensor) -> Tensor:
-    """The other choice when Inductor measures: a gather, and the vendor's GEMM."""
+    """The alternative to the Triton kernel when Inductor measures: gather, then vendor's GEMM."""
     if dim == 0:
         return torch.mm(a.t().index_select(1, indices).t(), b, out=out)
     return torch.mm(a, b.index_select(1, indices), out=out)
@@ -167,7 +170,7 @@ def _scaled(call: Any, compact: Any, scale: Any, dim: int) -> Any:
 
 
 def _along(call: Any, values: Any, dim: int, ndim: int) -> Any:
-    """As ``grass_fx.ops.along``."""
+    """The same as ``grass_fx.ops.along``, for IR values."""
     for axis in range(len(values.get_size()) - 1, ndim):
         if axis != dim:
             values = call(aten.unsqueeze.default, values, axis)

@@ -1,7 +1,7 @@
-"""``grass::add_rows_`` as one loop for each weight: gather, sum, rounding and scatter.
+"""Lowers ``grass::add_rows_`` to one loop for each weight: gather, sum, rounding and scatter.
 
-The rows of W are read inside the loop that writes them. That is right because no row repeats: each
-element is read and written by one thread, in this order.
+The loop reads the rows of W that it writes. This is correct because no row repeats: the same thread
+first reads and then writes each element.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def lower_add_rows(
     for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
         at = [None] * len(w.get_size())
         at[dim] = index
-        # Unsafe: without a check of its own, since the store checks the same index.
+        # The unsafe variant does not check the index; the store checks the same one.
         rows = call(convert, call(aten._unsafe_index.Tensor, w, at), change.get_dtype())
         rows = call(aten.add.Tensor, rows, change)
         if noise:
@@ -38,9 +38,9 @@ def lower_add_rows(
 
 
 def _rounded(call: Any, values: Any, noise: Any) -> Any:
-    """As ``grass_fx.ops.rounded``."""
+    """The same as ``grass_fx.ops.rounded``, for IR values."""
     bits = call(aten.add.Tensor, call(aten.view.dtype, values, torch.int32), noise)
     bits = call(aten.bitwise_and.Tensor, bits, -(1 << 16))
     cut = call(aten.view.dtype, bits, torch.float32)
-    nan = call(aten.ne.Tensor, values, values)  # which a CPU does in vectors, unlike isnan
+    nan = call(aten.ne.Tensor, values, values)  # a CPU vectorizes this, but not isnan
     return call(aten.where.self, nan, values, cut)

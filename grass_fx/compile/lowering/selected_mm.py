@@ -1,4 +1,4 @@
-"""How ``grass::selected_mm`` is computed: gather then the vendor's GEMM, or one Triton kernel.
+"""Decides how ``grass::selected_mm`` runs: a gather and the vendor's GEMM, or one Triton kernel.
 
 The kernel (selected_mm.py.jinja) gathers rows of A or columns of B while it loads its tiles, so the
 gathered matrix is never written. Whether that pays depends on how the gathered elements lie in
@@ -15,7 +15,7 @@ import torch
 from grass_fx.state.rules import rows_of
 
 SIXTEEN_BYTES = 16
-"""What one load instruction of a GPU thread moves at most."""
+"""The most that one load instruction of a GPU thread can move."""
 
 MAX_SPLIT = 16
 
@@ -47,14 +47,15 @@ GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"
 
 
 Strides = tuple[int | None, int | None]
-"""Of the factor that is gathered from, in elements: of the gathered dimension and of the other one;
-None where it is not known."""
+"""Strides of the factor that is gathered from, in elements: (gathered dimension, other dimension).
+A stride that is not known is None."""
 
 
 def way(device: str, dtype: torch.dtype, strides: Strides, tunes: bool) -> str:
-    """How a product is computed: by one of two ways, or by the faster one, to be measured.
+    """How a product is computed: in one of two ways, or in the one that measures faster.
 
-    ``tunes``: whether Inductor measures its choices; the rest as in :func:`takes_template`.
+    ``tunes`` says whether Inductor measures its choices. For ``dtype`` and ``strides`` see
+    :func:`takes_template`.
     """
     if device != "cuda":
         return GATHER
@@ -64,34 +65,34 @@ def way(device: str, dtype: torch.dtype, strides: Strides, tunes: bool) -> str:
 
 
 def takes_template(dtype: torch.dtype, strides: Strides) -> bool:
-    """Whether the Triton kernel is taken without autotuning.
+    """Whether to use the Triton kernel without autotuning.
 
-    It is if the other dimension than the gathered one is contiguous. Then each selected row or
-    column is one run of memory, and the kernel takes 1.2 times as long as the dense product of its
-    shape; a gather, which has to transpose, and the vendor's GEMM take 1.5 times. Along the
-    contiguous dimension pieces are gathered anew for every tile: in blocks of 8 the kernel takes
+    It is used if the dimension that is not gathered is contiguous. Then each selected row or column
+    is one run of memory, and the kernel takes 1.2 times as long as the dense product of its shape.
+    A gather, which has to transpose, and the vendor's GEMM take 1.5 times as long. Along the
+    contiguous dimension the kernel gathers pieces again for every tile: in blocks of 8 it takes
     more than twice as long as a gather and the GEMM, in blocks of 64 about as long.
     """
     if dtype not in (torch.float16, torch.bfloat16):
-        return False  # without tensor cores the vendor's GEMM has no equal
+        return False  # without tensor cores the vendor's GEMM is faster
     gathered, other = strides
     return other == 1 and gathered not in (None, 1)
 
 
 def run_length(block: int, stride: int | None, itemsize: int) -> int:
-    """How many consecutive gathered elements the kernel may load as one: a power of two."""
+    """How many consecutive gathered elements the kernel may load at once: a power of two."""
     run = block & -block
     return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
 
 
 def spread(size: int, r: int, block: int, device: torch.device) -> torch.Tensor:
-    """σ for measuring: r of ``size`` places, in blocks that are spread evenly."""
+    """σ for measuring: r of ``size`` rows, in evenly spread blocks."""
     units = torch.arange(r // block, device=device) * (size // block) // (r // block)
     return rows_of(units, block)
 
 
 def best_tile(m: int, n: int) -> Tile:
-    """The configuration that is taken without autotuning for an (m, n) compact gradient."""
+    """The configuration to use without autotuning for an (m, n) compact gradient."""
     if m <= 64 and n <= 64:
         return SMALL
     if m <= 64:
@@ -100,9 +101,9 @@ def best_tile(m: int, n: int) -> Tile:
 
 
 def split_of(m: int, n: int, steps: int, tile: Tile, processors: int) -> int:
-    """In how many parts the ``steps`` along K are cut: as many as find a free multiprocessor.
+    """Into how many parts to cut the ``steps`` along K, so that parts use idle multiprocessors.
 
-    A part keeps at least eight steps of the loop, so that its pipeline is worth filling.
+    A part keeps at least eight steps of the loop, so that filling its pipeline pays.
     """
     tiles = -(-m // tile.m) * -(-n // tile.n)
     split = 1
@@ -121,9 +122,9 @@ def options_of(tile: Tile, itemsize: int, **given: Any) -> dict[str, Any]:
 
 
 def allows_tf32() -> bool:
-    """Whether float32 products on a GPU may round their factors to TF32, as torch's own do.
+    """Whether float32 products on a GPU may round their factors to TF32, as torch's own may.
 
-    Either setting of torch says so: ``torch.set_float32_matmul_precision`` writes this one too.
-    Its getter raises once a user has set the precision of a backend, which is torch's newer way.
+    This reads the setting of the backend, which ``torch.set_float32_matmul_precision`` also writes.
+    The getter of the latter raises once a user has set the backend's precision directly.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -1,9 +1,10 @@
-"""How the scores of a scoring step are computed, from a full gradient or from its factors.
+"""Lowers the operators that compute scores from a full gradient or from its factors.
 
-On a GPU ``mm_squared_norms`` is one Triton kernel (mm_squared_norms.py.jinja): each program
-makes one tile of G in registers and writes the squares' sums of its rows, (n / BLOCK_N, m) numbers
-in all, which are added afterwards: no atomics, so that equal inputs give equal scores. Elsewhere,
-and for what has no tensor cores, it is torch's operator, part by part of G.
+On a GPU ``mm_squared_norms`` is one Triton kernel (mm_squared_norms.py.jinja). Each program makes
+one tile of G in registers and writes the sum of squares of each of its rows. These are
+(n / BLOCK_N, m) numbers, which are added afterwards. There are no atomics, so equal inputs give
+equal scores. On other devices, in float64 and for symbolic sizes it is torch's operator, which
+computes G part by part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def lower_squared_norms(call: Any, g: Any, dim: int, scoring: str = "auto") -> Any:
-    """A reduction, which Inductor fuses as it can."""
+    """Lower ``squared_norms`` to a reduction that Inductor may fuse."""
     exact = torch.float64 if g.get_dtype() == torch.float64 else torch.float32
     g = call(prims.convert_element_type.default, g, exact)
     others = [d for d in range(len(g.get_size())) if d != dim]
@@ -31,7 +32,7 @@ def lower_squared_norms(call: Any, g: Any, dim: int, scoring: str = "auto") -> A
 
 
 def lower_mm_squared_norms(call: Any, a: Any, b: Any, dim: int) -> Any:
-    """The kernel on a GPU, torch's operator elsewhere."""
+    """Lower ``mm_squared_norms`` to the kernel on a GPU, and to torch's operator elsewhere."""
     dtype = a.get_dtype()
     m, n = (_known_size(x, d) for x, d in ((a, 0), (b, 1)))
     if a.get_device().type != "cuda" or dtype.itemsize > 4 or m is None or n is None:
@@ -62,7 +63,7 @@ def _source() -> str:
 
 
 def _known_size(value: Any, dim: int) -> int | None:
-    """A size of an IR value: None if it depends on a symbol."""
+    """A size of an IR value; None if it depends on a symbol."""
     try:
         return int(value.get_size()[dim])
     except (TypeError, ValueError):
