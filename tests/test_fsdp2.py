@@ -1,35 +1,52 @@
-"""Weights of torch's own fully_shard: recognised, left, and trained as without grass."""
+"""torch's own fully_shard: compact gradients on sharded parameters, and one process's numbers."""
 
 import copy
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 import grass_fx
-from grass_fx.errors import GrassWarning
-from ranks import spawn
+from grass_fx.errors import CompactGradError, DistributedError, GrassWarning
+from grass_fx.testing.traffic import Traffic
+from ranks import one_process, spawn
 
-RANKS, STEPS = 2, 3
-OPTIONS = {"rank": 4, "compiler": "aot_eager"}
+RANKS, STEPS = 2, 7
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+OPTIONS = {"rank": 8, "refresh_every": 2, "compiler": "aot_eager"}
+RULES = {
+    "cyclic": {},
+    # By the norms of the averaged gradient, as one process has it.
+    "top": {"selection": "top", "score_sync": "gradient"},
+    "drawn with replacement": {
+        "selection": "multinomial_norm",
+        "replacement": True,
+        "score_sync": "gradient",
+    },
+}
 
 
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
+        return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Blocks(nn.Module):
-    def __init__(self):
+    def __init__(self, block=Block):
         super().__init__()
-        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 8)
+        self.blocks, self.head = nn.ModuleList([block(), block()]), nn.Linear(16, 8)
 
     def forward(self, x):
         for block in self.blocks:
@@ -37,52 +54,387 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
-def batch(step):
+class Experts(nn.Module):
+    """A stack of matrices, which FSDP2 shards by matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x):
+        return x + torch.bmm(x.expand(4, *x.shape), self.experts).mean(0)
+
+
+def batch(step, rank=0, ranks=1):
     gen = torch.Generator().manual_seed(step)
-    return torch.randn(8, 16, generator=gen, dtype=torch.float64)
+    return torch.randn(8, 16, generator=gen, dtype=torch.float64).chunk(ranks)[rank]
 
 
-def run(rank):
-    """One rank."""
-    for way in ("whole", "block by block"):
-        torch._dynamo.reset()
-        train(rank, way)
+def options(**more):
+    return {"backend": "grass", "options": {**OPTIONS, **more}}
 
 
-def train(rank, way):
-    """Some steps on this rank's half of the batches, beside a plain model's on the whole."""
+def build(block=Block):
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Blocks().double()
-    plain = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    return Blocks(block).double()
+
+
+def compile_blocks(model, **how):
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    compiled = model
-    if way == "whole":
-        compiled = torch.compile(model, backend="grass", options=OPTIONS)
-    else:
-        for block in model.blocks:
-            block.compile(backend="grass", options=OPTIONS)
-    optimizer = grass_fx.AdamW(model.parameters(), lr=1e-2)
-    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(STEPS):
-            part = batch(step).chunk(RANKS)[rank]
-            compiled(part).square().mean().backward()
-            assert not any(isinstance(p.grad, grass_fx.CompactGrad) for p in model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-            plain(batch(step)).square().mean().backward()
-            reference.step()
-            reference.zero_grad()
-    told = {str(each.message) for each in caught if each.category is GrassWarning}
-    assert any("up.weight: fsdp2: " in each for each in told), told
-    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.full_tensor(), want, rtol=1e-10, atol=1e-10)
+        block.compile(**how)
+
+
+def shard(model, ranks=RANKS, mesh=None, **how):
+    mesh = mesh or init_device_mesh("cpu", (ranks,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
+
+
+def adamw(model):
+    return grass_fx.AdamW(model.parameters(), lr=1e-2, warmup_steps=2, weight_decay=0.1)
+
+
+def steps(compiled, model, optimizer, rank, ranks=RANKS, clip=None, micro=1, sync=False):
+    """Trains; returns whole weights. ``micro`` batches a step, synchronised in each or once."""
+    for step in range(STEPS):
+        for k in range(micro):
+            if micro > 1 and not sync:
+                model.set_requires_gradient_sync(k == micro - 1)
+            (compiled(batch(micro * step + k, rank, ranks)).square().mean() / micro).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(model)
+
+
+def whole(model):
+    values = [p.detach() for p in model.parameters()]
+    return [v.full_tensor() if isinstance(v, DTensor) else v.clone() for v in values]
+
+
+def alone(block=Block, how=None, **more):
+    """One process on whole batches."""
+    model = build(block)
+    compile_blocks(model, **(how or options()))
+    return steps(model, model, adamw(model), 0, 1, **more)
+
+
+# --- orders in which people compile, shard and build the optimizer --------------------------------
+
+
+def compile_then_shard(model, how):
+    compile_blocks(model, **how)
+    shard(model)
+    return model, adamw(model)
+
+
+def compile_fully_then_shard(model, how):
+    return compile_then_shard(model, {**how, "fullgraph": True})
+
+
+def shard_then_compile(model, how):
+    shard(model)
+    compile_blocks(model, **how)
+    return model, adamw(model)
+
+
+def shard_then_compile_the_model(model, how):
+    shard(model)
+    return torch.compile(model, **how), adamw(model)
+
+
+def compiled_modules_then_shard(model, how):
+    for k, block in enumerate(model.blocks):
+        model.blocks[k] = torch.compile(block, **how)
+    shard(model)
+    return model, adamw(model)
+
+
+def optimizer_first(model, how):
+    """As accelerate and the Trainer of transformers do: they exchange its parameters afterwards."""
+    optimizer, names = adamw(model), [name for name, _ in model.named_parameters()]
+    compile_then_shard(model, how)
+    (group,) = optimizer.param_groups
+    group["params"] = [dict(model.named_parameters())[name] for name in names]
+    return model, optimizer
+
+
+ORDERS = (
+    compile_then_shard,
+    compile_fully_then_shard,
+    shard_then_compile,
+    shard_then_compile_the_model,
+    compiled_modules_then_shard,
+    optimizer_first,
+)
+
+
+def taken(model):
+    return sum(isinstance(p.grad, grass_fx.CompactGrad) for p in model.parameters())
+
+
+def check(got, want, what):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda m: f"{what}: {m}")
+
+
+def in_every_order(rank):
+    want = alone()
+    for order in ORDERS:
+        model = build()
+        compiled, optimizer = order(model, options())
+        check(steps(compiled, model, optimizer, rank), want, order.__name__)
+        compiled(batch(0, rank, RANKS)).sum().backward()
+        assert taken(model) == 4, order.__name__
+        for p in model.parameters():
+            assert not isinstance(p.grad, grass_fx.CompactGrad) or isinstance(
+                p.grad.compact, DTensor
+            )
+
+
+def by_every_rule(rank):
+    for name, rule in RULES.items():
+        want = alone(how=options(**rule))
+        model = build()
+        compiled, optimizer = compile_then_shard(model, options(**rule))
+        check(steps(compiled, model, optimizer, rank), want, name)
+
+
+def with_its_options(rank):
+    """What users set on FSDP2, around it, and in it."""
+    want, clipped = alone(), alone(clip=0.1)
+    for reshard in (True, False):
+        model = build()
+        compile_blocks(model, **options())
+        shard(model, reshard_after_forward=reshard)
+        check(steps(model, model, adamw(model), rank), want, f"reshard {reshard}")
+    model = build()
+    compiled, optimizer = compile_then_shard(model, options())
+    check(steps(compiled, model, optimizer, rank, clip=0.1), clipped, "clipped")
+    model = build()  # as torchtitan: a sum over processes, of a loss that is divided already
+    compiled, optimizer = compile_then_shard(model, options())
+    for module in (model, *model.blocks):
+        module.set_gradient_divide_factor(1.0)
+    half = lambda x: compiled(x) / RANKS**0.5  # noqa: E731
+    check(steps(half, model, optimizer, rank), want, "divide factor")
+    model = build()  # activation checkpointing inside what is sharded, and outside
+    for k, block in enumerate(model.blocks):
+        model.blocks[k] = checkpoint_wrapper(block)
+    compiled, optimizer = compile_then_shard(model, options())
+    check(steps(compiled, model, optimizer, rank), want, "checkpoint inside")
+    model = build()
+    compiled, optimizer = compile_then_shard(model, options())
+    for k, block in enumerate(model.blocks):
+        model.blocks[k] = checkpoint_wrapper(block)
+    check(steps(compiled, model, optimizer, rank), want, "checkpoint outside")
+    want = alone(Experts)
+    model = build(Experts)
+    compiled, optimizer = compile_then_shard(model, options())
+    check(steps(compiled, model, optimizer, rank), want, "stacks")
+    compiled(batch(0, rank, RANKS)).sum().backward()
+    assert taken(model) == 2
+
+
+def with_micro_batches(rank):
+    for rule in ("cyclic", "top"):
+        want = alone(how=options(**RULES[rule]), micro=3, sync=True)
+        for sync in (True, False):
+            model = build()
+            compiled, optimizer = compile_then_shard(model, options(**RULES[rule]))
+            got = steps(compiled, model, optimizer, rank, micro=3, sync=sync)
+            check(got, want, f"{rule}, synchronised {'always' if sync else 'once'}")
+    model = build()
+    compiled, optimizer = compile_then_shard(model, options())
+    model(batch(0, rank, RANKS)).sum().backward()
+    model.zero_grad()
+    model.set_requires_gradient_sync(False)
+    loss = model(batch(1, rank, RANKS)).sum()
+    with Traffic() as traffic:
+        loss.backward()
+    assert traffic.bytes["reduce_scatter"] == 0 and taken(model) == 0
+    with pytest.raises(DistributedError, match=r"up\.weight: a micro-batch without"):
+        optimizer.step()
+    # A synchronised backward that does not use a weight reduces what was held of it.
+    model.set_requires_gradient_sync(True)
+    held = build()
+    compile_blocks(held, **options())
+    keys = adamw(held)  # so that it selects alike
+    (held(batch(1, rank, RANKS)).sum() + held.blocks[0](batch(2, rank, RANKS)).sum()).backward()
+    model.blocks[0](batch(2, rank, RANKS)).sum().backward()
+    weights = zip(model.blocks.parameters(), held.blocks.parameters(), strict=True)
+    for p, q in weights:
+        if isinstance(q.grad, grass_fx.CompactGrad):
+            total = q.grad.compact.clone()
+            dist.all_reduce(total)
+            torch.testing.assert_close(p.grad.compact.full_tensor(), total / RANKS, **EXACT)
+    del keys
+
+
+def in_low_precision(rank):
+    """C travels in the reduce dtype; shards, moments and gradients are as FSDP2 has them."""
+    for reduce_dtype in (None, torch.float32, torch.bfloat16):
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype)
+        found = []
+        for compiles in (True, False):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            model = Blocks()
+            how = {"backend": "aot_eager"} if not compiles else options()
+            compile_blocks(model, **how)
+            shard(model, mp_policy=policy)
+            model(batch(0, rank, RANKS).float()).float().square().mean().backward()
+            found.append([p.grad for p in model.blocks.parameters() if p.dim() == 2])
+        for got, want in zip(*found, strict=True):
+            assert got.compact.dtype == want.dtype == torch.float32
+            selected = got.selection.project(want.full_tensor())
+            close = {"rtol": 2e-2, "atol": 1e-3}
+            torch.testing.assert_close(got.compact.full_tensor(), selected, **close)
+
+
+def with_what_is_not_taken(rank):
+    """Left to FSDP2 with the reason, dense and right; and errors that name the weight."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def trial(reason, set_up, **how):
+        torch._dynamo.reset()
+        model = build()
+        plain = copy.deepcopy(model)
+        shard(model, mesh=mesh, **how)
+        set_up(model)
+        compile_blocks(model, **options())
+        optimizer, reference = (
+            adamw(model),
+            torch.optim.AdamW(plain.parameters(), 1e-2, weight_decay=0.1),
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(3):
+                model(batch(step, rank, RANKS)).square().mean().backward()
+                assert taken(model) == 0
+                optimizer.step()
+                optimizer.zero_grad()
+                plain(batch(step)).square().mean().backward()
+                reference.step()
+                reference.zero_grad()
+        told = [str(each.message) for each in caught if each.category is GrassWarning]
+        assert any(f"fsdp2: {reason}" in each for each in told), told
+        check([v.cpu() for v in whole(model)], whole(plain), reason)
+
+    unused = getattr(
+        fully_shard(nn.Linear(2, 2), mesh=mesh), "set_reduce_scatter_unused_params", None
+    )
+    if unused is not None:
+        trial(
+            "set_reduce_scatter_unused_params",
+            lambda m: m.set_reduce_scatter_unused_params(True),
+        )
+    trial("sharded along another dimension", lambda m: None,
+          shard_placement_fn=lambda p: Shard(1 if p.dim() == 2 else 0))  # fmt: skip
+    trial("offloaded to the CPU", lambda m: None, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    model = build()
+    compiled, _ = compile_then_shard(model, options())
+    compiled(batch(0, rank, RANKS)).sum().backward()
+    if unused is not None:
+        model.set_reduce_scatter_unused_params(True)
+        with pytest.raises(
+            DistributedError, match=r"up\.weight .* set_reduce_scatter_unused_params"
+        ):
+            compiled(batch(0, rank, RANKS))
+    model = build()
+    eager = torch.compiler.disable(lambda module, args, out: out + module.down.weight.sum())
+    model.blocks[0].register_forward_hook(eager)  # before FSDP2's own, which reshards
+    compiled, _ = compile_then_shard(model, options())
+    with pytest.raises(CompactGradError, match=r"down\.weight .* dense one from outside"):
+        compiled(batch(0, rank, RANKS)).sum().backward()
+
+
+def moves_what_is_compact(rank):
+    model = build()
+    compiled, _ = compile_then_shard(model, options())
+    loss = compiled(batch(0, rank, RANKS)).sum()
+    with Traffic() as traffic:
+        loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    sent = sum(getattr(g, "compact", g).numel() for g in grads) * 8
+    assert taken(model) == 4 and traffic.bytes["reduce_scatter"] == sent
+    # One for the compact ones of each block, one for its vectors, and one for the head.
+    assert traffic.calls["reduce_scatter"] == 5
+
+
+def resumes(rank, folder):
+    """Two processes save, and any number goes on to the same numbers, after one forward."""
+    ranks = dist.get_world_size()
+    model = build()
+    compile_blocks(model, **options())
+    shard(model, ranks)
+    optimizer = adamw(model)
+    if ranks == 2:
+        first = steps(model, model, optimizer, rank, ranks)
+        states = get_state_dict(model, optimizer)
+        assert isinstance(states[1]["state"]["blocks.0.up.weight"]["exp_avg"], DTensor)
+        dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=f"{folder}/saved")
+        torch.save(steps(model, model, optimizer, rank, ranks), f"{folder}/after.pt")
+        assert not torch.equal(first[0], whole(model)[0])
+        return
+    model(batch(0, rank, ranks)).sum().backward()  # which weights are taken is known from here on
+    optimizer.zero_grad()
+    states = get_state_dict(model, optimizer)
+    both = {"model": states[0], "optimizer": states[1]}
+    dcp.load(both, checkpoint_id=f"{folder}/saved")
+    set_state_dict(
+        model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+    )
+    check(steps(model, model, optimizer, rank, ranks), torch.load(f"{folder}/after.pt"), "resumed")
+
+
+def in_replicas(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    want = alone()
+    for each, how in ((mesh, {}), (None, {"reshard_after_forward": 2})):
+        model = build()
+        compile_blocks(model, **options())
+        shard(model, 4, each, **how)
+        check(steps(model, model, adamw(model), rank, 4), want, f"{how or 'HSDP'}")
+    resumes(rank, folder)
+
+
+def two(rank, folder):
+    in_every_order(rank)
+    moves_what_is_compact(rank)
+    resumes(rank, folder)
+
+
+def two_more(rank):
+    for each in (by_every_rule, with_its_options, with_micro_batches, in_low_precision,
+                 with_what_is_not_taken):  # fmt: skip
+        each(rank)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("fsdp2"))
+    spawn(two, RANKS, folder)
+    return folder
+
+
+def test_two_processes_train_as_one_in_every_order(folder):
+    assert folder
 
 
 @pytest.mark.slow
-def test_they_train_dense_and_the_warning_says_why():
-    spawn(run, RANKS)
+def test_one_process_resumes_what_two_saved(folder):
+    with one_process(folder, "alone"):
+        resumes(0, folder)
+
+
+@pytest.mark.slow
+def test_options_rules_micro_batches_and_what_is_not_taken():
+    spawn(two_more, RANKS, timeout=120)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(folder):
+    spawn(in_replicas, 4, folder, timeout=120)

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from grass_fx._torch_compat.selfcheck import FOR_WORDS, NEEDS, SUPPORTED, check, selfcheck
+from grass_fx._torch_compat.selfcheck import (
+    FOR_FSDP2,
+    FOR_WORDS,
+    NEEDS,
+    SUPPORTED,
+    check,
+    selfcheck,
+)
 from grass_fx.errors import UnsupportedTorchError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "grass_fx/_torch_compat").glob("*.py"))
-NEEDED = {name.partition("(")[0] for names in NEEDS.values() for name in names} | {*FOR_WORDS}
+NEEDED = {name.partition("(")[0] for names in NEEDS.values() for name in names}
+NEEDED |= {*FOR_WORDS, *FOR_FSDP2}
 PRIVATE = re.compile(r"torch\.(.*\.)?_[a-zA-Z]|torch\.fx\.experimental")
 
 
@@ -37,7 +45,7 @@ def test_the_list_has_every_private_name_of_the_package(path):
 
 def test_this_torch_has_it_all():
     selfcheck()
-    check({"words": FOR_WORDS})
+    check({"words": FOR_WORDS, "FSDP2": FOR_FSDP2})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 _KNOWN = "_grass_fx_fsdp"
 
+OF_A_PARAM = (
+    "sharded_param", "mesh_info", "reduce_dtype", "is_dtensor", "fsdp_placement", "offload_to_cpu",
+    "_sharded_local_tensor",
+)  # fmt: skip
+OF_A_GROUP = ("gradient_divide_factor", "reduce_grads", "all_reduce_grads")
+"""The private attributes that are read. If a torch lacks one, the weight trains dense."""
+
 
 @dataclass(frozen=True, eq=False)
 class FSDPWeight:
@@ -65,6 +72,10 @@ class FSDPWeight:
 
     def refusal(self) -> str | None:
         """Why its gradient cannot be compact, or None."""
+        missing = [name for name in OF_A_PARAM if not hasattr(self.param, name)]
+        missing += [name for name in OF_A_GROUP if not hasattr(self.group, name)]
+        if missing:
+            return f"the FSDP2 of torch {torch.__version__} lacks {', '.join(missing)}"
         if getattr(self.param.mesh_info, "shard_mesh_dim", None) is None:
             return "replicated and not sharded"
         if self.param.is_dtensor:
@@ -105,8 +116,10 @@ def sharded_by_fsdp(parameter: Tensor) -> FSDPWeight | None:
 
 def _weights() -> Iterator[FSDPWeight]:
     """All of the process."""
-    from torch.distributed._composable_state import _module_state_mapping
-
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:  # then no weight is found, and each trains dense with that reason
+        return
     for ref in list(_module_state_mapping.values()):
         state = ref()
         groups = getattr(state, "_fsdp_param_groups", None)

@@ -117,6 +117,9 @@ FOR_WORDS = (
 )
 """Interfaces for the text of warnings (frames.py). Without them warnings only say less."""
 
+FOR_FSDP2 = ("torch.distributed._composable_state._module_state_mapping",)
+"""Interfaces for weights under FSDP2 (fsdp.py). Without them such weights train dense."""
+
 
 @cache
 def selfcheck() -> None:

@@ -6,7 +6,7 @@ synchronisation sends nothing: its gradients are held until one synchronises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,12 @@ class Buckets:
         self._held: dict[int, Arrived] = {}
         self._backward = -1
 
-    def holds(self, subspace: Subspace) -> bool:
-        """Whether a gradient of the weight waits for a backward that synchronises."""
-        return id(subspace) in self._held
+    def held(self, weights: Iterable[Tensor]) -> list[str]:
+        """Names of those of the weights whose gradients wait for a backward that synchronises."""
+        if not self._held:
+            return []
+        ids = {id(weight) for weight in weights}
+        return [a.subspace.name for a in self._held.values() if id(a.weight.sharded) in ids]
 
     def reduce(self, arrived: Sequence[Arrived]) -> list[tuple[Tensor, Tensor | None] | None]:
         """Each gradient, averaged over processes, this process's part; None while it is held."""

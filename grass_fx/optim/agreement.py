@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from grass_fx.errors import DistributedError
 from grass_fx.state.refresh import Finished
 from grass_fx.state.replicas import Replicas
 from grass_fx.state.subspace import Subspace, Upcoming
@@ -38,6 +40,20 @@ def with_common_scores(finished: Finished) -> Finished:
         for (place, _), total in zip(entries, totals, strict=True):
             result[place] = finished[place][0], total
     return result
+
+
+def check_synchronised(weights: Iterable[Tensor]) -> None:
+    """Raise DistributedError if gradients of micro-batches wait to be reduced under FSDP2."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from grass_fx.compile.buckets import buckets  # here, because it loads Inductor
+
+    if held := buckets.held(weights):
+        raise DistributedError(
+            f"{held[0]}: a micro-batch without gradient synchronisation has left a gradient, and "
+            "no backward has reduced it since. Call model.set_requires_gradient_sync(True) for the "
+            "last micro-batch before optimizer.step()."
+        )
 
 
 def check_selections(changed: Sequence[tuple[Subspace, Upcoming]]) -> None:

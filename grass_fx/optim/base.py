@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
-from grass_fx.optim.agreement import check_selections, with_common_scores
+from grass_fx.optim.agreement import check_selections, check_synchronised, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
 from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
 from grass_fx.optim.stepping import Operation, Step
@@ -119,6 +119,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
 
     def _begin(self) -> Step:
         """Prepare the next step. Errors that users can cause are raised here: see :meth:`_plan`."""
+        check_synchronised(self._parameters())
         plan = self._plan([p for p in self._parameters() if p not in self._early])
         operations = self._prepare(plan)
         finished = self._finished(plan)

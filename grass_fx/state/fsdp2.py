@@ -60,7 +60,10 @@ def check_call(weight: FSDPWeight, gathered: Tensor, name: str) -> None:
         )
     if _REFUSES not in gathered.__dict__:
 
-        def refuse(_: Tensor) -> None:
+        def refuse(parameter: Tensor) -> None:
+            if parameter.grad is None:  # autograd has come by without a gradient
+                return
+            parameter.grad = None
             raise CompactGradError(
                 f"{name} gets a compact gradient from its compiled graph, and here a dense one "
                 "from outside of it, which FSDP2 cannot reduce together. Compile the whole use of "
