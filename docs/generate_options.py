@@ -46,6 +46,18 @@ compiled = torch.compile(model, backend="grass", options={"rank": 16, "selection
 optimizer = grass_fx.AdamW(model.parameters(), lr=1e-3, scale=2.0)
 ```
 
+Where only a backend's name fits, as in the configuration files of torchtitan, give the options a
+name, or put them into the environment of a process that passes none:
+
+```python
+grass_fx.register_backend("grass_eighth", rank=0.125, refresh_every=200)
+compiled = torch.compile(model, backend="grass_eighth")
+```
+
+    GRASS_FX_OPTIONS='{"rank": 0.125, "refresh_every": 200}' python train.py  # backend="grass"
+
+Both are validated like `options`, and a line of the [log](logs.md) names them.
+
 The symbols and equation numbers are those of [method.md](method.md), which also has the
 [evidence for the defaults](method.md#defaults-and-why).
 

@@ -37,6 +37,7 @@ __all__ = [
     "coverage_plot",
     "explain",
     "plan",
+    "register_backend",
     "step_in_backward",
     "subspace",
 ]
@@ -44,7 +45,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``grass_fx.distributed``, which needs Inductor, when it is first used."""
+    """What needs Inductor, when it is first used."""
     if name == "distributed":
         return importlib.import_module("grass_fx.distributed")
+    if name == "register_backend":
+        return importlib.import_module("grass_fx.backend").register_backend
     raise AttributeError(f"module 'grass_fx' has no attribute {name!r}")

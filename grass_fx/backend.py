@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,8 @@ from grass_fx._torch_compat import (
     compile_inductor,
     current_compilation,
     inductor_patches,
+    name_backend,
+    named_backend,
     overlapping,
     real_value,
     selfcheck,
@@ -32,7 +36,7 @@ from grass_fx.compile.overlap import all_reduce_early
 from grass_fx.compile.runtime import GrassCallable, LeftWeights
 from grass_fx.compile.sources import source_hash
 from grass_fx.config import GrassConfig
-from grass_fx.errors import warn
+from grass_fx.errors import OptionError, warn
 from grass_fx.passes.facts import DynamoFacts, JointFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PassLog, PushReport
@@ -51,6 +55,61 @@ TOO_OFTEN = 5
 """Warn when one frame is compiled this often for the same weights; Dynamo gives up after 8."""
 
 
+FROM_ENVIRONMENT = "GRASS_FX_OPTIONS"
+"""The environment variable with options, as JSON, for "grass" where torch.compile gets none."""
+
+
+def register_backend(name: str, **options: Any) -> None:
+    """Make ``name`` a backend of torch.compile: "grass" with these options.
+
+    For configuration files in which only a backend's name fits. Options that torch.compile gets
+    besides replace these. Call it in every process that compiles; a second call with the same
+    options does nothing.
+
+    Raises:
+        OptionError: an option is unknown or impossible, or the name is that of another backend.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise OptionError(f"register_backend: name={name!r} must be a Python identifier.")
+    GrassConfig.from_options(options)
+    known = named_backend(name)
+    if known is None:
+        name_backend(name, partial(_named, name, options))
+    elif getattr(known, "args", ())[:2] != (name, options):
+        raise OptionError(
+            f"register_backend: torch.compile knows a backend {name!r} already, with other options "
+            "or of another kind. Choose another name."
+        )
+
+
+def _named(
+    name: str,
+    own: Mapping[str, Any],
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend that :func:`register_backend` has named."""
+    log.info("backend %s: options %s", name, dict(own))
+    return grass(gm, example_inputs, mode=mode, options={**own, **(options or {})})
+
+
+def _options_of_environment() -> Mapping[str, Any] | None:
+    text = os.environ.get(FROM_ENVIRONMENT)
+    if not text:
+        return None
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"{FROM_ENVIRONMENT}={text!r} is not JSON: {error}.") from None
+    if not isinstance(options, dict):
+        raise OptionError(f"{FROM_ENVIRONMENT}={text!r} must be a JSON object of options.")
+    log.info("%s: options %s", FROM_ENVIRONMENT, options)
+    return options
+
+
 def grass(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -63,12 +122,13 @@ def grass(
     ``torch.compile(model, backend="grass", options={...}, mode=...)`` calls this. ``options`` are
     the fields of :class:`~grass_fx.config.GrassConfig`; ``mode`` means the same as for Inductor.
     Since torch.compile takes only one of both, options may contain ``"mode"``. Without gradients,
-    or without a weight to take, this is plain Inductor.
+    or without a weight to take, this is plain Inductor. Without ``options`` the environment
+    variable ``GRASS_FX_OPTIONS`` may give some, as JSON.
 
     Raises:
         OptionError: an option is unknown or impossible.
     """
-    config = GrassConfig.from_options(options)
+    config = GrassConfig.from_options(_options_of_environment() if options is None else options)
     patches = inductor_patches(mode or config.mode, config.inductor)
     compiler = _Compiler(config, patches)
     if not (torch.is_grad_enabled() or _turns_gradients_on(gm)):

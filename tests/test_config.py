@@ -6,6 +6,7 @@ import math
 import textwrap
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 
 import grass_fx
@@ -277,3 +278,44 @@ WANTS = [
 @pytest.mark.parametrize(("options", "reason"), WANTS)
 def test_patterns_choose_parameters(options, reason):
     assert GrassConfig(**options).wants(NAME) == reason
+
+
+# --- options by a backend's name, or from the environment -----------------------------------------
+
+
+def trained_rank(**how):
+    """r of a weight of 16 columns, as the backend takes it."""
+    torch._dynamo.reset()
+    model = torch.nn.Linear(16, 8)
+    torch.compile(model, **how)(torch.randn(4, 16)).sum().backward()
+    return model.weight.grad.compact.shape[1]
+
+
+def test_a_backend_may_have_a_name_for_its_options(caplog):
+    plain = {"compiler": "aot_eager"}
+    grass_fx.register_backend("grass_quarter", rank=4, **plain)
+    grass_fx.register_backend("grass_quarter", rank=4, **plain)  # as a second process start does
+    with caplog.at_level("INFO", logger="grass_fx"):
+        assert trained_rank(backend="grass_quarter") == 4
+    assert "backend grass_quarter: options {'rank': 4" in caplog.text
+    assert trained_rank(backend="grass_quarter", options={"rank": 2, **plain}) == 2
+    for name, options, says in (
+        ("grass_quarter", {"rank": 8}, "already, with other options"),
+        ("inductor", {"rank": 8}, "already, with other options or of another kind"),
+        ("grass_wrong", {"rnk": 8}, "did you mean 'rank'"),
+        ("not a name", {}, "must be a Python identifier"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            grass_fx.register_backend(name, **options)
+
+
+def test_options_come_from_the_environment_where_none_are_passed(monkeypatch, caplog):
+    monkeypatch.setenv("GRASS_FX_OPTIONS", '{"rank": 6, "compiler": "aot_eager"}')
+    with caplog.at_level("INFO", logger="grass_fx"):
+        assert trained_rank(backend="grass") == 6
+    assert "GRASS_FX_OPTIONS: options {'rank': 6" in caplog.text
+    assert trained_rank(backend="grass", options={"rank": 2, "compiler": "aot_eager"}) == 2
+    for text, says in (("{rank", "is not JSON"), ("[1]", "JSON object"), ('{"rnk": 1}', "'rank'")):
+        monkeypatch.setenv("GRASS_FX_OPTIONS", text)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=says):
+            trained_rank(backend="grass")

@@ -34,6 +34,20 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
+def named_backend(name: str) -> Callable[..., Any] | None:
+    """The backend of torch.compile with this name, or None."""
+    from torch._dynamo.backends.registry import _BACKENDS, _COMPILER_FNS, lookup_backend
+
+    return lookup_backend(name) if name in _BACKENDS or name in _COMPILER_FNS else None
+
+
+def name_backend(name: str, backend: Callable[..., Any]) -> None:
+    """Let torch.compile know a backend by this name."""
+    from torch._dynamo.backends.registry import register_backend
+
+    register_backend(backend, name=name)
+
+
 @contextmanager
 def compiled_apart(
     function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None

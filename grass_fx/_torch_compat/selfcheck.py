@@ -28,6 +28,10 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
         "torch._guards.CompileId.frame_compile_id",
         "torch._dynamo.symbolic_convert.tls",
         "torch._C._set_grad_enabled",
+        "torch._dynamo.backends.registry._BACKENDS",
+        "torch._dynamo.backends.registry._COMPILER_FNS",
+        "torch._dynamo.backends.registry.lookup_backend",
+        "torch._dynamo.backends.registry.register_backend(compiler_fn, name)",
     ),
     "grass_fx.explain": (
         "torch._dynamo.config.automatic_dynamic_shapes",
