@@ -7,7 +7,7 @@ gathered one once, at its first gathering, and keeps the object: only its memory
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,8 @@ def fsdp_weight(gathered: Tensor) -> FSDPWeight | None:
     """The weight that FSDP2 has gathered into this Parameter; None if it is no such Parameter."""
     known = gathered.__dict__.get(_KNOWN)
     if known is None:
+        if not _states():
+            return None
         known = gathered.__dict__[_KNOWN] = _looked_up(gathered)
     param, group = (ref() for ref in known) if known else (None, None)
     return None if param is None else FSDPWeight(param, group)
@@ -114,13 +116,18 @@ def sharded_by_fsdp(parameter: Tensor) -> FSDPWeight | None:
     return next((each for each in _weights() if each.param.sharded_param is parameter), None)
 
 
-def _weights() -> Iterator[FSDPWeight]:
-    """All of the process."""
+def _states() -> Mapping[Any, Any]:
+    """Module -> weak reference to the state that FSDP2 and its like keep of it."""
     try:
         from torch.distributed._composable_state import _module_state_mapping
     except ImportError:  # then no weight is found, and each trains dense with that reason
-        return
-    for ref in list(_module_state_mapping.values()):
+        return {}
+    return _module_state_mapping
+
+
+def _weights() -> Iterator[FSDPWeight]:
+    """All of the process."""
+    for ref in list(_states().values()):
         state = ref()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # before there were several of one module
