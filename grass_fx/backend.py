@@ -292,7 +292,7 @@ class _Compiler:
         config, signature, variant = self.config, facts.signature, facts.variant
         assert signature is not None and variant is not None
         graph, extended = tapped(gm, facts, observers)
-        joint = JointFacts(config.needs_scores, _reshards(gm.graph), config.disable_passes)
+        joint = JointFacts.of(config, _reshards(gm.graph))
         make_pass = partial(GrassPasses, joint, observers)
         if config.compiler == "aot_eager":
             return compile_aot_eager(graph, extended, make_pass(()))

@@ -35,6 +35,11 @@ class JointFacts:
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
 
+    @classmethod
+    def of(cls, config: GrassConfig, reshards: bool = False) -> JointFacts:
+        """The facts of graphs that are compiled with these options."""
+        return cls(config.needs_scores, reshards, config.disable_passes)
+
 
 @dataclass
 class Result:

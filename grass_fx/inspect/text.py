@@ -35,10 +35,10 @@ def headline(report: Findings) -> str:
     taken = [weight for weight in matrices if weight.taken]
     pushed = sum(weight.status == "pushed" for weight in taken)
     graphs = f"{report.graphs} graph{'' if report.graphs == 1 else 's'}"
-    lines = [
-        f"{len(taken)} of {len(matrices)} weight matrices get compact gradients; the full gradient "
-        f"is formed for {(len(taken) - pushed) or 'none'} of them ({graphs})."
-    ]
+    line = f"{len(taken)} of {len(matrices)} weight matrices get compact gradients"
+    if taken:
+        line += f"; the full gradient is formed for {(len(taken) - pushed) or 'none'} of them"
+    lines = [f"{line} ({graphs})."]
     if not report.graphs:
         lines.append("No training graph was compiled: does the model run inside torch.compile?")
     elif not taken:

@@ -99,7 +99,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     signature = Signature(found.taken, len(inputs), config.needs_scores)
     taps, extended = tapped(gm, replace(facts, signature=signature, variant=REGULAR))
     tracer = _Tracer(config, found, signature, inputs)
-    passes = GrassPasses(JointFacts(config.needs_scores, False, config.disable_passes), [tracer])
+    passes = GrassPasses(JointFacts.of(config), [tracer])
     compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
     if not tracer.parts:
         return None

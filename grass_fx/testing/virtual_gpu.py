@@ -347,7 +347,7 @@ def tapped_backward(
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
         variant, signature = Variant(scoring=scores), Signature(found.taken, len(inputs), scores)
         graph, extended = tapped(gm, DynamoFacts(graph_config, inputs, signature, variant))
-        passes = GrassPasses(JointFacts(with_scores=scores))
+        passes = GrassPasses(JointFacts.of(graph_config))
         compiled = compile_aot_eager(graph, extended, passes, on_backward)
         return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
 
