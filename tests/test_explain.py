@@ -463,7 +463,7 @@ def with_inputs(way):
 def test_a_function_may_give_inputs_in_any_way(way, monkeypatch, capsys):
     monkeypatch.setattr(f"{__name__}.made", lambda: with_inputs(way), raising=False)
     assert main(["explain", "--model", f"{__name__}:made", "--rank", "4"]) == 0
-    assert "1 of 1 matrices" in capsys.readouterr().out
+    assert "1 of 1 weight matrices" in capsys.readouterr().out
 
 
 def test_the_command_line_explains_the_example(capsys, tmp_path):
