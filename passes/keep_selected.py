@@ -1,4 +1,7 @@
-"""Save X[:, σ] for the backward instead of X; equation 3 of docs/method.md needs only that."""
+"""Select from a layer's input already in the forward, so that only the selected part is saved.
+
+Equation 3 of docs/method.md needs only X[:, σ] in the backward.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ PARTS = (
     *SPLITS, operator.getitem, aten.slice.Tensor, aten.select.int, aten.unbind.int,
     aten.expand.default, aten.alias.default, aten.detach.default,
 )  # fmt: skip
-"""Views whose tensor may be larger, so that keeping a part of the view saves nothing."""
+"""Views of a tensor that may be larger and stays in memory anyway."""
 
 CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 """Autocast makes a cast for each linear layer; the partitioner merges equal ones."""
@@ -45,10 +48,10 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         mm_1 = torch.ops.aten.mm.default(d_t, select)
 
     There are two conditions. In the forward, only products use x. In the backward, only selected
-    products use it, and together they select less than all of x. Otherwise x is saved anyway, or
-    something else needs it to be recomputed. Inputs inside activation checkpointing stay as they
-    are. ρ scales the product, as before. The pass is for joint graphs that are not partitioned yet,
-    and for rules without scores: a scoring step needs all of x, and both variants share a forward.
+    products use it, and together they select less than all of x. Otherwise all of x is needed
+    anyway. Inputs inside activation checkpointing stay as they are. ρ scales the product, as
+    before. The pass is for joint graphs that are not partitioned yet, and for rules without scores:
+    a scoring step needs all of x, and both variants share a forward.
     Rewritten: the new products.
     """
     backward = _backward(graph)

@@ -47,7 +47,7 @@ SAME = {
 
 
 def output_dims(node: fx.Node, flipped: int) -> list[int]:
-    """The dimension of output features for each use of ``node``, counted in the parameter.
+    """For each use of ``node``: which dimension of the parameter holds the output features.
 
     ``flipped`` is 1 if ``node`` is the transposed parameter. Raises NotLinear at the first use that
     is no matrix product.

@@ -51,7 +51,7 @@ because after it nothing may need a full gradient any more. ``keep_selected`` wo
 that ``push_selection`` made."""
 
 AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
-"""Stands for AOTAutograd, which makes the graph that JOINT gets, in the steps of observers."""
+"""A placeholder, so that observers also see the graph as AOTAutograd made it."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class Stop(Exception):
 def make_early(node: fx.Node) -> None:
     """Move ``node``, which selects from a gradient or scores it, right behind that gradient.
 
-    Autograd differentiates taps last and puts ``node`` at the end of the graph. There it would keep
-    the factors of the gradient alive until the end, for all layers.
+    Autograd differentiates taps last and puts ``node`` at the end of the graph. If it stayed
+    there, every layer's factors would stay in memory until then.
     """
     g = node.args[0]
     if isinstance(g, fx.Node) and g.op == "call_function":
@@ -40,7 +40,7 @@ def make_early(node: fx.Node) -> None:
 
 
 class Planned:
-    """A call that :func:`emit` may add to the graph. It has the attributes of the future node."""
+    """A node that is not in the graph yet, with the attributes it will have."""
 
     op = "call_function"
 
@@ -173,7 +173,9 @@ class Push:
             raise Stop(f"{node.name} is needed whole by {whole.name}")
 
     def _needs_whole(self, node: fx.Node, user: fx.Node) -> fx.Node | None:
-        """A node behind ``node``, not counting ``user``, that needs the whole value; else None.
+        """Another use of ``node``, direct or through later nodes, that needs its full value.
+
+        None if only ``user`` and selections need it.
 
         A sum may use a gradient twice, and parts of a gradient may each be selected, as with
         concatenated weights. These do not count: once all selections are pushed, nothing forms the
@@ -222,8 +224,8 @@ class Push:
     def inside(
         self, x: fx.Node, start: int, size: int, dim: int, user: fx.Node, other: Value | None
     ) -> Value:
-        """Selected rows in [start, start + size) from ``x``, which is that part; the others' from
-        ``other``.
+        """``x`` holds rows ``start`` to ``start + size``. Take selected rows in that range from
+        ``x``, and the rest from ``other``.
 
         To keep the shape, all r rows are computed from ``x``; for a row outside of ``x`` any of its
         rows is taken.
@@ -252,7 +254,7 @@ class Push:
     def other(
         self, indices: Any, scale: Any, block: list[Any], rules: Mapping[Any, Rule] | None = None
     ) -> Push:
-        """The same selection with other indices, for an operation that numbers rows differently."""
+        """The same rows, renumbered for a tensor in which they have other positions."""
         push = Push(rules or self.rules, self.graph, self.select, indices, scale, block)
         push.planned, push.made, push.reports = self.planned, self.made, self.reports
         return push

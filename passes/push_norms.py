@@ -35,8 +35,9 @@ def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         mm_squared_norms = torch.ops.grass.mm_squared_norms.default(permute, x, 0)
 
     This happens if tiles are wanted (:func:`wants_tiles`), only transposes, views and conversions
-    lie between product and norms, and otherwise only a selection needs the gradient. In all other
-    cases the norms only move up to their gradient. Rewritten: the new norms.
+    lie between product and norms, and besides the norms only a selection needs the gradient.
+    Otherwise the norms are only computed earlier, right after their gradient. Rewritten: the new
+    norms.
     """
     result = Result()
     for norms in graph.find_nodes(op="call_function", target=SQUARED_NORMS):

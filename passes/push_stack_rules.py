@@ -65,7 +65,7 @@ def _grouped_mm(push: Push, node: fx.Node, dim: int) -> Value:
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
 def _index_put(push: Push, node: fx.Node, dim: int) -> Value:
-    """The gradient when each token was sent to one matrix, with a product for each token."""
+    """Each token was multiplied by one matrix; this adds up the tokens' gradients per matrix."""
     base, where, values, *accumulate = cast("tuple[Any, ...]", node.args)
     if len(where) != 1 or where[0].meta["val"].dim() != 1:
         raise Stop(f"{node.name} indexes more than the matrices of a stack")

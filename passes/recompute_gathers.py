@@ -21,7 +21,7 @@ SAME_WEIGHT = {
 """Operations that lead from shards to a gathered weight, and to views and casts of it."""
 
 REGION = 100_000
-"""The number of our recomputation region; those of activation checkpointing count from 0."""
+"""An id for our region, far above those of activation checkpointing, which start at 0."""
 
 
 def recompute_gathers_pass(graph: fx.Graph, facts: JointFacts) -> Result:

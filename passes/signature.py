@@ -1,4 +1,4 @@
-"""The calling convention of a tapped graph: which inputs tapping adds, and in which order.
+"""The calling convention of a tapped graph: which inputs tapping adds, and where they stand.
 
 They follow the graph's own inputs, weight by weight. :data:`ROLES` lists them. All other code that
 names or orders added inputs uses :class:`Signature`.
@@ -130,7 +130,7 @@ class Signature:
 
 
 class Variant(NamedTuple):
-    """Distinguishes the graphs of one compilation."""
+    """Which of the up to two (with processes, up to four) graphs of a compilation it is."""
 
     scoring: bool = False
     """Whether the graph is for scoring steps and also yields scores."""

@@ -31,7 +31,7 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
 
     After::
 
-        tap = grass_fx_passes_taps_tap(weight, dim=0, d=weight_d, indices=weight_indices)
+        tap = grass_fx_passes_taps_tap(weight, dim=1, d=weight_d, indices=weight_indices)
         linear = torch._C._nn.linear(x, tap, bias)
 
     ``facts.signature`` lists the added inputs. For a rule with scores both variants have the same
