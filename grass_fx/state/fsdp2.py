@@ -47,10 +47,10 @@ def _of_mesh(mesh: Any) -> tuple[Sharding, GroupReplicas]:
 
 
 def check_call(weight: FSDPWeight, gathered: Tensor, name: str) -> None:
-    """Raise DistributedError if FSDP2 is set to what compact gradients cannot be under.
+    """Raise DistributedError if a setting of FSDP2 does not work with compact gradients.
 
-    And from now on an error of ours, not an assertion of FSDP2, meets a dense gradient of the
-    gathered parameter: it would be reduced beside the compact one.
+    Also makes a later dense gradient of the gathered parameter raise our error instead of FSDP2's
+    assertion. It would be reduced beside the compact one.
     """
     if weight.fills_unused:
         raise DistributedError(

@@ -1,4 +1,4 @@
-"""Ends an optimizer step for subspaces: the only place where selections change.
+"""Ends an optimizer step for subspaces: this is where a training run changes selections.
 
 The optimizers of grass_fx call :func:`finish_steps` (docs/method.md, "Steps, periods, refreshes").
 """

@@ -139,8 +139,9 @@ class Registry:
     ) -> list[Subspace]:
         """Return the weights' subspaces as a compiled graph needs them, made when first used.
 
-        A graph that was compiled with other options replaces them. The draw number keeps
-        increasing, so that a gradient of an old subspace is never taken for one of the new.
+        If the graph was compiled with other options, new subspaces replace the old. The draw
+        number keeps increasing, so that a gradient of an old subspace is never taken for one of the
+        new.
 
         Raises:
             OptionError: a weight holds a gradient of its old subspace; then none is replaced.

@@ -1,4 +1,4 @@
-"""Tells which parameters several processes train together, in the terms that this layer needs."""
+"""Tells which parameters several processes train together."""
 
 from __future__ import annotations
 

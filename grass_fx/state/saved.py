@@ -17,7 +17,7 @@ _TENSORS = ("subspace_counters", "subspace_order", "subspace_indices")
 
 
 def check_saved(name: str, state: Mapping[str, Any], stack: int | None) -> None:
-    """Raise StateError, naming the weight, unless ``state`` can be a ``Subspace.state()``.
+    """Raise StateError, naming the weight, if ``state`` is not a valid saved ``Subspace.state()``.
 
     ``stack``: the number of matrices in a stacked weight. ``Subspace.check`` decides whether the
     state also fits the options.

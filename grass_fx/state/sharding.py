@@ -1,4 +1,4 @@
-"""Tells how a weight is sharded over processes, in the terms that this layer needs."""
+"""Tells how a weight is sharded over processes."""
 
 from __future__ import annotations
 

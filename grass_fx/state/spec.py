@@ -39,7 +39,7 @@ class SubspaceSpec:
     shards: Shards | None = field(default=None, compare=False)
     """How the graph averages C if dimension 0 of the weight is sharded over processes."""
     parts: int = 1
-    """The number of equal parts that each have equally many selected rows, for sharded rows."""
+    """The number of equal parts of sharded rows; equally many rows are selected in each part."""
     stack: int | None = None
     """The number of matrices in a stacked weight, each with r rows of its own; else None."""
 
@@ -84,7 +84,10 @@ class SubspaceSpec:
         return tuple(compact)
 
     def graph_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Return the shape of what a graph yields of C: all of it if it is reduced afterwards."""
+        """The shape of the gradient that the graph returns.
+
+        It is that of the full C if processes reduce it later, else of this process's part.
+        """
         if self.shards is not None and self.shards.bucketed:
             return self.compact_shape(shape)
         return self.own_compact_shape(shape)

@@ -1,7 +1,6 @@
 """The subspace of each taken weight: which rows it moves now, and when that changes.
 
-Selections change in one place, ``refresh.finish_steps``, which grass_fx optimizers call after their
-step (docs/method.md, "Steps, periods, refreshes").
+A training run changes selections in ``refresh.finish_steps``, which optimizers call after a step.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 Draw = tuple[Tensor, Tensor | None]
 """The units drawn for one matrix, (r / B,), and with replacement ρ per unit."""
 
-
 _generations = itertools.count()
 """Generation numbers of selections: a process uses each once, and loading restores none."""
 
@@ -61,13 +59,19 @@ class Upcoming:
 class Subspace:
     """A weight's selection and its schedule. One optimizer step uses one selection.
 
-    ``selection`` is the current :class:`~grass_fx.Selection`. ``step`` counts optimizer steps,
-    ``period`` counts draws. ``scoring_due`` tells whether this step's gradients must carry scores.
-    ``delivered`` tells whether a compact gradient has arrived in this step, ``unfinished`` in how
-    many backwards; ``backward`` is the number of the last one. ``history`` records selections for
-    reports and decides nothing. ``compilations`` are the (frame, number) pairs of its graphs after
-    the first, for a warning. ``replicas`` are the processes it is trained with, ``agreed`` tells
-    whether they have compared options, ``sharding`` how it is sharded. Gradients carry ``owner``.
+    Attributes:
+        selection: the current :class:`~grass_fx.Selection`.
+        step, period: the number of optimizer steps, and of draws.
+        scoring_due: whether this step's gradients must carry scores.
+        delivered: whether a compact gradient has arrived in this step.
+        unfinished: how many backwards have brought one in this step.
+        backward: the number of the last backward that brought one.
+        history: its selections, for reports; it decides nothing.
+        compilations: the (frame, number) pairs of its graphs after the first, for a warning.
+        replicas: the processes that train the weight together.
+        agreed: whether they have compared options.
+        sharding: how the weight is sharded.
+        owner: a weak reference to this Subspace, which gradients carry.
     """
 
     def __init__(

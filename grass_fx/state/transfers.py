@@ -1,7 +1,7 @@
 """Copies small tensors between host and device without waiting, and many of them in one copy.
 
-A copy that waits does so until the device has done all its queued work, and a small copy costs as
-much as a large one. At a refresh every weight has something to copy.
+A blocking copy waits for all work queued on the device, so a small one costs as much as a large
+one. At a refresh every weight has something to copy.
 """
 
 from __future__ import annotations

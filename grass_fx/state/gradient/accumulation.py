@@ -135,7 +135,7 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
 
 
 def _warn_unzeroed(used: Used, grad: CompactGrad) -> None:
-    """Warn once per optimizer: a training loop that does this does it in every iteration."""
+    """Warn once per optimizer; once is enough: such a loop repeats it in each iteration."""
     if used.warned:
         return
     used.warned = True

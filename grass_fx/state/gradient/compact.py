@@ -40,7 +40,10 @@ def handles(*ops: Any) -> Callable[[Handler], Handler]:
 
 
 class Owner:
-    """Refers weakly to a Subspace; Dynamo would take a bare weak reference for its referent."""
+    """Refers weakly to a Subspace.
+
+    A plain weakref would make Dynamo treat it as the Subspace itself.
+    """
 
     def __init__(self, subspace: Any) -> None:
         self._ref = weakref.ref(subspace)
