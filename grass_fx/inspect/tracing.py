@@ -221,6 +221,7 @@ class _Tracer:
     def _add_scoring(self, traced: TracedWeight, weight: Tensor) -> None:
         """Add scoring: one step in K forms the full gradient, or C and tiles of the full one."""
         tiles = weight.dim() == 2 and wants_tiles(weight, self.config.scoring)
+        tiles = tiles and "push_norms" not in self.config.disable_passes
         traced.scoring_step = 0 if tiles else weight.nbytes
         if self.config.scoring_period == math.inf:
             return

@@ -209,10 +209,13 @@ class AdamW(SubspaceOptimizer):
         step: Callable[[Sequence[Tensor], Mapping[str, Any]], None],
     ) -> list[Operation]:
         """Return torch's step of dense parameters; if it fails, their counts are restored."""
-        if not params:
-            return []
+        alone = not (group["foreach"] or group["fused"] or any(p.is_cuda for p in params))
+        if len(params) > 1 and alone:  # as torch steps them
+            return [each for p in params for each in self._dense_operations([p], group, step)]
 
         def operation() -> None:
+            memory = [torch.empty_like(p) for p in params for _ in range(2)]
+            del memory  # torch takes as much after it has moved moments
             counts = [self._dense_state(p, bool(group["fused"]))["step"] for p in params]
             before = torch._foreach_add(counts, 0)
             try:
@@ -222,7 +225,7 @@ class AdamW(SubspaceOptimizer):
                     count.copy_(old)
                 raise
 
-        return [Operation(operation, tuple(params))]
+        return [Operation(operation, tuple(params))] if params else []
 
     def _lay_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
@@ -346,10 +349,10 @@ class AdamW(SubspaceOptimizer):
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
-            state.clear()
-            state["step"] = count_as_torch(0, p, fused)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            first, second = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in "12")
+            new = {"step": count_as_torch(0, p, fused), "exp_avg": first, "exp_avg_sq": second}
+            state.clear()  # here, when there is memory for all of it
+            state.update(new)
         return state
 
     def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:

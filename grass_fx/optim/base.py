@@ -45,6 +45,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
     """Whether :func:`~grass_fx.step_in_backward` was called with this optimizer."""
     _under_way: Step | None = None
     """The step that an exception has interrupted."""
+    _evaluated: tuple[Any] | None = None
+    """What this step's closure has returned."""
     _built_after = -1
     """The number of the last backward of any model before this optimizer was built."""
 
@@ -101,9 +103,11 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             # Resuming after a graph break, Dynamo would confuse the states of two weights.
             return torch.compiler.disable(self.step)(closure)
         loss = None
+        self._evaluated = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._evaluated = (loss,)
         if self._is_layout_step():
             self._lay_out(self._layout_plan())
             return loss

@@ -16,10 +16,12 @@ from grass_fx.optim.entries import COUNT, Kept, recounted
 from grass_fx.optim.loading import (
     OWN,
     SUBSPACE,
+    check_rows,
     check_selection,
     check_subspace,
     compact_shape,
     copied,
+    damage_of,
     own_part,
     past_of,
     viewed,
@@ -222,16 +224,18 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 name = registry.name_of(p, default=f"parameter {key}")
                 if not isinstance(own[key], Mapping):
                     raise StateError(f"{name}: its saved state is no mapping of entries.")
-                self._check_shape(p, own[key], name)
-                ours = {k: v for k, v in own[key].items() if k.startswith(SUBSPACE)}
-                state = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
-                if ours or "indices" in state:
-                    check_subspace(p, ours, name)
-                    state = own_part(p, state)
-                    check_selection(p, state, ours, name)
-                    subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
-                    subspaces[p] |= past_of(p, ours, past, key, name)
-                own[key] = self._fitting(p, state, ours, name, (group, now), asked)
+                with damage_of(name):
+                    self._check_shape(p, own[key], name)
+                    ours = {k: v for k, v in own[key].items() if k.startswith(SUBSPACE)}
+                    state = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
+                    if ours or "indices" in state:
+                        check_subspace(p, ours, name)
+                        state = own_part(p, state)
+                        check_selection(p, state, ours, name)
+                        check_rows(state, name)
+                        subspaces[p] = {k: v.to(p.device, copy=True) for k, v in ours.items()}
+                        subspaces[p] |= past_of(p, ours, past, key, name)
+                    own[key] = self._fitting(p, state, ours, name, (group, now), asked)
         for place, group in enumerate(groups):
             if isinstance(group.get("lr"), int | float):  # a schedule may end just below 0
                 group["lr"] = abs(group["lr"])

@@ -51,6 +51,7 @@ class Kept:
 
     def misfit(self, state: Mapping[str, Any], rows: int | None) -> str | None:
         """Say what is wrong with the entries of ``state``; ``rows``: r, or None if dense."""
+        alike: dict[torch.dtype, Tensor] = {}  # entries of one dtype were saved in one
         for name, value in state.items():
             if name.startswith(PER_ROW) and rows is not None:
                 if (problem := _misfit_per_row(name, value, state, rows)) is not None:
@@ -72,6 +73,8 @@ class Kept:
                     return f"its saved {name} is of {type(value).__name__}"
                 if _is_real(self.dtypes[name]) != _is_real(value.dtype):
                     return f"its saved {name} is of {value.dtype}"
+                if (first := alike.setdefault(self.dtypes[name], value)).dtype != value.dtype:
+                    return f"its saved {name} is of {value.dtype}, beside one of {first.dtype}"
         return None
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from grass_fx.errors import StateError, warn
+from grass_fx.errors import GrassError, StateError, warn
+from grass_fx.optim.rowwise import PER_ROW
 from grass_fx.state.registry import registry
 from grass_fx.state.saved import check_saved, pieces_of, selection_damage, sound_history
 from grass_fx.state.sharding import local, sharding_of
@@ -40,6 +42,36 @@ def viewed(value: Any, wanted: tuple[int, ...] | None, compact: tuple[int, ...])
     if isinstance(value, Tensor) and wanted in (compact, flat):
         return value.reshape(wanted) if tuple(value.shape) in (compact, flat) else value
     return value
+
+
+@contextmanager
+def damage_of(name: str) -> Iterator[None]:
+    """Turn errors that a damaged state raises while it is read into a StateError."""
+    try:
+        yield
+    except GrassError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise _damaged(name, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(name: str, problem: str) -> StateError:
+    return StateError(
+        f"{name}: its saved state is damaged: {problem}. Load another "
+        "checkpoint, or delete this weight's entry from the state dict's state: the weight "
+        "then starts anew."
+    )
+
+
+def check_rows(state: Mapping[str, Any], name: str) -> None:
+    """Raise StateError if rows of several ages have one count, and none for each."""
+    ages = state["age"]
+    if ages.numel() == 0 or bool((ages == ages[0]).all()):
+        return
+    for entry, value in state.items():
+        single = isinstance(value, Tensor) and value.dim() == 0 and entry not in OWN
+        if single and PER_ROW + entry not in state:
+            raise _damaged(name, f"{PER_ROW}{entry} is missing")
 
 
 def _stack_of(p: Tensor) -> int | None:
@@ -94,11 +126,7 @@ def check_selection(
         else:
             problem = selection_damage(state["indices"], scale, pieces // ranks, size, block)
     if problem is not None:
-        raise StateError(
-            f"{name}: its saved state is damaged: {problem}. Load another "
-            "checkpoint, or delete this weight's entry from the state dict's state: the weight "
-            "then starts anew."
-        )
+        raise _damaged(name, problem)
 
 
 def _ranks(p: Tensor) -> int:

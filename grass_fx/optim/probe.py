@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -226,6 +226,42 @@ def _power(single: float, double: float) -> int | None:
         return None
     power = math.log2(ratio)
     return round(power) if abs(power - round(power)) < 0.05 else None
+
+
+def keeps_elsewhere(make: Make) -> str | None:
+    """Where X keeps a tensor of a weight's shape besides its state, or None.
+
+    X's attributes, its groups and the parameter's attributes are looked through after a step.
+    """
+    w = Parameter(torch.ones(3, 5, dtype=torch.float32, device="cpu"))  # a shape of nothing else
+    optimizer = make([w])
+    w.grad = torch.ones_like(w)
+    try:
+        unhooked(type(optimizer).step)(optimizer)
+    except Exception:  # a class that steps no such weight says so where it is used
+        return None
+    own = ("state", "param_groups", "defaults")
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in own}
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for where, values in (
+        ("its attribute", attributes),
+        ("its groups' entry", group),
+        ("the parameter's attribute", vars(w)),
+    ):
+        for name, value in values.items():
+            if any(t.shape == w.shape and t is not w and t is not w.grad for t in _tensors(value)):
+                return f"{where} {name!r}"
+    return None
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors in a value, and in what it holds."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        held = value.values() if isinstance(value, Mapping) else value
+        for item in held if isinstance(held, Iterable) and not isinstance(held, str) else ():
+            yield from _tensors(item, depth - 1)
 
 
 def is_decoupled(make: Make) -> bool:

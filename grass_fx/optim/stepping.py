@@ -86,7 +86,8 @@ class Step:
         warn(
             f"optimizer.step() was interrupted ({type(error).__name__}): {self._names()} moved, "
             f"{left} parameters have not. Calling step() again, before the next backward, goes on "
-            "from there: no parameter is stepped twice."
+            "from there: no parameter moves twice. Moments of a dense one may, if torch's own "
+            "kernel had begun with it."
         )
 
 

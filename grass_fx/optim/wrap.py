@@ -176,8 +176,8 @@ class _Wrapped(SubspaceOptimizer):
     def _prepare(self, plan: Plan) -> list[Operation]:
         prepared = self._with_stand_ins(plan)
         dense = tuple(p for entries in plan for p, grad in entries if grad is None)
-        step = partial(self._run, prepared, probe.unhooked(self._inner.step))
-        operations = [Operation(step, dense)]
+        step = wrappable.stepping(self._inner, self._evaluated, self._kind)
+        operations = [Operation(partial(self._run, prepared, step), dense)]
         for taken in prepared.all():
             operations += map(Operation, taken.writes())
             operations.append(Operation(partial(self._end, taken), (taken.weight,)))
@@ -202,9 +202,10 @@ class _Wrapped(SubspaceOptimizer):
                     work[-1].append((p, grad.selection, matrix(grad.compact)))
         prepared = self._stand_ins(work)
         for group, taken in zip(self.param_groups, prepared.taken, strict=True):
-            shrink = self._x.shrink(group) if taken else 1.0
+            if taken:
+                wrappable.check_elsewhere(self._x.ask(probe.keeps_elsewhere, group), self._kind)
             for taken_weight in taken:
-                taken_weight.shrink = shrink
+                taken_weight.shrink = self._x.shrink(group)
                 age = self.state[taken_weight.weight]["age"]
                 taken_weight.warm_up(age, group["scale"], group["warmup_steps"])
         return prepared

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from grass_fx.config import SUBSPACE_DEFAULTS
 from grass_fx.errors import OptionError, warn
 from grass_fx.optim.base import SubspaceOptimizer
-from grass_fx.optim.probe import Entry
+from grass_fx.optim.probe import Entry, unhooked
 
 
 def check_class(optimizer_class: Any) -> None:
@@ -45,6 +45,43 @@ def check_instance(optimizer: Optimizer, name: str) -> None:
                     f"subspace({name}): it steps by another optimizer that it holds, its "
                     f"{attribute}, which would see whole weights. Wrap the class of that one."
                 )
+
+
+def check_elsewhere(place: str | None, name: str) -> None:
+    """Raise OptionError if X keeps tensors of a weight's shape outside of its state."""
+    if place is not None:
+        raise OptionError(
+            f"subspace({name}): it keeps a tensor of a parameter's shape outside of its state, in "
+            f"{place}, which would not follow a weight to its next selection. Keep it in "
+            "self.state[parameter]."
+        )
+
+
+def stepping(
+    inner: type[Optimizer], evaluated: tuple[Any] | None, name: str
+) -> Callable[[Optimizer], Any]:
+    """X's step as a function of X alone; the closure, which has run, may be asked for once more."""
+    step = unhooked(inner.step)
+    if evaluated is None:
+        return step
+
+    def call(twin: Optimizer) -> Any:
+        times = 0
+
+        def closure() -> Any:
+            nonlocal times
+            times += 1
+            if times > 1:
+                raise OptionError(
+                    f"subspace({name}): its step evaluates the closure again where it has moved "
+                    "the weights, and here stand-ins move instead of them. Take another optimizer, "
+                    "such as grass_fx.AdamW."
+                )
+            return evaluated[0]
+
+        return step(twin, closure)
+
+    return call
 
 
 def check_entries(entries: Mapping[str, Entry], name: str) -> None:
