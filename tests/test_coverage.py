@@ -52,13 +52,7 @@ NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-# The longest of the zoo, each much like another that stays.
-LONG = ("mixtral, eager experts", "mixtral, bfloat16", "mixtral, batched_mm experts", "whisper",
-        "mistral", "roberta", "gpt2", "qwen2")  # fmt: skip
-
-every_model = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in ZOO]
-)
+every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def transformers():
@@ -136,6 +130,7 @@ def test_the_page_has_the_line_of_every_model(name, covered):
     assert model_coverage.row(name) in model_coverage.PAGE.read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date():
     transformers()
     assert model_coverage.PAGE.read_text(encoding="utf-8") == model_coverage.page()

@@ -162,12 +162,6 @@ def resume(rank, folder):
             torch.testing.assert_close(p.detach().full_tensor(), want, **EXACT)
 
 
-def by_inductor(rank):
-    """Code that Inductor generates trains alike."""
-    generated, plain = (train(*CASES[0], compiler=each)[0] for each in ("inductor", "aot_eager"))
-    torch.testing.assert_close(generated, plain, **EXACT)
-
-
 def count(rank, reshard):
     """Collectives move what is compact, and shards."""
     torch._dynamo.reset()
@@ -239,8 +233,3 @@ def test_four_processes_equal_one_and_resume_what_two_saved(folder):
 def test_one_process_resumes_what_two_saved(folder):
     with one_process(folder, "second"):
         resume(0, folder)
-
-
-@pytest.mark.slow
-def test_inductors_code_trains_alike():
-    spawn(by_inductor, 2)

@@ -253,6 +253,7 @@ def test_triton_compiles_all_kernels_of_a_backward(backwards, block, tokens):
         assert [capability for capability, _ in assert_fits(kernel)] == [80, 90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in MODELS if key[0] != torch.bfloat16], ids=str)
 def test_a_whole_backwards_numbers_are_the_cpus(backwards, outputs, key):
     """Of symbolic sizes: for other sizes than the code was generated with."""
@@ -294,6 +295,7 @@ def scored(scorings):
     return {key: [t for t in got if t is not None] for key, got in zip(keys, each, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SCORING, ids=str)
 def test_a_scoring_step_of_tiles_forms_no_full_gradient_either(scorings, key):
     module, backward = scorings[key]
@@ -306,6 +308,7 @@ def test_a_scoring_step_of_tiles_forms_no_full_gradient_either(scorings, key):
             assert compiled.tensor_cores == (key[0] in HALF)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in SCORING if key[0] != torch.bfloat16], ids=str)
 def test_a_scoring_steps_numbers_are_the_cpus(scorings, scored, key):
     """Gradients of two biases, two compact ones, and two score vectors."""

@@ -40,6 +40,7 @@ def resumed(tmp_path_factory):
     return dict(line.rsplit(maxsplit=1) for line in run.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_run(resumed, case):
     assert {done: resumed[f"{case.name} {done}"] for done in SAVED} == dict.fromkeys(

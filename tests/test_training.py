@@ -164,7 +164,7 @@ def test_equals_the_reference_inductor(rule, replacement, side, block):
     ("name", "rule", "replacement", "side", "block"),
     [
         pytest.param(("llama", "shared")[i % 2], *variant.values, id=variant.id)
-        for i, variant in enumerate(OTHER_VARIANTS)
+        for i, variant in enumerate(OTHER_VARIANTS[::2])
     ],
 )
 def test_equals_the_reference_inductor_models(name, rule, replacement, side, block):
