@@ -7,7 +7,7 @@ names or orders added inputs uses :class:`Signature`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -94,7 +94,11 @@ class Signature:
             for position, roles in self._roles.items()
         }
         self._are_proxies = [r.is_proxy for roles in self._roles.values() for r in roles]
-        self._proxies = [[r.name for r in roles if r.is_proxy] for roles in self._roles.values()]
+        order = itertools.count()
+        self.proxy_places = [
+            {r.name: next(order) for r in roles if r.is_proxy} for roles in self._roles.values()
+        ]
+        """For each weight, role -> place among all proxies."""
 
     def places(self, weight: LinearWeight) -> Mapping[str, int]:
         """Role -> position among the tapped graph's inputs, in the order of positions."""
@@ -121,12 +125,6 @@ class Signature:
         """The added inputs of a call: its proxies, and each weight's [σ] or [σ, ρ], in order."""
         proxy, selected = iter(proxies), itertools.chain.from_iterable(selections)
         return [next(proxy if is_proxy else selected) for is_proxy in self._are_proxies]
-
-    def split(self, per_proxy: Sequence[T]) -> Iterator[dict[str, T]]:
-        """For each weight, role -> the element of ``per_proxy`` for that proxy, as its gradient."""
-        values = iter(per_proxy)
-        for names in self._proxies:
-            yield {name: next(values) for name in names}
 
 
 class Variant(NamedTuple):

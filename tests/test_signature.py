@@ -60,7 +60,7 @@ def test_a_call_fills_every_place_and_its_gradients_come_back_by_role():
         for role, tensor in tensors.items():
             assert added[signature.places(each)[role]] is tensor
     assert len(added) == 7
-    assert list(signature.split("abcd")) == [{"d": "a", "e": "b"}, {"d": "c", "e": "d"}]
+    assert signature.proxy_places == [{"d": 0, "e": 1}, {"d": 2, "e": 3}]
 
 
 def test_variants_have_the_names_of_files_and_logs():

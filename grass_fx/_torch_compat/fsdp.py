@@ -7,7 +7,7 @@ gathered one once, at its first gathering, and keeps the object: only its memory
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,14 @@ class FSDPWeight:
         if self.fills_unused:
             return "set_reduce_scatter_unused_params(True) makes FSDP2 add zeros to its gradient"
         return None
+
+
+def fsdp_weights(values: Sequence[Tensor]) -> list[FSDPWeight | None] | None:
+    """:func:`fsdp_weight` of each; None if FSDP2 has gathered none of them."""
+    if not _states():
+        return None
+    weights = [fsdp_weight(value) for value in values]
+    return weights if any(weights) else None
 
 
 def fsdp_weight(gathered: Tensor) -> FSDPWeight | None:

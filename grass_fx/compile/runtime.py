@@ -15,7 +15,7 @@ from grass_fx._torch_compat import (
     FSDPWeight,
     averaged_by,
     current_backward,
-    fsdp_weight,
+    fsdp_weights,
     running_ddp,
 )
 from grass_fx.compile.buckets import Arrived, buckets
@@ -60,8 +60,8 @@ class _Delivery:
     """Whether to copy gradients, because the next call overwrites their memory."""
     values: Sequence[Tensor]
     """What the graph is given for the weights; for FSDP2's, the gathered parameters."""
-    gathered: Sequence[FSDPWeight | None]
-    """Those of the weights that FSDP2 gathers."""
+    gathered: Sequence[FSDPWeight | None] | None
+    """Those of the weights that FSDP2 gathers; None if there are none."""
 
     def grad(self, k: int, compact: Tensor, scores: Tensor | None, shape: Any) -> CompactGrad:
         """The gradient of the k-th weight."""
@@ -101,9 +101,10 @@ class DeliverGradients(torch.autograd.Function):
                 "graph is differentiated once: compute this loss with the model itself, which is "
                 "not compiled."
             )
+        backward = current_backward()
         found: list[tuple[Tensor, Tensor | None] | None] = []
-        for k, arrived in enumerate(delivery.signature.split(grads)):
-            subspace, compact = delivery.subspaces[k], arrived["d"]
+        for k, places in enumerate(delivery.signature.proxy_places):
+            subspace, compact = delivery.subspaces[k], grads[places["d"]]
             if compact is None:
                 found.append(None)
                 continue
@@ -112,18 +113,19 @@ class DeliverGradients(torch.autograd.Function):
                 compact = compact.clone(memory_format=torch.contiguous_format)
             else:
                 compact = compact.contiguous()
-            _note_arrival(subspace, delivery.selections[k])
+            _note_arrival(subspace, delivery.selections[k], backward)
             # A graph scores all its weights if one is due; the others' scores are dropped.
-            found.append((compact, arrived.get("e") if subspace.scoring_due else None))
-        if any(delivery.gathered):
-            found = _reduced(delivery, found, ctx.shapes)
+            scores = grads[places["e"]] if "e" in places and subspace.scoring_due else None
+            found.append((compact, scores))
+        if delivery.gathered is not None:
+            found = _reduced(delivery, delivery.gathered, found, ctx.shapes)
         return (
             None,
             *(each and delivery.grad(k, *each, ctx.shapes[k]) for k, each in enumerate(found)),
         )
 
 
-def _note_arrival(subspace: Subspace, selection: Selection) -> None:
+def _note_arrival(subspace: Subspace, selection: Selection, backward: int) -> None:
     """A gradient of ``selection`` has arrived, which has to be the current one."""
     if subspace.selection.generation != selection.generation:
         raise SelectionChangedError(
@@ -133,14 +135,17 @@ def _note_arrival(subspace: Subspace, selection: Selection) -> None:
             "weight with the same options."
         )
     subspace.delivered = True
-    if subspace.backward != (backward := current_backward()):
+    if subspace.backward != backward:
         subspace.backward, subspace.unfinished = backward, subspace.unfinished + 1
         if subspace.unfinished == PATIENCE:
             _warn_unfinished(subspace.name)
 
 
 def _reduced(
-    delivery: _Delivery, found: Sequence[tuple[Tensor, Tensor | None] | None], shapes: Sequence[Any]
+    delivery: _Delivery,
+    gathered: Sequence[FSDPWeight | None],
+    found: Sequence[tuple[Tensor, Tensor | None] | None],
+    shapes: Sequence[Any],
 ) -> list[tuple[Tensor, Tensor | None] | None]:
     """The same with FSDP2's weights reduced over processes; None for those that are held."""
 
@@ -155,7 +160,7 @@ def _reduced(
             *each,
             partial(deliver, k, weight),
         )
-        for k, (weight, each) in enumerate(zip(delivery.gathered, found, strict=True))
+        for k, (weight, each) in enumerate(zip(gathered, found, strict=True))
         if weight is not None and each is not None
     }
     reduced = dict(zip(arrived, buckets.reduce([*arrived.values()]), strict=True))
@@ -220,15 +225,15 @@ class GrassCallable:
     def __call__(self, *args: Any) -> Any:
         signature = self.signature
         values = [args[weight.position] for weight in signature.weights]
-        gathered = [fsdp_weight(value) for value in values]
-        params = [
-            value if weight is None else adopted(weight)
-            for value, weight in zip(values, gathered, strict=True)
-        ]
+        params, gathered = values, fsdp_weights(values)
+        if gathered is not None:
+            pairs = zip(values, gathered, strict=True)
+            params = [value if weight is None else adopted(weight) for value, weight in pairs]
         subspaces = self._demand(params)
-        for value, weight, subspace in zip(values, gathered, subspaces, strict=True):
-            if weight is not None:
-                check_call(weight, value, subspace.name)
+        if gathered is not None:
+            for value, weight, subspace in zip(values, gathered, subspaces, strict=True):
+                if weight is not None:
+                    check_call(weight, value, subspace.name)
         if self._left is not None:
             self._left.note(args)
         replicas = subspaces[0].replicas
