@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from grass_fx.compile.runtime import GrassCallable, LeftWeights
 from grass_fx.compile.sources import source_hash
 from grass_fx.config import GrassConfig
 from grass_fx.errors import OptionError, warn
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PassLog, PushReport
 from grass_fx.passes.pipeline import FIND, GrassPasses, Observer, apply, tapped
@@ -53,7 +52,6 @@ selfcheck()  # report missing interfaces of torch here, and not during a compila
 
 TOO_OFTEN = 5
 """Warn when one frame is compiled this often for the same weights; Dynamo gives up after 8."""
-
 
 FROM_ENVIRONMENT = "GRASS_FX_OPTIONS"
 """The environment variable with options, as JSON, for "grass" where torch.compile gets none."""
@@ -263,7 +261,6 @@ class _Compiler:
         All variants are compiled here, since Dynamo fixes its guards when the backend returns.
         """
         signature = Signature(found.taken, len(inputs), self.config.needs_scores)
-        facts = DynamoFacts(self.config, inputs, signature)
         dump = Dump(self.config, name)
         source = dump.write("dynamo", gm.graph, "Dynamo", None, {})
         indices = {signature.places(w)["indices"]: w for w in found.taken}
@@ -281,16 +278,17 @@ class _Compiler:
             observers: list[Observer] = [PassLog(variant.name, gm.graph), stages]
             if variant == REGULAR:
                 observers.append(report)
-            graphs[variant] = self._variant(gm, replace(facts, variant=variant), observers)
+            graphs[variant] = self._variant(
+                gm, TapFacts(self.config, inputs, signature, variant), observers
+            )
         cuda_graphs = self.config.compiler == "inductor" and uses_cuda_graphs(self.patches)
         return GrassCallable(signature, graphs, found, report, cuda_graphs)
 
     def _variant(
-        self, gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer]
+        self, gm: fx.GraphModule, facts: TapFacts, observers: Sequence[Observer]
     ) -> Callable[..., Any]:
         """Compile one variant."""
-        config, signature, variant = self.config, facts.signature, facts.variant
-        assert signature is not None and variant is not None
+        config = self.config
         graph, extended = tapped(gm, facts, observers)
         joint = JointFacts.of(config, _reshards(gm.graph))
         make_pass = partial(GrassPasses, joint, observers)
@@ -299,12 +297,12 @@ class _Compiler:
         lowering.register()
         cacheable = {f"{tap.__module__}.{tap.__name__}": source_hash()}
         patches = dict(self.patches)
-        specs = [weight.spec for weight in signature.weights]
+        specs = [weight.spec for weight in facts.signature.weights]
         sharded = any(spec.shards for spec in specs)
         if sharded or any(spec.group for spec in specs):
             # The wait of a gather cannot sink far, so start it beside the product before.
             passes = ["raise_comms", "sink_waits"] if sharded else [all_reduce_early]
             patches = overlapping(patches, passes)
-        if variant.scoring and uses_cuda_graphs(patches):
+        if facts.variant.scoring and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # recording does not pay for one step in a period
         return compile_inductor(graph, extended, patches, make_pass, cacheable)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grass_fx.state.sharding import Shards
 from grass_fx.state.spec import SubspaceSpec
 
 c10d = torch.ops._c10d_functional
@@ -31,9 +32,14 @@ AVERAGES: dict[str, Callable[[Tensor, Collective], Tensor]] = {
 def collectives_of(spec: SubspaceSpec) -> tuple[Collective, ...]:
     """The collectives that average a weight's gradient; empty for one process."""
     if spec.shards is not None:
-        scatter = Collective("reduce_scatter", spec.shards.group, spec.shards.ranks)
-        return (scatter, *(Collective("all_reduce", group) for group in spec.shards.replicas))
+        return collectives_of_shards(spec.shards)
     return () if spec.group is None else (Collective("all_reduce", spec.group),)
+
+
+def collectives_of_shards(shards: Shards) -> tuple[Collective, ...]:
+    """A reduce-scatter over the shards, and an all-reduce over each group of replicas."""
+    scatter = Collective("reduce_scatter", shards.group, shards.ranks)
+    return (scatter, *(Collective("all_reduce", group) for group in shards.replicas))
 
 
 def average(x: Tensor, collectives: Sequence[Collective]) -> Tensor:

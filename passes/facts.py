@@ -14,14 +14,20 @@ from grass_fx.passes.signature import Signature, Variant
 
 @dataclass(frozen=True)
 class DynamoFacts:
-    """Inputs of passes on the Dynamo graph, which run once per compilation or variant."""
+    """Inputs of the pass that finds weights in the Dynamo graph, once per compilation."""
 
     config: GrassConfig
     inputs: Sequence[Any]
     """The graph's example inputs."""
-    signature: Signature | None = None
-    """The signature of the tapped graph, once the weights are known."""
-    variant: Variant | None = None
+
+
+@dataclass(frozen=True)
+class TapFacts(DynamoFacts):
+    """Inputs of the pass that taps them, once per variant."""
+
+    signature: Signature
+    """The signature of the tapped graph."""
+    variant: Variant
 
 
 @dataclass(frozen=True)

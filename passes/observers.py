@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import input_position
-from grass_fx.passes.pipeline import AOT, Step
+from grass_fx.passes.pipeline import AOT, Event
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +28,21 @@ class PassLog:
     def __init__(self, what: str, before: fx.Graph | None = None) -> None:
         self._what, self._before = what, _operations(before)
 
-    def __call__(self, graph: fx.Graph, step: Step) -> None:
+    def __call__(self, graph: fx.Graph, event: Event) -> None:
         if not log.isEnabledFor(logging.DEBUG):
             return
         before, self._before = self._before, _operations(graph)
-        if step.by is AOT:
+        if event.by is AOT:
             return
-        if step.disabled:
-            log.debug("%s: disabled (%s)", step.by.name, self._what)
+        if event.disabled:
+            log.debug("%s: disabled (%s)", event.by.name, self._what)
             return
         fewer, more = before - self._before, self._before - before
         changes = [f"-{count} {name}" for name, count in sorted(fewer.items())]
         changes += [f"+{count} {name}" for name, count in sorted(more.items())]
-        took, note = 1e3 * step.seconds, ", ".join(filter(None, (self._what, step.result.note)))
+        took, note = 1e3 * event.seconds, ", ".join(filter(None, (self._what, event.result.note)))
         log.debug(
-            "%s: %s, %.1f ms (%s)", step.by.name, ", ".join(changes) or "no change", took, note
+            "%s: %s, %.1f ms (%s)", event.by.name, ", ".join(changes) or "no change", took, note
         )
 
 
@@ -73,14 +73,14 @@ class PushReport:
     pushed: list[str] = field(default_factory=list)
     stopped: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, graph: fx.Graph, step: Step) -> None:
+    def __call__(self, graph: fx.Graph, event: Event) -> None:
         """Observe a run of the passes."""
-        if step.by.name != "push_selection":
+        if event.by.name != "push_selection":
             return
-        if step.disabled:
+        if event.disabled:
             self.stopped.update(dict.fromkeys(self.names.values(), DISABLED))
-        self.pushed += map(self._name, step.result.rewritten)
-        self.stopped.update({self._name(k): why for k, why in step.result.stopped.items()})
+        self.pushed += map(self._name, event.result.rewritten)
+        self.stopped.update({self._name(k): why for k, why in event.result.stopped.items()})
 
     def _name(self, indices: fx.Node) -> str:
         position = input_position(indices)

@@ -13,7 +13,7 @@ from torch import fx
 
 from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph
 from grass_fx.compile.sources import source_hash
-from grass_fx.passes.facts import DynamoFacts, JointFacts, Result
+from grass_fx.passes.facts import JointFacts, Result, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
@@ -55,8 +55,8 @@ AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
 
 
 @dataclass(frozen=True)
-class Step:
-    """An event for observers: a pass has run, or ``disable_passes`` left it out."""
+class Event:
+    """What observers see: a pass has run, or ``disable_passes`` left it out."""
 
     by: Pass
     result: Result
@@ -67,21 +67,21 @@ class Step:
 class Observer(Protocol):
     """Logs, dumps and ``explain`` are observers: they see every graph of a run, and change none."""
 
-    def __call__(self, graph: fx.Graph, step: Step) -> None: ...
+    def __call__(self, graph: fx.Graph, event: Event) -> None: ...
 
 
-def apply(each: Pass, graph: fx.Graph, facts: Any, observers: Sequence[Observer]) -> Any:
+def apply(graph_pass: Pass, graph: fx.Graph, facts: Any, observers: Sequence[Observer]) -> Any:
     """Run one pass, tell the observers, and return its result."""
     start = time.perf_counter()
-    result = each.run(graph, facts)
-    step = Step(each, result, time.perf_counter() - start)
+    result = graph_pass.run(graph, facts)
+    event = Event(graph_pass, result, time.perf_counter() - start)
     for observer in observers:
-        observer(graph, step)
+        observer(graph, event)
     return result
 
 
 def tapped(
-    gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer] = ()
+    gm: fx.GraphModule, facts: TapFacts, observers: Sequence[Observer] = ()
 ) -> tuple[fx.GraphModule, Sequence[Any]]:
     """A tapped copy of a Dynamo graph, and its example inputs."""
     copy = copy_dynamo_graph(gm)
@@ -95,12 +95,12 @@ def run(
 ) -> None:
     """Run the passes that are for this graph, in their order."""
     apply(AOT, graph, facts, observers)
-    for one in passes:
-        if one.name in facts.disabled:
+    for graph_pass in passes:
+        if graph_pass.name in facts.disabled:
             for observer in observers:
-                observer(graph, Step(one, Result(), disabled=True))
-        elif one.when(facts):
-            apply(one, graph, facts, observers)
+                observer(graph, Event(graph_pass, Result(), disabled=True))
+        elif graph_pass.when(facts):
+            apply(graph_pass, graph, facts, observers)
 
 
 class GrassPasses(CustomGraphPass):

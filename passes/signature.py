@@ -9,14 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grass_fx.state.spec import SubspaceSpec, scale_dtype
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Signature:
     ROLES: ClassVar[tuple[Role, ...]] = ROLES
 
     def __init__(self, weights: Sequence[LinearWeight], count: int, with_scores: bool) -> None:
-        self.weights, self.count, self.with_scores = tuple(weights), count, with_scores
+        self.weights, self.with_scores = tuple(weights), with_scores
         self._roles = {
             weight.position: [r for r in self.ROLES if r.present(weight.spec, with_scores)]
             for weight in self.weights

@@ -10,9 +10,9 @@ from torch import fx
 
 from grass_fx._torch_compat import fake_mode_of, mark_added_placeholder
 from grass_fx.passes.averaging import collectives_of
-from grass_fx.passes.facts import DynamoFacts, Result
+from grass_fx.passes.facts import Result, TapFacts
 from grass_fx.passes.find_linear_weights import gathered
-from grass_fx.passes.signature import LinearWeight, Variant
+from grass_fx.passes.signature import LinearWeight
 from grass_fx.passes.taps import TapSpec, tap
 
 
@@ -22,7 +22,7 @@ class Tapped(Result):
     inputs: Sequence[Any] = ()
 
 
-def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
+def tap_weights_pass(graph: fx.Graph, facts: TapFacts) -> Tapped:
     """Let every use of a linear weight go through its tap.
 
     Before::
@@ -39,17 +39,16 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
     gradients over the weights' process groups, except in a local variant. They select first, so
     that only compact gradients are sent.
     """
-    signature, variant = facts.signature, facts.variant
-    assert signature is not None and variant is not None
     placeholders = graph.find_nodes(op="placeholder")
     last, body = placeholders[-1], placeholders[-1].next
     result, added = Tapped(), []
     taps: list[tuple[fx.Node, dict[str, Any]]] = []
     with fake_mode_of(facts.inputs):
-        for weight in signature.weights:
+        for weight in facts.signature.weights:
             w = placeholders[weight.position]
-            arguments = _settings(weight, facts, variant)
-            for role, example in signature.examples(weight, facts.inputs[weight.position]).items():
+            arguments = _settings(weight, facts)
+            examples = facts.signature.examples(weight, facts.inputs[weight.position])
+            for role, example in examples.items():
                 with graph.inserting_after(last):
                     last = graph.placeholder(f"{w.name.strip('_')}_{role}")
                 last.meta["example_value"] = example
@@ -74,9 +73,9 @@ def tap_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> Tapped:
     return result
 
 
-def _settings(weight: LinearWeight, facts: DynamoFacts, variant: Variant) -> dict[str, Any]:
+def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
     """The fields of a tap's TapSpec that differ from their defaults, in plain types."""
-    shards, config = weight.spec.shards, facts.config
+    shards, config, variant = weight.spec.shards, facts.config, facts.variant
     bucketed = shards is not None and shards.bucketed
     collectives = () if variant.local else collectives_of(weight.spec)
     if bucketed and not (variant.scoring and config.score_sync == "gradient"):

@@ -18,8 +18,8 @@ class TapSpec(NamedTuple):
     """The selected dimension of the weight."""
     block: int = 1
     """B, the number of rows that are selected together."""
-    collectives: tuple[Collective, ...] = ()
-    """The collectives that average gradients over processes."""
+    collectives: tuple[tuple[Any, ...], ...] = ()
+    """The fields of the collectives that average gradients over processes."""
     scoring: str | None = None
     """The option ``scoring``, in a scoring step. None in a regular step, which yields no scores."""
     score_sync: str = "norms"
@@ -46,14 +46,14 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         spec: TapSpec = ctx.spec
-        collectives = spec.collectives
+        collectives = [Collective._make(fields) for fields in spec.collectives]
         scores_average = spec.scoring is not None and spec.score_sync == "gradient"
         if scores_average:  # every process needs the averaged gradient whole
             g = average(g, [c._replace(name="all_reduce") for c in collectives])
-            collectives = tuple(c for c in collectives if c.name == "reduce_scatter")
-        indices, scale = ctx.saved_tensors
+            collectives = [c for c in collectives if c.name == "reduce_scatter"]
         if spec.bucketed:
-            collectives = ()
+            collectives = []
+        indices, scale = ctx.saved_tensors
         block = () if spec.block == 1 else (spec.block,)
         # Select first, so that only the compact gradient is sent.
         gradients = {"d": average(SELECT(g, indices, scale, spec.dim, *block), collectives)}
@@ -66,19 +66,9 @@ class Tap(torch.autograd.Function):
 
 
 # A module-level function, so that caches can name it (_torch_compat.compile_inductor).
-def tap(
-    w: Tensor,
-    *,
-    dim: int,
-    block: int = 1,
-    collectives: tuple[Any, ...] = (),
-    scoring: str | None = None,
-    score_sync: str = "norms",
-    bucketed: bool = False,
-    **added: Tensor,
-) -> Tensor:
+def tap(w: Tensor, **arguments: Any) -> Tensor:
     """Tap the weight ``w``; takes the fields of :class:`TapSpec` and the added inputs by role."""
-    averages = tuple(map(Collective._make, collectives))
-    spec = TapSpec(dim, block, averages, scoring, score_sync, bucketed)
+    added = {k: v for k, v in arguments.items() if k not in TapSpec._fields}
+    spec = TapSpec(**{k: v for k, v in arguments.items() if k not in added})
     with torch.enable_grad():  # a graph may turn gradients on after its taps
         return Tap.apply(w, spec, tuple(added), *added.values())

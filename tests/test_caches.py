@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from grass_fx._torch_compat import (
 )
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.pipeline import GrassPasses, tapped
@@ -194,10 +193,10 @@ def replayed(graph):
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
     def backend(gm, inputs):
-        facts = DynamoFacts(GrassConfig(rank=4), inputs)
-        found = find_linear_weights_pass(gm.graph, facts)
+        config = GrassConfig(rank=4)
+        found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
         signature = Signature(found.taken, len(inputs), with_scores=False)
-        graph, extended = tapped(gm, replace(facts, signature=signature, variant=REGULAR))
+        graph, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
         compiled = compile_aot_eager(graph, extended, GrassPasses(JointFacts()), replayed)
         return GrassCallable(signature, {REGULAR: compiled}, found, PushReport(), cuda_graphs)
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 
 import grass_fx
-from grass_fx.errors import CompactGradError, DistributedError, GrassWarning
+from grass_fx.errors import CompactGradError, DistributedError, GrassWarning, OptionError
 from grass_fx.testing.traffic import Traffic
 from ranks import one_process, spawn
 
@@ -214,6 +214,14 @@ def with_its_options(rank):
     model = build()
     compiled, optimizer = compile_then_shard(model, options())
     check(steps(compiled, model, optimizer, rank, clip=0.1), clipped, "clipped")
+    model = build()
+    compiled, optimizer = compile_then_shard(model, options())
+    model.set_requires_all_reduce(False)  # there are no replicas to reduce over
+    check(steps(compiled, model, optimizer, rank), want, "no all-reduce")
+    model = build()
+    compiled, optimizer = compile_then_shard(model, options())
+    grass_fx.step_in_backward(optimizer)
+    check(steps(compiled, model, optimizer, rank), want, "stepping in backward")
     model = build()  # as torchtitan: a sum over processes, of a loss that is divided already
     compiled, optimizer = compile_then_shard(model, options())
     for module in (model, *model.blocks):
@@ -257,20 +265,33 @@ def with_micro_batches(rank):
     assert traffic.bytes["reduce_scatter"] == 0 and taken(model) == 0
     with pytest.raises(DistributedError, match=r"up\.weight: a micro-batch without"):
         optimizer.step()
-    # A synchronised backward that does not use a weight reduces what was held of it.
+    for before in ("nothing", "zeros", "a gradient"):
+        with_what_was_held(rank, before)
+
+
+def with_what_was_held(rank, before):
+    """A synchronised backward that does not use a weight reduces what was held of it."""
+    model, plain = build(), build()
+    compile_then_shard(model, options())
+    compile_blocks(plain, **options())
+    optimizers = adamw(model), adamw(plain)  # which number the weights: both select alike
+    for each in (model, plain):
+        if before != "nothing":
+            each(batch(0, rank, RANKS)).sum().backward()
+        if before == "zeros":
+            each.zero_grad(set_to_none=False)
+    model.set_requires_gradient_sync(False)
+    for each in (model, plain):
+        each(batch(1, rank, RANKS)).sum().backward()
     model.set_requires_gradient_sync(True)
-    held = build()
-    compile_blocks(held, **options())
-    keys = adamw(held)  # so that it selects alike
-    (held(batch(1, rank, RANKS)).sum() + held.blocks[0](batch(2, rank, RANKS)).sum()).backward()
-    model.blocks[0](batch(2, rank, RANKS)).sum().backward()
-    weights = zip(model.blocks.parameters(), held.blocks.parameters(), strict=True)
-    for p, q in weights:
+    for each in (model, plain):
+        each.blocks[0](batch(2, rank, RANKS)).sum().backward()
+    for p, q in zip(model.blocks.parameters(), plain.blocks.parameters(), strict=True):
         if isinstance(q.grad, grass_fx.CompactGrad):
             total = q.grad.compact.clone()
             dist.all_reduce(total)
             torch.testing.assert_close(p.grad.compact.full_tensor(), total / RANKS, **EXACT)
-    del keys
+    assert taken(model) == 4 and len(optimizers) == 2
 
 
 def in_low_precision(rank):
@@ -337,6 +358,8 @@ def with_what_is_not_taken(rank):
     model = build()
     compiled, _ = compile_then_shard(model, options())
     compiled(batch(0, rank, RANKS)).sum().backward()
+    with pytest.raises(OptionError, match="Call explain before fully_shard"):
+        grass_fx.explain(model, batch(0, rank, RANKS))
     if unused is not None:
         model.set_reduce_scatter_unused_params(True)
         with pytest.raises(
@@ -426,8 +449,9 @@ def test_two_processes_train_as_one_in_every_order(folder):
 
 @pytest.mark.slow
 def test_one_process_resumes_what_two_saved(folder):
-    with one_process(folder, "alone"):
-        resumes(0, folder)
+    for name in ("alone", "again"):  # in a process group of its own each
+        with one_process(folder, name):
+            resumes(0, folder)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from grass_fx.compile.sources import source_hash
 from grass_fx.config import PASSES, GrassConfig
 from grass_fx.errors import OptionError
 from grass_fx.ops import SELECT
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import DISABLED, PushReport
 from grass_fx.passes.pipeline import JOINT, GrassPasses, tapped
@@ -187,15 +187,15 @@ def test_without_any_one_pass_gradients_are_the_same(name, selection):
 def test_observers_see_every_graph_of_one_run_and_what_was_left_out():
     seen = []
 
-    def observer(graph, step):
+    def observer(graph, event):
         gathers = len(graph.find_nodes(op="call_function", target=SELECT))
-        seen.append((step.by.name, step.disabled, step.result.count, gathers))
+        seen.append((event.by.name, event.disabled, event.result.count, gathers))
 
     def backend(gm, inputs):
-        facts = DynamoFacts(GrassConfig(rank=4), inputs)
-        found = find_linear_weights_pass(gm.graph, facts)
+        config = GrassConfig(rank=4)
+        found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
         signature = Signature(found.taken, len(inputs), with_scores=False)
-        graph, extended = tapped(gm, DynamoFacts(facts.config, inputs, signature, REGULAR))
+        graph, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
         passes = GrassPasses(JointFacts(disabled=("push_norms",)), [observer])
         return GrassCallable(
             signature, {REGULAR: compile_aot_eager(graph, extended, passes)}, found, PushReport()

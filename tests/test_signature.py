@@ -8,7 +8,7 @@ import torch
 from grass_fx._torch_compat import compile_aot_eager
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.pipeline import GrassPasses, tapped
@@ -90,7 +90,7 @@ def test_one_more_role_is_a_change_in_one_place(selection):
         variants = [REGULAR, Variant(scoring=True)][: 1 + config.needs_scores]
         graphs = {}
         for variant in variants:
-            graph, extended = tapped(gm, DynamoFacts(config, inputs, signature, variant))
+            graph, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
             names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
             for each in found.taken:
                 for role, place in signature.places(each).items():

@@ -1,7 +1,6 @@
 """tap_weights: every use of a linear weight goes through a tap; the value stays."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts
+from grass_fx.passes.facts import DynamoFacts, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.pipeline import tapped
 from grass_fx.passes.signature import Signature, Variant, proxy_of
@@ -25,11 +24,10 @@ class Tapping:
         self.config, self.scoring = GrassConfig(**options), scoring
 
     def __call__(self, gm, inputs):
-        facts = DynamoFacts(self.config, inputs)
-        found = find_linear_weights_pass(gm.graph, facts)
+        found = find_linear_weights_pass(gm.graph, DynamoFacts(self.config, inputs))
         self.original, self.before = gm, str(gm.code).strip()
         signature = self.signature(found.taken, len(inputs), self.config.needs_scores)
-        facts = replace(facts, signature=signature, variant=Variant(scoring=self.scoring))
+        facts = TapFacts(self.config, inputs, signature, Variant(scoring=self.scoring))
         self.tapped, self.inputs = tapped(gm, facts)
         return gm.forward
 

@@ -48,7 +48,7 @@ from grass_fx._torch_compat.frames import (
     other_backends,
     uncompiled_frames,
 )
-from grass_fx._torch_compat.fsdp import FSDPWeight, fsdp_weight, fsdp_weights, sharded_by_fsdp
+from grass_fx._torch_compat.fsdp import FSDPWeight, fsdp_weight, fsdp_weights
 from grass_fx._torch_compat.inductor import (
     CUDA_GRAPHS,
     CustomGraphPass,
@@ -101,7 +101,6 @@ __all__ = [
     "FSDPWeight",
     "fsdp_weight",
     "fsdp_weights",
-    "sharded_by_fsdp",
     "input_position",
     "is_tangent",
     "is_multiple",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 _KNOWN = "_grass_fx_fsdp"
 
@@ -57,13 +57,10 @@ class FSDPWeight:
 
     @property
     def reduces(self) -> bool:
-        """Whether this backward reduces gradients (``set_requires_gradient_sync``)."""
-        return bool(self.group.reduce_grads)
-
-    @property
-    def all_reduces(self) -> bool:
-        """Whether it also averages over replicas (``set_requires_all_reduce``)."""
-        return bool(self.group.all_reduce_grads)
+        """Whether this backward reduces gradients: over shards (``set_requires_gradient_sync``)
+        and, where there are replicas, over these (``set_requires_all_reduce``)."""
+        replicated = self.mesh.ndim > 1
+        return bool(self.group.reduce_grads and (self.group.all_reduce_grads or not replicated))
 
     @property
     def fills_unused(self) -> bool:
@@ -115,13 +112,6 @@ def _looked_up(gathered: Tensor) -> tuple[weakref.ref[Any], ...]:
         if getattr(weight.param, "_unsharded_param", None) is gathered:
             return weakref.ref(weight.param), weakref.ref(weight.group)
     return ()
-
-
-def sharded_by_fsdp(parameter: Tensor) -> FSDPWeight | None:
-    """The weight of which this is the sharded parameter, as an optimizer has it."""
-    if not isinstance(parameter, DTensor):
-        return None
-    return next((each for each in _weights() if each.param.sharded_param is parameter), None)
 
 
 def _states() -> Mapping[Any, Any]:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from grass_fx._torch_compat import FSDPWeight, at_end_of_backward, current_backward
 from grass_fx.errors import SelectionChangedError
+from grass_fx.passes.averaging import average, collectives_of_shards
 from grass_fx.state.selection import Selection
 from grass_fx.state.subspace import Subspace
-
-c10d = torch.ops._c10d_functional
 
 
 @dataclass(eq=False)
@@ -36,7 +35,7 @@ class Arrived:
     @property
     def is_due(self) -> bool:
         """Whether this backward reduces it."""
-        return self.weight.reduces and self.weight.all_reduces
+        return self.weight.reduces
 
 
 class Buckets:
@@ -106,10 +105,7 @@ def reduced(entries: Sequence[Arrived]) -> list[Tensor]:
     parts: dict[Arrived, Tensor] = {}
     for (shards, _), bucket in buckets.items():
         flat = torch.cat([each.compact.reshape(shards.ranks, -1) for each in bucket], dim=1)
-        part = c10d.reduce_scatter_tensor(flat.view(-1), "avg", shards.ranks, shards.group)
-        part = c10d.wait_tensor(part)
-        for group in shards.replicas:
-            part = c10d.wait_tensor(c10d.all_reduce(part, "avg", group))
+        part = average(flat.view(-1), collectives_of_shards(shards))
         sizes = [each.compact.numel() // shards.ranks for each in bucket]
         for each, own in zip(bucket, part.split(sizes), strict=True):
             first, *rest = each.compact.shape

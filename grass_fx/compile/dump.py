@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from grass_fx._torch_compat import argument_counts, input_position, trace_artifact
 from grass_fx.config import GrassConfig
-from grass_fx.passes.pipeline import AOT, Step
+from grass_fx.passes.pipeline import AOT, Event
 
 if sys.platform != "win32":
     import fcntl
@@ -141,11 +141,11 @@ class DumpStages:
     def __init__(self, dump: Dump, variant: str, rows: Rows, source: str | None) -> None:
         self._dump, self._variant, self._rows, self._source = dump, variant, rows, source
 
-    def __call__(self, graph: fx.Graph, step: Step) -> None:
-        did = step.by is AOT or step.result.count or step.result.stopped
-        if step.by.makes and did:
-            stage = f"{step.by.makes}_{self._variant}"
-            self._source = self._dump.write(stage, graph, step.by.name, self._source, self._rows)
+    def __call__(self, graph: fx.Graph, event: Event) -> None:
+        did = event.by is AOT or event.result.count or event.result.stopped
+        if event.by.makes and did:
+            stage = f"{event.by.makes}_{self._variant}"
+            self._source = self._dump.write(stage, graph, event.by.name, self._source, self._rows)
 
 
 def _changed(config: GrassConfig) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from grass_fx.config import GrassConfig
@@ -17,7 +18,6 @@ from grass_fx.errors import OptionError
 from grass_fx.inspect.cost import MOMENTS, LinearCost
 from grass_fx.inspect.findings import Cost, GraphNode, Weight
 from grass_fx.inspect.report import Report
-from grass_fx.state.sharding import sharding_of
 
 if TYPE_CHECKING:
     from grass_fx.inspect.tracing import TracedGraph, TracedWeight
@@ -58,7 +58,7 @@ def explain(
     if not torch.is_grad_enabled():
         raise OptionError("explain: gradients are disabled here, and nothing would be rewritten.")
     model = getattr(model, "_orig_mod", model)
-    if any(p in sharding_of for p in model.parameters()):
+    if any(isinstance(p, DTensor) for p in model.parameters()):
         raise OptionError(
             "explain: the model's parameters are sharded. Call explain before fully_shard: the "
             "same weights are rewritten, and amounts are those of all processes together."

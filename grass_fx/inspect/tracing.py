@@ -19,10 +19,10 @@ from grass_fx.inspect.findings import Cost, GraphNode
 from grass_fx.inspect.products import Product, WeightProducts, weight_products
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
 from grass_fx.ops import SELECTED_MM
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import AOT, GrassPasses, Step, tapped
+from grass_fx.passes.pipeline import AOT, Event, GrassPasses, tapped
 from grass_fx.passes.push_norms import wants_tiles
 from grass_fx.passes.signature import REGULAR, LinearWeight, Signature
 
@@ -87,8 +87,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     """
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
-    facts = DynamoFacts(config, inputs)
-    found = find_linear_weights_pass(gm.graph, facts)
+    found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
     graph = TracedGraph({}, sizes_of_symbols(inputs))
 
     def keep(which: Kept, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -97,7 +96,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
     signature = Signature(found.taken, len(inputs), config.needs_scores)
-    taps, extended = tapped(gm, replace(facts, signature=signature, variant=REGULAR))
+    taps, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
     tracer = _Tracer(config, found, signature, inputs)
     passes = GrassPasses(JointFacts.of(config), [tracer])
     compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
@@ -154,12 +153,12 @@ class _Tracer:
         self.before: dict[int, _Measured] = {}
         self.after: dict[int, _Measured] = {}
 
-    def __call__(self, graph: fx.Graph, step: Step) -> None:
+    def __call__(self, graph: fx.Graph, event: Event) -> None:
         """Measure the graph before the passes and after each; the last measurement counts."""
-        self.push(graph, step)
-        if step.by is AOT:
+        self.push(graph, event)
+        if event.by is AOT:
             self.before = self.after = self._measured(graph)
-        elif step.result.count or step.result.stopped:
+        elif event.result.count or event.result.stopped:
             self.after = self._measured(graph)
 
     def partitioned(self, forward: fx.GraphModule, backward: fx.GraphModule) -> None:

@@ -103,18 +103,17 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             # Resuming after a graph break, Dynamo would confuse the states of two weights.
             return torch.compiler.disable(self.step)(closure)
         loss = None
-        self._evaluated = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self._evaluated = (loss,)
+        self._evaluated = None if closure is None else (loss,)
         if self._is_layout_step():
             self._lay_out(self._layout_plan())
             return loss
         interrupted, self._under_way = self._under_way, None
         if interrupted is None or not interrupted.goes_on():
             interrupted = self._begin()
-        self._under_way = interrupted
+        self._evaluated, self._under_way = None, interrupted
         interrupted.apply()
         interrupted.commit()
         self._under_way = None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -259,8 +260,8 @@ def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif depth:
-        held = value.values() if isinstance(value, Mapping) else value
-        for item in held if isinstance(held, Iterable) and not isinstance(held, str) else ():
+        held = [*value.values()] if isinstance(value, Mapping) else value
+        for item in held if isinstance(held, (list, tuple, set, deque)) else ():  # no iterators
             yield from _tensors(item, depth - 1)
 
 

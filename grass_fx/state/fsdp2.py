@@ -30,13 +30,19 @@ def adopted(weight: FSDPWeight) -> Tensor:
     """The sharded parameter, with the records of how it is sharded and who trains it."""
     parameter = weight.sharded
     if parameter not in sharding_of:
-        sharding_of[parameter], replicas_of[parameter] = _of_mesh(weight.mesh)
+        mesh = weight.mesh
+        found = _of_mesh(mesh, tuple(mesh.get_all_groups()))
+        sharding_of[parameter], replicas_of[parameter] = found
     return parameter
 
 
 @lru_cache(maxsize=64)
-def _of_mesh(mesh: Any) -> tuple[Sharding, GroupReplicas]:
-    """One for all weights of a mesh, so that what is compared is compared together."""
+def _of_mesh(mesh: Any, groups: tuple[Any, ...]) -> tuple[Sharding, GroupReplicas]:
+    """One for all weights of a mesh, so that what is compared is compared together.
+
+    Meshes are equal by their ranks. With its ``groups`` a mesh is told from one of an earlier
+    process group, which has been destroyed.
+    """
     if mesh.ndim == 1:
         group = mesh.get_group()
     elif mesh.size() == dist.get_world_size():

@@ -41,7 +41,7 @@ from grass_fx._torch_compat import (
 from grass_fx.compile import lowering
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts, JointFacts
+from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.pipeline import GrassPasses, tapped
@@ -342,11 +342,10 @@ def tapped_backward(
         return run
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        facts = DynamoFacts(graph_config, inputs)
-        found = find_linear_weights_pass(gm.graph, facts)
+        found = find_linear_weights_pass(gm.graph, DynamoFacts(graph_config, inputs))
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
         variant, signature = Variant(scoring=scores), Signature(found.taken, len(inputs), scores)
-        graph, extended = tapped(gm, DynamoFacts(graph_config, inputs, signature, variant))
+        graph, extended = tapped(gm, TapFacts(graph_config, inputs, signature, variant))
         passes = GrassPasses(JointFacts.of(graph_config))
         compiled = compile_aot_eager(graph, extended, passes, on_backward)
         return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
