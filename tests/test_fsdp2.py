@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import grass_fx
 from grass_fx.errors import CompactGradError, DistributedError, GrassWarning, OptionError
+from grass_fx.state.replicas import replicas_of
 from grass_fx.testing.traffic import Traffic
 from ranks import one_process, spawn
 
@@ -403,6 +404,7 @@ def resumes(rank, folder):
         assert not torch.equal(first[0], whole(model)[0])
         return
     model(batch(0, rank, ranks)).sum().backward()  # which weights are taken is known from here on
+    assert replicas_of[model.blocks[0].up.weight].group is dist.group.WORLD
     optimizer.zero_grad()
     states = get_state_dict(model, optimizer)
     both = {"model": states[0], "optimizer": states[1]}

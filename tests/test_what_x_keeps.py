@@ -1,6 +1,8 @@
 """Optimizer classes that cannot be wrapped: they keep or ask for what a subspace cannot give."""
 
 import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ class Momentum(torch.optim.Optimizer):
     """SGD with momentum, which keeps its buffers where ``kept`` says."""
 
     kept = "state"
+    given: Iterator[float] = iter(())
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "bufs": {}})
         self.buffers, self.by_id = {}, {}
+        self.helper, self.rates = SimpleNamespace(buffers={}), self.given
 
     def buffer(self, group, p):
         zeros = torch.zeros_like(p)
@@ -25,6 +29,8 @@ class Momentum(torch.optim.Optimizer):
             return self.buffers.setdefault(p, zeros)
         if self.kept == "attribute of the optimizer by id":
             return self.by_id.setdefault(id(p), [zeros])[0]
+        if self.kept == "an object":
+            return self.helper.buffers.setdefault(p, zeros)
         if self.kept == "group":
             return group["bufs"].setdefault(len(group["bufs"]), zeros)
         if self.kept == "attribute of the parameter":
@@ -50,15 +56,16 @@ def begin(cls, **options):
 @pytest.mark.parametrize(
     "kept",
     ["state", "attribute of the optimizer", "attribute of the optimizer by id", "group",
-     "attribute of the parameter"],
+     "an object", "attribute of the parameter"],
 )  # fmt: skip
 def test_tensors_that_would_not_follow_a_weight_are_refused(kept):
-    cls = type("Momentum", (Momentum,), {"kept": kept})
+    cls = type("Momentum", (Momentum,), {"kept": kept, "given": iter([0.1])})
     model, compiled, optimizer = begin(cls)
     before = model.weight.detach().clone()
     compiled(torch.ones(4, 8)).square().mean().backward()
     if kept == "state":
         optimizer.step()
+        assert next(optimizer.given) == 0.1  # looked at, not used up
         assert not torch.equal(model.weight, before)
         return
     with pytest.raises(OptionError, match=r"subspace\(Momentum\).* outside of its state"):

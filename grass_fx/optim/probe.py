@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -260,8 +260,14 @@ def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif depth:
-        held = [*value.values()] if isinstance(value, Mapping) else value
-        for item in held if isinstance(held, (list, tuple, set, deque)) else ():  # no iterators
+        held: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            held = [*value.values()]
+        elif isinstance(value, (list, tuple, set, deque)):  # an iterator would be used up
+            held = value
+        elif not callable(value):
+            held = [*getattr(value, "__dict__", {}).values()]
+        for item in held:
             yield from _tensors(item, depth - 1)
 
 
