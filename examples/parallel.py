@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.fsdp import fully_shard
 
-from grass_fx.distributed import data_parallel, fully_shard
+from grass_fx.distributed import data_parallel
 
 WAYS = ("none", "data", "sharded")
 
@@ -44,14 +44,12 @@ def is_first() -> bool:
 
 
 def distribute(model: nn.Module, way: str, method: str) -> nn.Module:
-    """The model as several processes train it: by grass, or by torch for full gradients."""
+    """The model as several processes train it."""
     if way == "none":
         return model
-    if method == "grass":
-        return data_parallel(model) if way == "data" else fully_shard(model)
-    if way == "data":
-        return nn.parallel.DistributedDataParallel(model)
-    return torch_fully_shard(model)
+    if way == "sharded":
+        return fully_shard(model)
+    return data_parallel(model) if method == "grass" else nn.parallel.DistributedDataParallel(model)
 
 
 def part_of(batch: Tensor, way: str) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from grass_fx._torch_compat import (
     CUDA_GRAPHS,
@@ -44,7 +44,6 @@ from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.taps import tap
 from grass_fx.state.fsdp2 import owner_of
 from grass_fx.state.registry import registry
-from grass_fx.state.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 
@@ -233,13 +232,6 @@ def _some(reasons: Mapping[str, str], most: int = 8) -> str:
     return _listed(dict([*reasons.items()][:most])) + (f"; and {more} more" if more > 0 else "")
 
 
-def _reshards(graph: fx.Graph) -> bool:
-    """Whether the backward should gather sharded parameters again."""
-    values = map(real_value, graph.find_nodes(op="placeholder"))
-    shardings = (sharding_of.get(value) for value in values if isinstance(value, Tensor))
-    return any(found.reshard_after_forward for found in shardings if found is not None)
-
-
 class _Compiler:
     """Compiles graphs for one configuration, with Inductor or only with AOTAutograd."""
 
@@ -290,7 +282,7 @@ class _Compiler:
         """Compile one variant."""
         config = self.config
         graph, extended = tapped(gm, facts, observers)
-        joint = JointFacts.of(config, _reshards(gm.graph))
+        joint = JointFacts.of(config)
         make_pass = partial(GrassPasses, joint, observers)
         if config.compiler == "aot_eager":
             return compile_aot_eager(graph, extended, make_pass(()))
@@ -298,11 +290,8 @@ class _Compiler:
         cacheable = {f"{tap.__module__}.{tap.__name__}": source_hash()}
         patches = dict(self.patches)
         specs = [weight.spec for weight in facts.signature.weights]
-        sharded = any(spec.shards for spec in specs)
-        if sharded or any(spec.group for spec in specs):
-            # The wait of a gather cannot sink far, so start it beside the product before.
-            passes = ["raise_comms", "sink_waits"] if sharded else [all_reduce_early]
-            patches = overlapping(patches, passes)
+        if any(spec.group or spec.shards for spec in specs):
+            patches = overlapping(patches, [all_reduce_early])
         if facts.variant.scoring and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # recording does not pay for one step in a period
         return compile_inductor(graph, extended, patches, make_pass, cacheable)

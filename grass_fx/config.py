@@ -61,7 +61,7 @@ MODES = (
 )
 
 
-PASSES = ("push_norms", "push_selection", "recompute_gathers", "keep_selected")
+PASSES = ("push_norms", "push_selection", "keep_selected")
 """The passes that ``disable_passes`` may name: those on the joint graph. No gradient depends on
 them."""
 
@@ -137,7 +137,7 @@ class GrassConfig:
     """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
-    "push_norms", "push_selection", "recompute_gathers" and "keep_selected". Gradients stay the
+    "push_norms", "push_selection" and "keep_selected". Gradients stay the
     same; memory and time change."""
 
     def __post_init__(self) -> None:

@@ -6,6 +6,5 @@ On the Dynamo graph, the first once per compilation, the second once per variant
 On the joint graph of AOTAutograd, once per variant (``pipeline``):
   3. ``push_norms``: compute the scores of a large gradient tile by tile, without forming it.
   4. ``push_selection``: move the selection below the matmul that makes the weight gradient.
-  5. ``recompute_gathers``: gather sharded weights again in the backward instead of keeping them.
-  6. ``keep_selected``: save only the selected columns of a layer's input for the backward.
+  5. ``keep_selected``: save only the selected columns of a layer's input for the backward.
 """

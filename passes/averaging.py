@@ -30,20 +30,34 @@ AVERAGES: dict[str, Callable[[Tensor, Collective], Tensor]] = {
 
 
 def collectives_of(spec: SubspaceSpec) -> tuple[Collective, ...]:
-    """The collectives that average a weight's gradient; empty for one process."""
+    """The collectives that average a weight's whole gradient in a graph; empty for one process."""
     if spec.shards is not None:
-        return collectives_of_shards(spec.shards)
-    return () if spec.group is None else (Collective("all_reduce", spec.group),)
+        groups = (spec.shards.group, *spec.shards.replicas)
+    else:
+        groups = () if spec.group is None else (spec.group,)
+    return tuple(Collective("all_reduce", group) for group in groups)
 
 
 def collectives_of_shards(shards: Shards) -> tuple[Collective, ...]:
-    """A reduce-scatter over the shards, and an all-reduce over each group of replicas."""
+    """After the graph: a reduce-scatter over the shards, then an all-reduce over each group of
+    replicas."""
     scatter = Collective("reduce_scatter", shards.group, shards.ranks)
     return (scatter, *(Collective("all_reduce", group) for group in shards.replicas))
 
 
+def start(x: Tensor, collective: Collective) -> Tensor:
+    """Start a collective; its result may be read after :func:`wait`."""
+    return AVERAGES[collective.name](x.contiguous(), collective)
+
+
+def wait(x: Tensor) -> Tensor:
+    """Let what follows wait for a started collective: the device's stream, or on a CPU the host."""
+    result: Tensor = c10d.wait_tensor(x)
+    return result
+
+
 def average(x: Tensor, collectives: Sequence[Collective]) -> Tensor:
-    """The mean of ``x`` over processes, or this process's part of it along dimension 0."""
+    """The mean of ``x`` over processes."""
     for collective in collectives:
-        x = c10d.wait_tensor(AVERAGES[collective.name](x.contiguous(), collective))
+        x = wait(start(x, collective))
     return x

@@ -36,15 +36,13 @@ class JointFacts:
 
     with_scores: bool = False
     """Whether the selection rule needs scores."""
-    reshards: bool = False
-    """Whether the backward gathers sharded parameters again."""
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
 
     @classmethod
-    def of(cls, config: GrassConfig, reshards: bool = False) -> JointFacts:
+    def of(cls, config: GrassConfig) -> JointFacts:
         """The facts of graphs that are compiled with these options."""
-        return cls(config.needs_scores, reshards, config.disable_passes)
+        return cls(config.needs_scores, config.disable_passes)
 
 
 @dataclass

@@ -82,7 +82,7 @@ def _group_of(node: fx.Node, config: GrassConfig) -> str | None:
     if config.process_group is not None:
         return str(config.process_group.group_name)
     weight = real_value(node)
-    replicas = None if weight is None or weight in sharding_of else replicas_of.get(weight)
+    replicas = None if weight is None else replicas_of.get(weight)
     return None if replicas is None else replicas.group.group_name
 
 
@@ -112,30 +112,27 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
         raise NotLinear(f"{weight.dim()} dimensions, only matrices and stacks of them are taken")
     if not weight.is_floating_point():
         raise NotLinear(f"dtype {weight.dtype} is not a real floating-point type")
-    sharding = None if (real := real_value(node)) is None else sharding_of.get(real)
-    if sharding is not None:
-        return _spec_of_shards(node, weight, config, sharding.shards)
     if torch.overrides.is_tensor_like(weight) and type(weight) is not torch.nn.Parameter:
         raise NotLinear(
-            "a DTensor that grass_fx.distributed.fully_shard has not made"
+            "a DTensor, as of tensor parallelism"
             if isinstance(weight, DTensor)
             else f"a tensor subclass, {type(weight).__name__}"
         )
     if managed_by_fsdp(node):
-        known = None if real is None else fsdp_weight(real)
+        known = None if (real := real_value(node)) is None else fsdp_weight(real)
         if known is None:
             raise NotLinear("fsdp2: the parameter that it is gathered from is not known")
         if (reason := known.refusal()) is not None:
             raise NotLinear(f"fsdp2: {reason}")
         return _spec_of_shards(node, weight, config, sharding_of[adopted(known)].shards)
-    return _fitting(_spec_of_uses([node], weight, config))
+    return _fitting(_spec_of_uses(node, weight, config))
 
 
-def _spec_of_uses(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
-    """The spec of a weight from the uses of ``nodes``: its node, or those of gathered weights."""
+def _spec_of_uses(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+    """The spec of a weight from the uses of its node."""
     if weight.dim() == 3:
-        return _spec_of_stack(nodes, weight, config)
-    uses = [dim for node in nodes for dim in output_dims(node, 0)]
+        return _spec_of_stack(node, weight, config)
+    uses = output_dims(node, 0)
     if not uses:
         raise NotLinear("not used in a matrix product")
     out_dim = uses[0]  # a matrix used both ways is named after its first use
@@ -151,7 +148,7 @@ def _spec_of_shards(
     node: fx.Node, weight: Tensor, config: GrassConfig, shards: Shards
 ) -> SubspaceSpec:
     """The spec of a weight sharded along dimension 0: all processes select equally many rows."""
-    spec = _fitting(_spec_of_uses(gathered(node), weight, config))
+    spec = _fitting(_spec_of_uses(node, weight, config))
     if weight.shape[0] % shards.ranks:
         raise NotLinear(f"its dimension of {weight.shape[0]} is not alike on {shards.ranks} ranks")
     if weight.dim() == 3 or spec.dim != 0:
@@ -165,39 +162,17 @@ def _spec_of_shards(
     return replace(spec, shards=shards, parts=parts)
 
 
-def gathered(node: fx.Node) -> list[fx.Node]:
-    """The nodes that hold the full weight of a sharded parameter; for others, ``node`` itself."""
-    value = node.meta.get("example_value")
-    if not isinstance(value, DTensor):
-        return [node]
-    found = []
-    for user in node.users:
-        ends = list(user.users) if _method(user) == "redistribute" else []
-        if not ends or any(_method(end) != "to_local" for end in ends):
-            raise NotLinear("its shards are used themselves")
-        found += ends
-    return found
-
-
-def _method(node: fx.Node) -> str:
-    """The name of a method that a node calls on a DTensor.
-
-    Up to torch 2.11, Dynamo turns such calls into functions.
-    """
-    return str(getattr(node.target, "__name__", node.target)).removeprefix("prim_")
-
-
 def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
     if spec.rank > spec.size:
         raise NotLinear(f"rank {spec.rank} exceeds its {spec.size} {spec.side}put features")
     return spec
 
 
-def _spec_of_stack(nodes: Sequence[fx.Node], weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+def _spec_of_stack(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
     """The spec of a stack (e, m, n): rows of each matrix are selected, whatever ``side`` says."""
     if not weight.is_contiguous():
         raise NotLinear("a stack of matrices that is not contiguous")
-    uses = [dim for node in nodes for dim in output_dims_of_stack(node, 0)]
+    uses = output_dims_of_stack(node, 0)
     if not uses:
         raise NotLinear("not used in a matrix product")
     side = "out" if uses[0] == 1 else "in"

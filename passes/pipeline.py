@@ -18,7 +18,6 @@ from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
-from grass_fx.passes.recompute_gathers import recompute_gathers_pass
 from grass_fx.passes.tap_weights import tap_weights_pass
 
 
@@ -43,7 +42,6 @@ TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
 JOINT = (
     Pass("push_norms", push_norms_pass, makes="normed"),
     Pass("push_selection", push_selection_pass, makes="pushed"),
-    Pass("recompute_gathers", recompute_gathers_pass, when=lambda facts: facts.reshards),
     Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
 )
 """Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` comes first,

@@ -47,7 +47,7 @@ def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _compact(spec: SubspaceSpec, w: Tensor) -> Tensor:
-    return proxy_of(spec.graph_compact_shape(w.shape), w.dtype, w.device)
+    return proxy_of(spec.compact_shape(w.shape), w.dtype, w.device)
 
 
 def _scores(spec: SubspaceSpec, w: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from torch import fx
 from grass_fx._torch_compat import fake_mode_of, mark_added_placeholder
 from grass_fx.passes.averaging import collectives_of
 from grass_fx.passes.facts import Result, TapFacts
-from grass_fx.passes.find_linear_weights import gathered
 from grass_fx.passes.signature import LinearWeight
 from grass_fx.passes.taps import TapSpec, tap
 
@@ -55,19 +55,15 @@ def tap_weights_pass(graph: fx.Graph, facts: TapFacts) -> Tapped:
                 mark_added_placeholder(last)
                 arguments[role] = last
                 added.append(example)
-            taps += [(full, arguments) for full in gathered(w)]
+            taps.append((w, arguments))
     result.inputs = [*facts.inputs, *added]
     for node in placeholders:  # Dynamo clears this in its graph; in the copy it would keep tensors
         node.meta.pop("grapharg", None)
     for w, arguments in taps:
-        with graph.inserting_before(body if w.op == "placeholder" else w.next):
-            value = w
-            if w.op != "placeholder":  # a gathered weight: its shards get no gradient, not even 0
-                value = graph.call_method("detach", (w,))
-                value.meta["example_value"] = w.meta["example_value"]
-            tapped = graph.call_function(tap, (value,), arguments)
+        with graph.inserting_before(body):
+            tapped = graph.call_function(tap, (w,), arguments)
         tapped.meta["example_value"] = w.meta.get("example_value")
-        w.replace_all_uses_with(tapped, delete_user_cb=partial(_is_none_of, (tapped, value)))
+        w.replace_all_uses_with(tapped, delete_user_cb=partial(operator.is_not, tapped))
         result.rewritten.append(tapped)
     graph.lint()
     return result
@@ -75,23 +71,17 @@ def tap_weights_pass(graph: fx.Graph, facts: TapFacts) -> Tapped:
 
 def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
     """The fields of a tap's TapSpec that differ from their defaults, in plain types."""
-    shards, config, variant = weight.spec.shards, facts.config, facts.variant
-    bucketed = shards is not None and shards.bucketed
-    collectives = () if variant.local else collectives_of(weight.spec)
-    if bucketed and not (variant.scoring and config.score_sync == "gradient"):
-        collectives = ()
+    spec, config, variant = weight.spec, facts.config, facts.variant
+    collectives = () if variant.local else collectives_of(spec)
+    if spec.shards is not None and not (variant.scoring and config.score_sync == "gradient"):
+        collectives = ()  # C is averaged after the graph, together with those of all its weights
     settings: dict[str, Any] = {
-        "dim": weight.spec.dim,
-        "block": weight.spec.block,
+        "dim": spec.dim,
+        "block": spec.block,
         "collectives": tuple(map(tuple, collectives)),
-        "bucketed": bucketed,
     }
     if variant.scoring:
         settings["scoring"] = config.scoring
         settings["score_sync"] = config.score_sync if collectives else "norms"
     defaults = TapSpec._field_defaults
     return {k: v for k, v in settings.items() if k not in defaults or v != defaults[k]}
-
-
-def _is_none_of(nodes: tuple[fx.Node, ...], user: fx.Node) -> bool:
-    return not any(user is node for node in nodes)

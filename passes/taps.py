@@ -24,8 +24,6 @@ class TapSpec(NamedTuple):
     """The option ``scoring``, in a scoring step. None in a regular step, which yields no scores."""
     score_sync: str = "norms"
     """The option ``score_sync``: whether processes score their own or the averaged gradient."""
-    bucketed: bool = False
-    """Whether C is averaged after the graph, together with those of all its weights."""
 
 
 class Tap(torch.autograd.Function):
@@ -49,10 +47,7 @@ class Tap(torch.autograd.Function):
         collectives = [Collective._make(fields) for fields in spec.collectives]
         scores_average = spec.scoring is not None and spec.score_sync == "gradient"
         if scores_average:  # every process needs the averaged gradient whole
-            g = average(g, [c._replace(name="all_reduce") for c in collectives])
-            collectives = [c for c in collectives if c.name == "reduce_scatter"]
-        if spec.bucketed:
-            collectives = []
+            g, collectives = average(g, collectives), []
         indices, scale = ctx.saved_tensors
         block = () if spec.block == 1 else (spec.block,)
         # Select first, so that only the compact gradient is sent.

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_data_parallel import Model, batch, loss_of, options
-from test_fully_shard import advance, built
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
@@ -131,10 +131,18 @@ class DiesWriting(dcp.FileSystemWriter):
         return super().write_data(plan, planner)
 
 
+def sharded():
+    """A model under FSDP2, compiled, and its optimizer."""
+    model = fully_shard(Model())
+    return model, compiled(model, rank=8), grass_fx.AdamW(model.parameters(), lr=1e-2)
+
+
 def die_saving(rank, folder):
-    parts = model, _, optimizer = built()
+    model, call, optimizer = sharded()
     for step, writer in enumerate((dcp.FileSystemWriter, DiesWriting)):
-        advance(*parts, [step])
+        loss_of(call, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         if writer is DiesWriting:
             with pytest.raises(RuntimeError):
@@ -149,7 +157,7 @@ def test_a_process_that_dies_while_saving_leaves_no_checkpoint(tmp_path):
     with pytest.raises(ProcessExitedException, match="exit code 7"):
         spawn(die_saving, 2, str(tmp_path), timeout=10)
     with one_process(tmp_path, "after"):
-        model, *_ = built()
+        model, *_ = sharded()
         fresh = get_model_state_dict(model)
         with pytest.raises(dcp.api.CheckpointException, match=r"metadata"):
             dcp.load({"model": fresh}, checkpoint_id=tmp_path / "1")

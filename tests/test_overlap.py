@@ -10,15 +10,13 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 
 import grass_fx
 from grass_fx.compile.overlap import early_order
-from grass_fx.distributed import data_parallel, fully_shard
+from grass_fx.distributed import data_parallel
 from helpers import mlp
 from ranks import spawn
 
 LAYERS = 4
 LETTERS = {  # what generated code does, by a part of the line
     "all_reduce": "r",
-    "reduce_scatter_tensor": "s",
-    "all_gather_into_tensor": "g",
     "wait_tensor": "w",
     "mm": "m",
 }
@@ -56,11 +54,11 @@ def test_a_new_order_keeps_every_dependency_and_the_order_of_collectives():
         assert begun == sorted(begun)
 
 
-def order(way, **inductor):
-    """The collectives (r, s, g), waits (w) and products (m) of a backward; gradients."""
+def order(**inductor):
+    """The all-reduces (r), waits (w) and products (m) of a backward; gradients."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = way(mlp(*[32] * (LAYERS + 1), bias=False))
+    model = data_parallel(mlp(*[32] * (LAYERS + 1), bias=False))
     compiled = torch.compile(model, backend="grass", options={"rank": 8, "inductor": inductor})
     grass_fx.AdamW(model.parameters())  # numbers the weights: the same selections every time
     x = torch.randn(16, 32)
@@ -73,16 +71,15 @@ def order(way, **inductor):
 def run(rank):
     """As torch schedules them most waits follow their collectives; here a product comes between."""
     off = {"reorder_for_compute_comm_overlap": False}
-    for way, start in ((data_parallel, "r"), (fully_shard, "s")):
-        (apart, want), (beside, got) = order(way, **off), order(way)
-        assert apart.count(start) == beside.count(start) == LAYERS
-        alone = [calls.count(f"{start}w") for calls in (apart, beside)]
-        assert alone[1] <= 1 < alone[0], (apart, beside)  # beside the last nothing is left to do
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a.compact, b.compact, rtol=0, atol=0)
-    fused, got = order(data_parallel, bucket_all_reduces_fx="all")
+    (apart, want), (beside, got) = order(**off), order()
+    assert apart.count("r") == beside.count("r") == LAYERS
+    alone = [calls.count("rw") for calls in (apart, beside)]
+    assert alone[1] <= 1 < alone[0], (apart, beside)  # beside the last nothing is left to do
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.compact, b.compact, rtol=0, atol=0)
+    fused, fused_grads = order(bucket_all_reduces_fx="all")
     assert fused.count("r") == 1, fused
-    for a, b in zip(got, order(data_parallel)[1], strict=True):
+    for a, b in zip(fused_grads, got, strict=True):
         torch.testing.assert_close(a.compact, b.compact)
 
 

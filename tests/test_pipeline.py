@@ -149,7 +149,7 @@ def test_the_names_that_disable_passes_takes_are_those_of_the_pipeline():
 
 
 def test_what_the_passes_go_by_is_in_the_uuid():
-    facts = [JointFacts(), JointFacts(with_scores=True), JointFacts(reshards=True)]
+    facts = [JointFacts(), JointFacts(with_scores=True)]
     facts += [JointFacts(disabled=(name,)) for name in PASSES]
     assert len({GrassPasses(each).uuid() for each in facts}) == len(facts)
 

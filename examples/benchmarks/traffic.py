@@ -2,14 +2,18 @@
 
     python examples/benchmarks/traffic.py                          # over 1 Gbit/s, needs root
     python examples/benchmarks/traffic.py --rate none --batch 4    # over the loopback
+    python examples/benchmarks/traffic.py --keep-gathered          # reshard_after_forward=False
+    python examples/benchmarks/traffic.py --micro-batches 4
     python examples/benchmarks/traffic.py --smoke
 
     ddp               torch.compile(DistributedDataParallel(model)), torch.optim.AdamW
     fsdp2             torch.compile of a model under torch's fully_shard, layer by layer; the same
     data              grass_fx.distributed.data_parallel in a regular step
     data_scoring      the same with a rule that needs scores, refreshed after every step
-    sharded           grass_fx.distributed.fully_shard in a regular step
+    sharded           grass under torch's fully_shard, layer by layer, in a regular step
     sharded_scoring   the same with scores
+
+With --micro-batches, gradients of all but a step's last one are not synchronised.
 
 Two processes, one thread each, on a CPU with gloo, in network namespaces of this machine that a
 virtual cable joins; `tc` lets it carry --rate in each direction. All ways train the same LLaMA from
@@ -36,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +48,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,7 +58,7 @@ from environment import as_line, environment
 
 import grass_fx
 import llama
-from grass_fx.distributed import data_parallel, fully_shard
+from grass_fx.distributed import data_parallel, no_sync
 from link import LOOPBACK, End, throttled, why_not
 from llama import SIZES
 from pretrain import rank as rank_of
@@ -78,8 +82,10 @@ OPERATORS = {
 class Way:
     """One way to train, with weights of its own, and what was measured of it."""
 
+    model: nn.Module
     compiled: nn.Module
     optimizer: torch.optim.Optimizer
+    micro_batches: int
     seconds: list[float] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     sent: int = 0
@@ -87,10 +93,25 @@ class Way:
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         dist.barrier()
         start = time.perf_counter()
-        self.compiled(tokens, targets).backward()
+        parts = zip(*(t.chunk(self.micro_batches) for t in (tokens, targets)), strict=True)
+        for k, part in enumerate(parts, 1):
+            with self.synchronised(k == self.micro_batches):
+                self.compiled(*part).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start
+
+    def synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Whether gradients of this micro-batch are reduced, or only added."""
+        if self.micro_batches == 1:
+            return nullcontext()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        if last:
+            return nullcontext()
+        ddp = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if ddp else no_sync(self.model)
 
 
 def set_up(name: str, args: argparse.Namespace) -> Way:
@@ -98,22 +119,24 @@ def set_up(name: str, args: argparse.Namespace) -> Way:
     # Code of its own: how Dynamo deals with one way's frames is not to matter to the next.
     model = runpy.run_path(llama.__file__)["build"](args.size)
     rates = {"lr": 1e-4, "weight_decay": 0.0}
-    if name in FULL:
-        if name == "ddp":
-            model = DistributedDataParallel(model)
-        else:
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            for layer in model.layers:
-                torch_fully_shard(layer, mesh=mesh)
-            torch_fully_shard(model, mesh=mesh)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True, **rates)
-        return Way(torch.compile(model, backend=args.compiler, dynamic=False), optimizer)
     way, _, scoring = name.partition("_")
-    model = data_parallel(model) if way == "data" else fully_shard(model)
+    if way == "ddp":
+        model = DistributedDataParallel(model)
+    elif way == "data":
+        model = data_parallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=not args.keep_gathered)
+    if name in FULL:
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True, **rates)
+        compiled = torch.compile(model, backend=args.compiler, dynamic=False)
+        return Way(model, compiled, optimizer, args.micro_batches)
     rule = {"selection": args.scoring_rule, "refresh_every": 1} if scoring else {}
     options = {"rank": args.rank, "refresh_every": 10**9, **rule, "compiler": args.compiler}
     compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
-    return Way(compiled, grass_fx.AdamW(model.parameters(), **rates))
+    optimizer = grass_fx.AdamW(model.parameters(), **rates)
+    return Way(model, compiled, optimizer, args.micro_batches)
 
 
 def random_tokens(args: argparse.Namespace) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -122,7 +145,8 @@ def random_tokens(args: argparse.Namespace) -> Callable[[], tuple[Tensor, Tensor
     vocab = SIZES[args.size].vocab
 
     def draw() -> tuple[Tensor, Tensor]:
-        text = torch.randint(vocab, (args.batch, args.seq + 1), generator=generator)
+        count = args.batch * args.micro_batches
+        text = torch.randint(vocab, (count, args.seq + 1), generator=generator)
         return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
     return draw
@@ -254,7 +278,9 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--rate", default="1gbit", help="of the link, in tc's words, or none (default: 1gbit)")
     add("--size", default="bench", choices=tuple(SIZES), help="the model (default: bench)")
-    add("--batch", type=int, default=1, help="sequences of a process in a step (default: 1)")
+    add("--batch", type=int, default=1, help="sequences of a process in a micro-batch (default: 1)")
+    add("--micro-batches", type=int, default=1, help="micro-batches of a step (default: 1)")
+    add("--keep-gathered", action="store_true", help="under FSDP2, reshard_after_forward=False")
     add("--seq", type=int, default=256, help="tokens of a sequence (default: 256)")
     add("--rank", type=rank_of, default=0.125, help="selected rows, number or fraction (0.125)")
     add("--scoring-rule", default="top", help="the rule of the scoring steps (default: top)")
@@ -291,8 +317,8 @@ def main() -> None:
         link = throttled(args.rate)
         print(f"{args.rate} in each direction")
     print(
-        f"LLaMA {args.size}, {args.batch} x {args.seq} tokens a process, rank {args.rank}, "
-        f"{args.rounds} rounds\n"
+        f"LLaMA {args.size}, {args.micro_batches} x {args.batch} x {args.seq} tokens a process, "
+        f"rank {args.rank}, reshard_after_forward={not args.keep_gathered}, {args.rounds} rounds\n"
     )
     with link as ends:
         measured = run(args, ends)

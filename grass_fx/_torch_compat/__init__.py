@@ -48,7 +48,12 @@ from grass_fx._torch_compat.frames import (
     other_backends,
     uncompiled_frames,
 )
-from grass_fx._torch_compat.fsdp import FSDPWeight, fsdp_weight, fsdp_weights
+from grass_fx._torch_compat.fsdp import (
+    FSDPWeight,
+    fsdp_weight,
+    fsdp_weight_of_shard,
+    fsdp_weights,
+)
 from grass_fx._torch_compat.inductor import (
     CUDA_GRAPHS,
     CustomGraphPass,
@@ -100,6 +105,7 @@ __all__ = [
     "inductor_patches",
     "FSDPWeight",
     "fsdp_weight",
+    "fsdp_weight_of_shard",
     "fsdp_weights",
     "input_position",
     "is_tangent",

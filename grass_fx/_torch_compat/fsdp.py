@@ -44,6 +44,12 @@ class FSDPWeight:
         return self.param.mesh_info.mesh
 
     @property
+    def shards_rows(self) -> bool:
+        """Whether it is sharded along dimension 0; known before the first gathering."""
+        mesh_dim = getattr(self.param.mesh_info, "shard_mesh_dim", None)
+        return mesh_dim is not None and self.param.fsdp_placement == Shard(0)
+
+    @property
     def reduce_dtype(self) -> torch.dtype | None:
         """The dtype in which gradients travel; None: their own."""
         dtype: torch.dtype | None = self.param.reduce_dtype
@@ -112,6 +118,11 @@ def _looked_up(gathered: Tensor) -> tuple[weakref.ref[Any], ...]:
         if getattr(weight.param, "_unsharded_param", None) is gathered:
             return weakref.ref(weight.param), weakref.ref(weight.group)
     return ()
+
+
+def fsdp_weight_of_shard(parameter: Tensor) -> FSDPWeight | None:
+    """The weight of which FSDP2 has given the optimizer this parameter; None if it is none."""
+    return next((each for each in _weights() if each.param.sharded_param is parameter), None)
 
 
 def _states() -> Mapping[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from grass_fx._torch_compat import FSDPWeight, at_end_of_backward, current_backward
 from grass_fx.errors import SelectionChangedError
-from grass_fx.passes.averaging import average, collectives_of_shards
+from grass_fx.passes.averaging import Collective, collectives_of_shards, start, wait
 from grass_fx.state.selection import Selection
+from grass_fx.state.sharding import Shards
 from grass_fx.state.subspace import Subspace
 
 
@@ -30,7 +32,7 @@ class Arrived:
     compact: Tensor
     scores: Tensor | None
     deliver: Callable[[Tensor, Tensor | None], None]
-    """Puts a reduced gradient on the parameter, outside of autograd."""
+    """Puts a reduced gradient on the parameter, as FSDP2 does, outside of autograd."""
 
     @property
     def is_due(self) -> bool:
@@ -38,12 +40,45 @@ class Arrived:
         return self.weight.reduces
 
 
+@dataclass
+class Travelling:
+    """Gradients in one tensor, of which a collective runs, and those that follow it."""
+
+    entries: Sequence[Arrived]
+    shards: Shards
+    tensor: Tensor
+    left: list[Collective]
+
+    @classmethod
+    def of(cls, entries: Sequence[Arrived], shards: Shards) -> Travelling:
+        """Send the entries, row by row of the processes that are to have them."""
+        flat = torch.cat([each.compact.reshape(shards.ranks, -1) for each in entries], dim=1)
+        first, *left = collectives_of_shards(shards)
+        return cls(entries, shards, start(flat.view(-1), first), left)
+
+    def advance(self) -> bool:
+        """Wait for the collective; then start the next one, or deliver and return True."""
+        self.tensor = wait(self.tensor)
+        if self.left:
+            self.tensor = start(self.tensor, self.left.pop(0))
+            return False
+        sizes = [each.compact.numel() // self.shards.ranks for each in self.entries]
+        for each, own in zip(self.entries, self.tensor.split(sizes), strict=True):
+            first, *rest = each.compact.shape
+            own = own.view(first // self.shards.ranks, *rest)
+            if each.weight.factor != 1:
+                own = own * each.weight.factor
+            each.deliver(own.to(each.weight.sharded.dtype), each.scores)
+        return True
+
+
 class Buckets:
     """Reduces gradients, and holds those of micro-batches without synchronisation, in order."""
 
     def __init__(self) -> None:
         self._held: dict[int, Arrived] = {}
-        self._backward = -1
+        self._under_way: dict[int, list[Travelling]] = {}
+        """Backward -> its buckets of which a collective runs."""
 
     def held(self, weights: Iterable[Tensor]) -> list[str]:
         """Names of those of the weights whose gradients wait for a backward that synchronises."""
@@ -52,8 +87,12 @@ class Buckets:
         ids = {id(weight) for weight in weights}
         return [a.subspace.name for a in self._held.values() if id(a.weight.sharded) in ids]
 
-    def reduce(self, arrived: Sequence[Arrived]) -> list[tuple[Tensor, Tensor | None] | None]:
-        """Each gradient, averaged over processes, this process's part; None while it is held."""
+    def reduce(self, arrived: Sequence[Arrived]) -> None:
+        """Average each gradient over processes, and deliver this process's part of it.
+
+        The collective runs beside the backward of the graphs that follow. It is waited for when the
+        next graph brings its gradients, or at the end of the backward.
+        """
         for each in arrived:
             each.compact = each.compact.to(each.weight.reduce_dtype or each.compact.dtype)
             if (held := self._held.pop(id(each.subspace), None)) is not None:
@@ -61,20 +100,27 @@ class Buckets:
             if not each.is_due:
                 self._held[id(each.subspace)] = each
         due = [each for each in arrived if each.is_due]
-        if due and self._held and self._backward != current_backward():
-            self._backward = current_backward()
-            at_end_of_backward(self._flush)
-        parts = iter(reduced(due))
-        return [(next(parts), each.scores) if each.is_due else None for each in arrived]
+        if not due:
+            return
+        if (backward := current_backward()) not in self._under_way:
+            self._under_way[backward] = []
+            at_end_of_backward(partial(self._finish, backward))
+        self._under_way[backward] = [*_advanced(self._under_way[backward]), *_sent(due)]
 
-    def _flush(self) -> None:
-        """At the end of a synchronised backward: weights it did not use may hold gradients."""
+    def forget_failed(self) -> None:
+        """Outside of a backward: drop what a backward that failed has left under way."""
+        if self._under_way and current_backward() < 0:
+            self._under_way.clear()
+
+    def _finish(self, backward: int) -> None:
+        """At the end of a synchronised backward; weights it did not use may hold gradients."""
         due = [each for each in self._held.values() if each.is_due]
         for each in due:
             _check(each)
             del self._held[id(each.subspace)]
-        for each, part in zip(due, reduced(due), strict=True):
-            each.deliver(part, each.scores)
+        under_way = [*self._under_way.pop(backward), *_sent(due)]
+        while under_way:
+            under_way = _advanced(under_way)
 
 
 def _add(arrived: Arrived, held: Arrived) -> None:
@@ -95,25 +141,19 @@ def _check(held: Arrived) -> None:
         )
 
 
-def reduced(entries: Sequence[Arrived]) -> list[Tensor]:
-    """This process's part of each average: one collective for all of one mesh and dtype."""
-    buckets: dict[Any, list[Arrived]] = {}
+def _sent(entries: Sequence[Arrived]) -> list[Travelling]:
+    """Start one collective for all entries of one mesh and dtype."""
+    alike: dict[Any, list[Arrived]] = {}
     for each in entries:
         assert each.subspace.sharding is not None
         key = each.subspace.sharding.shards, each.compact.dtype
-        buckets.setdefault(key, []).append(each)
-    parts: dict[Arrived, Tensor] = {}
-    for (shards, _), bucket in buckets.items():
-        flat = torch.cat([each.compact.reshape(shards.ranks, -1) for each in bucket], dim=1)
-        part = average(flat.view(-1), collectives_of_shards(shards))
-        sizes = [each.compact.numel() // shards.ranks for each in bucket]
-        for each, own in zip(bucket, part.split(sizes), strict=True):
-            first, *rest = each.compact.shape
-            own = own.view(first // shards.ranks, *rest)
-            if each.weight.factor != 1:
-                own = own * each.weight.factor
-            parts[each] = own.to(each.weight.sharded.dtype)
-    return [parts[each] for each in entries]
+        alike.setdefault(key, []).append(each)
+    return [Travelling.of(bucket, shards) for (shards, _), bucket in alike.items()]
+
+
+def _advanced(under_way: Sequence[Travelling]) -> list[Travelling]:
+    """Wait for the collectives that run, and return the buckets of which another one runs now."""
+    return [bucket for bucket in under_way if not bucket.advance()]
 
 
 buckets = Buckets()

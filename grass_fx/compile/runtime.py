@@ -118,7 +118,7 @@ class DeliverGradients(torch.autograd.Function):
             scores = grads[places["e"]] if "e" in places and subspace.scoring_due else None
             found.append((compact, scores))
         if delivery.gathered is not None:
-            found = _reduced(delivery, delivery.gathered, found, ctx.shapes)
+            found = _apart(delivery, delivery.gathered, found, ctx.shapes)
         return (
             None,
             *(each and delivery.grad(k, *each, ctx.shapes[k]) for k, each in enumerate(found)),
@@ -141,19 +141,19 @@ def _note_arrival(subspace: Subspace, selection: Selection, backward: int) -> No
             _warn_unfinished(subspace.name)
 
 
-def _reduced(
+def _apart(
     delivery: _Delivery,
     gathered: Sequence[FSDPWeight | None],
     found: Sequence[tuple[Tensor, Tensor | None] | None],
     shapes: Sequence[Any],
 ) -> list[tuple[Tensor, Tensor | None] | None]:
-    """The same with FSDP2's weights reduced over processes; None for those that are held."""
+    """Send FSDP2's weights to be reduced over processes, and return the others."""
 
     def deliver(k: int, weight: FSDPWeight, compact: Tensor, scores: Tensor | None) -> None:
         accumulate(weight.sharded, delivery.grad(k, compact, scores, shapes[k]))
 
-    arrived = {
-        k: Arrived(
+    arrived = [
+        Arrived(
             weight,
             delivery.subspaces[k],
             delivery.selections[k],
@@ -162,9 +162,10 @@ def _reduced(
         )
         for k, (weight, each) in enumerate(zip(gathered, found, strict=True))
         if weight is not None and each is not None
-    }
-    reduced = dict(zip(arrived, buckets.reduce([*arrived.values()]), strict=True))
-    return [reduced.get(k, each) for k, each in enumerate(found)]
+    ]
+    buckets.reduce(arrived)
+    pairs = zip(gathered, found, strict=True)
+    return [each if weight is None else None for weight, each in pairs]
 
 
 class LeftWeights:
@@ -231,6 +232,7 @@ class GrassCallable:
             params = [value if weight is None else adopted(weight) for value, weight in pairs]
         subspaces = self._demand(params)
         if gathered is not None:
+            buckets.forget_failed()
             for value, weight, subspace in zip(values, gathered, subspaces, strict=True):
                 if weight is not None:
                     check_call(weight, value, subspace.name)
@@ -261,7 +263,8 @@ class GrassCallable:
             gathered,
         )
         with torch.enable_grad():  # the graph may turn gradients on itself
-            proxies = DeliverGradients.apply(delivery, *params)
+            # FSDP2's weights are given as they are gathered: autograd brings these no gradient.
+            proxies = DeliverGradients.apply(delivery, *values)
         graph = self.graphs[Variant(scoring, local=self._averages_some and not averaged)]
         return graph(*args, *signature.added(proxies, inputs))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from grass_fx._torch_compat import FSDPWeight, fsdp_weight
+from grass_fx._torch_compat import FSDPWeight, fsdp_weight, fsdp_weight_of_shard
 from grass_fx.errors import CompactGradError, DistributedError
 from grass_fx.state.replicas import GroupReplicas, replicas_of
 from grass_fx.state.sharding import Sharding, sharding_of
@@ -36,6 +36,13 @@ def adopted(weight: FSDPWeight) -> Tensor:
     return parameter
 
 
+def adopt_shard(parameter: Tensor) -> None:
+    """The same for a parameter that FSDP2 may not have gathered yet; nothing if it is not its."""
+    weight = fsdp_weight_of_shard(parameter)
+    if weight is not None and weight.shards_rows:
+        adopted(weight)
+
+
 @lru_cache(maxsize=64)
 def _of_mesh(mesh: Any, groups: tuple[Any, ...]) -> tuple[Sharding, GroupReplicas]:
     """One for all weights of a mesh, so that what is compared is compared together.
@@ -49,7 +56,7 @@ def _of_mesh(mesh: Any, groups: tuple[Any, ...]) -> tuple[Sharding, GroupReplica
         group = dist.group.WORLD
     else:
         group = dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
-    return Sharding(mesh, reshard_after_forward=False, bucketed=True), GroupReplicas(group)
+    return Sharding(mesh), GroupReplicas(group)
 
 
 def check_call(weight: FSDPWeight, gathered: Tensor, name: str) -> None:

@@ -26,8 +26,6 @@ class Shards:
     group: str
     ranks: int
     replicas: tuple[str, ...] = ()
-    bucketed: bool = False
-    """Whether the backward reduces all weights of a graph together, after the graph has run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +33,6 @@ class Sharding:
     """A weight as a DTensor: the last dimension of ``mesh`` shards it, the first may replicate."""
 
     mesh: DeviceMesh
-    reshard_after_forward: bool
-    bucketed: bool = False
 
     @property
     def shards(self) -> Shards:
@@ -44,7 +40,7 @@ class Sharding:
         *replicas, group = (
             process_group.group_name for process_group in self.mesh.get_all_groups()
         )
-        return Shards(group, self.mesh.size(-1), tuple(replicas), self.bucketed)
+        return Shards(group, self.mesh.size(-1), tuple(replicas))
 
     @property
     def placements(self) -> list[Any]:
@@ -93,4 +89,4 @@ def common_parts(shards: Shards, units: int, selected: int) -> int | None:
 
 
 sharding_of: PerParameter[Sharding] = PerParameter("sharding")
-"""Maps a Parameter to its :class:`Sharding`."""
+"""Maps a Parameter to its :class:`Sharding`, once a graph or a checkpoint has needed it."""

@@ -83,15 +83,6 @@ class SubspaceSpec:
         compact[self.dim] = self.rank
         return tuple(compact)
 
-    def graph_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of the gradient that the graph returns.
-
-        It is that of the full C if processes reduce it later, else of this process's part.
-        """
-        if self.shards is not None and self.shards.bucketed:
-            return self.compact_shape(shape)
-        return self.own_compact_shape(shape)
-
     def own_compact_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """Return the shape of this process's part of C."""
         first, *rest = self.compact_shape(shape)
