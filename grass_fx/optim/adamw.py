@@ -23,7 +23,6 @@ from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
 from grass_fx.state.selection import Selection, matrix
 from grass_fx.state.sharding import local
-from grass_fx.state.subspace import Subspace
 
 
 class AdamW(SubspaceOptimizer):
@@ -240,9 +239,6 @@ class AdamW(SubspaceOptimizer):
                 f"{registry.name_of(p)}: AdamW does not support sparse gradients. Build its module "
                 "with sparse=False, or give it a torch.optim.SparseAdam of its own."
             )
-
-    def _check_shards(self, subspace: Subspace) -> None:
-        """AdamW can step sharded weights: all it does with a row needs that row alone."""
 
     def _check_place(self, p: Tensor, grad: CompactGrad) -> None:
         if "indices" in self.state.get(p, {}):  # loaded state may have another dtype

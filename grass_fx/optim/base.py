@@ -108,7 +108,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
                 loss = closure()
         self._evaluated = None if closure is None else (loss,)
         if self._is_layout_step():
-            self._lay_out(self._layout_plan())
+            plan = self._layout_plan()
+            if not (self._layout_unknown and self._lay_out_from_source()):
+                self._lay_out(plan)
             return loss
         interrupted, self._under_way = self._under_way, None
         if interrupted is None or not interrupted.goes_on():
@@ -247,11 +249,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         )
 
     def _check_shards(self, subspace: Subspace) -> None:
-        """Raise if the optimizer cannot step a sharded weight."""
-        raise OptionError(
-            f"{subspace.name} is sharded over processes, which {self._kind} cannot step. Use "
-            "grass_fx.AdamW, or exclude the weight."
-        )
+        """Raise OptionError if the optimizer cannot step a sharded weight; by default it can."""
 
     def _check_dense(self, p: Tensor) -> None:
         """Raise if the optimizer cannot step with p's ordinary gradient; by default it can."""

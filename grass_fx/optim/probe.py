@@ -300,3 +300,21 @@ def steps_together(make: Make) -> bool:
     except Exception:  # any reason: stepping them separately is always right
         return False
     return True
+
+
+def steps_parts_alike(make: Make) -> bool:
+    """Whether X steps each half of a weight as it steps the whole: then it can step shards."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = draw(6, 4)
+    whole, halves = Parameter(start.clone()), [Parameter(h.clone()) for h in start.chunk(2)]
+    optimizers = make([whole]), make(halves)
+    try:
+        for _ in range(3):
+            whole.grad = draw(6, 4)
+            for half, grad in zip(halves, whole.grad.chunk(2), strict=True):
+                half.grad = grad.clone()
+            for optimizer in optimizers:
+                unhooked(type(optimizer).step)(optimizer)
+    except Exception:  # a class that steps no such weight cannot step shards of one
+        return False
+    return torch.allclose(whole, torch.cat([*halves]), rtol=1e-9, atol=1e-12)

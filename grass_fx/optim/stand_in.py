@@ -7,7 +7,7 @@ optimizer adopts the twin's state after everything that can fail has been done.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from grass_fx.optim.probe import Entry
 from grass_fx.optim.rowwise import Cohorts, State, cut, is_row_entry, joined
 from grass_fx.optim.update import add_rows_, warmup
 from grass_fx.state.selection import Selection, matrix
+from grass_fx.state.sharding import local
 
 T = TypeVar("T")
 
@@ -84,6 +86,8 @@ class Taken:
     """A taken weight while X works: one stand-in for all of its rows, or one for each cohort."""
 
     weight: Tensor
+    values: Tensor
+    """The weight; if it is sharded, this process's part of it."""
     selection: Selection
     cohorts: Cohorts
     shape: torch.Size
@@ -116,7 +120,7 @@ class Taken:
             part.follow_weight(self.entries)
         states = [part.state for part in self.parts]
         self.state = joined(states, self.cohorts, self.shape, self.selection.dim)
-        self.changes = [part.change(self.weight, self.shrink) for part in self.parts]
+        self.changes = [part.change(self.values, self.shrink) for part in self.parts]
         for part in self.parts:
             part.state = {}
 
@@ -126,10 +130,10 @@ class Taken:
         return [*found, *(partial(self._write, k) for k in range(len(self.parts)))]
 
     def _decay(self) -> None:
-        self.weight.mul_(self.shrink)
+        self.values.mul_(self.shrink)
 
     def _write(self, k: int) -> None:
-        weight, part, change = matrix(self.weight), self.parts[k], self.changes[k]
+        weight, part, change = matrix(self.values), self.parts[k], self.changes[k]
         if part.factor is None:
             weight.index_copy_(part.selection.dim, part.selection.indices, change)
         else:
@@ -137,7 +141,7 @@ class Taken:
 
     def put(self) -> None:
         """Write PᵀW back as X left it: this is no step, so without factor, decay and warm-up."""
-        weight = matrix(self.weight)
+        weight = matrix(self.values)
         for part, rows in zip(self.parts, self.changes, strict=True):
             assert part.before is not None
             if torch.equal(rows, part.before):
@@ -150,8 +154,8 @@ class Taken:
 
 
 def compact_shape(weight: Tensor, selection: Selection) -> torch.Size:
-    """Return the shape of C as a matrix."""
-    shape = list(matrix(weight).shape)
+    """Return the shape of C as a matrix; of a sharded weight, of this process's part."""
+    shape = list(matrix(local(weight)).shape)
     shape[selection.dim] = selection.indices.numel()
     return torch.Size(shape)
 
@@ -165,7 +169,7 @@ def take(
     entries: Mapping[str, Entry],
 ) -> Taken:
     """Make stand-ins for a weight, with C ``compact`` as gradient and X's ``state``, if any."""
-    dim, rows_of, shape = selection.dim, matrix(weight), compact_shape(weight, selection)
+    values, dim, shape = local(weight), selection.dim, compact_shape(weight, selection)
     states = cut(state, cohorts, shape, dim)
     parts = []
     for rows, own_state in zip(cohorts.rows, states, strict=True):
@@ -173,10 +177,10 @@ def take(
         if rows is not None:
             chosen = selection.part(rows)
             gradient = None if compact is None else compact.index_select(dim, rows)
-        parameter = Parameter(select(rows_of, chosen.indices, chosen.scale, dim))
+        parameter = Parameter(select(matrix(values), chosen.indices, chosen.scale, dim))
         parameter.grad = gradient
         parts.append(StandIn(parameter, chosen, own_state))
-    return Taken(weight, selection, cohorts, shape, parts, entries)
+    return Taken(weight, values, selection, cohorts, shape, parts, entries)
 
 
 def saved_tensors(value: Any) -> list[tuple[Tensor, Tensor]]:
@@ -203,7 +207,7 @@ class Prepared:
     """The work for X, before anything has moved."""
 
     batches: list[Batch]
-    """One batch for each call: all, or first parameters with state and then those without."""
+    """One batch for each call: all, or for example first parameters with state, then the others."""
     taken: list[list[Taken]]
     """The taken weights of each group."""
     saved: list[tuple[Tensor, Tensor]]
@@ -256,16 +260,40 @@ class Prepared:
             raise
 
 
-def with_and_without(every: Batch, states: Mapping[Any, Any]) -> tuple[Batch, Batch]:
-    """Split a batch into the parameters that have state and those that have none."""
-    old = {
+def batches(
+    every: Batch,
+    taken: Sequence[Sequence[Taken]],
+    states: Mapping[Any, Any],
+    together: Callable[[Sequence[int]], bool],
+) -> list[Batch]:
+    """Split the work into calls of X.
+
+    Sharded parameters that are dense, DTensors, go apart from stand-ins. So do parameters without
+    state unless X steps them ``together`` with others in the groups of these numbers: torch's fused
+    SGD, for example, takes momentum for all parameters or for none.
+    """
+    dense, others = _split(every, lambda stand_in: isinstance(stand_in, DTensor))
+    if any(dense) and any(others):
+        parts = (others, taken), (dense, ())
+        return [call for part in parts for call in batches(*part, states, together)]
+    known = dict(states)
+    for one in (one for weights in taken for one in weights):
+        known |= {part.parameter: part.state for part in one.parts}
+    has_state = {
         id(p)
-        for p, state in states.items()
+        for p, state in known.items()
         if isinstance(state, Mapping) and any(v is not None for v in state.values())
     }
+    old, new = _split(every, lambda stand_in: id(stand_in) in has_state)
+    mixed = [k for k, both in enumerate(zip(old, new, strict=True)) if all(both)]
+    return [every] if together(mixed) else [old, new]
+
+
+def _split(every: Batch, first: Callable[[Tensor], bool]) -> tuple[Batch, Batch]:
+    """Split a batch into the stand-ins of which ``first`` says so, and the others."""
     return (
-        [[entry for entry in entries if id(entry[1]) in old] for entries in every],
-        [[entry for entry in entries if id(entry[1]) not in old] for entries in every],
+        [[entry for entry in entries if first(entry[1])] for entries in every],
+        [[entry for entry in entries if not first(entry[1])] for entries in every],
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,16 +37,17 @@ from grass_fx.optim.stand_in import (
     Batch,
     Prepared,
     Taken,
+    batches,
     compact_shape,
     saved_tensors,
     take,
-    with_and_without,
 )
 from grass_fx.optim.stepping import Operation
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
 from grass_fx.state.selection import Selection, matrix
-from grass_fx.state.subspace import selects_rows
+from grass_fx.state.sharding import local
+from grass_fx.state.subspace import Subspace, selects_rows
 
 T = TypeVar("T")
 
@@ -80,22 +81,10 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
         "_known": {},
     }
     methods = {
-        name: _on_stand_ins(method)
+        name: wrappable.on_stand_ins(method)
         for name, method in wrappable.methods_of(optimizer_class).items()
     }
     return type(f"Subspace{optimizer_class.__name__}", (_Wrapped, optimizer_class), body | methods)
-
-
-def _on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of X so that it sees, and may change, stand-ins for taken weights."""
-
-    @functools.wraps(method)
-    def call(self: _Wrapped, *args: Any, **kwargs: Any) -> Any:
-        if self._is_twin or not self._has_compact_state():
-            return method(self, *args, **kwargs)
-        return self._call(lambda twin: method(twin, *args, **kwargs))
-
-    return call
 
 
 class _Wrapped(SubspaceOptimizer):
@@ -105,6 +94,8 @@ class _Wrapped(SubspaceOptimizer):
     _known: dict[Hashable, Any]
     """What has been found out about X."""
     _warned_counts = False
+    _steps_shards = False
+    """Whether it has been asked if X can step shards, and it can."""
     _is_twin = False
     """Whether this is X over stand-ins, which exists only during a step."""
 
@@ -183,6 +174,14 @@ class _Wrapped(SubspaceOptimizer):
             operations.append(Operation(partial(self._end, taken), (taken.weight,)))
         return operations
 
+    def _check_shards(self, subspace: Subspace) -> None:
+        if self._steps_shards:
+            return
+        for group in self.param_groups:
+            alike = self._x.ask(probe.steps_parts_alike, group)
+            wrappable.check_steps_shards(alike, subspace.name, self._kind)
+        self._steps_shards = True
+
     def _end(self, taken: Taken) -> None:
         """Update the weight's state after its step."""
         p = taken.weight
@@ -228,9 +227,11 @@ class _Wrapped(SubspaceOptimizer):
                 selection, compact = None, None
                 if self._is_compact(p):
                     if isinstance(p.grad, CompactGrad) and not p.grad.zeroed:
-                        self._check_place(p, p.grad)
-                        self._follow(p, p.grad, group)
-                        compact = matrix(p.grad.compact)
+                        grad = self._compact_grad(p)
+                        assert grad is not None
+                        self._check_place(p, grad)
+                        self._follow(p, grad, group)
+                        compact = matrix(grad.compact)
                     selection = self._selection_of(p)
                 work[-1].append((p, selection, compact))
         prepared = self._stand_ins(work)
@@ -261,7 +262,8 @@ class _Wrapped(SubspaceOptimizer):
                 taken[-1].append(self._take(p, selection, compact, known))
                 every[-1] += [(p, part.parameter) for part in taken[-1][-1].parts]
         options = [probe.options_of(group) for group in self.param_groups]
-        return Prepared(self._batches(every, taken), taken, saved_tensors(options))
+        calls = batches(every, taken, self.state, self._together)
+        return Prepared(calls, taken, saved_tensors(options))
 
     def _run(self, prepared: Prepared, call: Callable[[Optimizer], T]) -> T:
         """Let X's code work on stand-ins, and compute what follows for their weights."""
@@ -315,19 +317,10 @@ class _Wrapped(SubspaceOptimizer):
             cohorts = cohorts.young_and_others() if apart else cohorts.together()
         return take(p, selection, compact, state, cohorts, entries)
 
-    def _batches(self, every: Batch, taken: list[list[Taken]]) -> list[Batch]:
-        """Split the work into calls of X: if X requires it, parameters without state go apart.
-
-        torch's fused SGD, for example, takes momentum for all parameters or for none.
-        """
-        states: dict[Any, Any] = dict(self.state)
-        for one in (one for weights in taken for one in weights):
-            states |= {part.parameter: part.state for part in one.parts}
-        old, new = with_and_without(every, states)
-        mixed = [g for g, *both in zip(self.param_groups, old, new, strict=True) if all(both)]
-        if self._eager or all(self._x.ask(probe.steps_together, group) for group in mixed):
-            return [every]
-        return [old, new]
+    def _together(self, groups: Sequence[int]) -> bool:
+        """Whether X steps parameters with and without state in one call, in these groups."""
+        asked = (self._x.ask(probe.steps_together, self.param_groups[k]) for k in groups)
+        return self._eager or all(asked)
 
     def _follow(self, p: Tensor, grad: CompactGrad, group: dict[str, Any]) -> None:
         """Move the weight's state to the selection of its gradient, all at once."""
@@ -366,7 +359,7 @@ class _Wrapped(SubspaceOptimizer):
         if not bool(age.any()):
             return anew
         inner = self._inner_state(p)
-        where = old, selection, place, fresh, matrix(p), compact_shape(p, selection)
+        where = old, selection, place, fresh, matrix(local(p)), compact_shape(p, selection)
         kept = carried_state(inner, *where, entries)
         return anew if kept is None else {**kept, "age": age}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,6 +55,16 @@ def check_elsewhere(place: str | None, name: str) -> None:
             f"subspace({name}): it keeps a tensor of a parameter's shape outside of its state, in "
             f"{place}, which would not follow a weight to its next selection. Keep it in "
             "self.state[parameter]."
+        )
+
+
+def check_steps_shards(alike: bool, weight: str, name: str) -> None:
+    """Raise OptionError unless X steps parts of a weight as it steps the whole."""
+    if not alike:
+        raise OptionError(
+            f"{weight} is sharded over processes, and subspace({name}) cannot step it: it does not "
+            "step a part of a weight as it steps the whole. Use grass_fx.AdamW, or an elementwise "
+            "class such as torch.optim.SGD; or exclude the weight."
         )
 
 
@@ -117,3 +128,15 @@ def methods_of(optimizer_class: type[Optimizer]) -> dict[str, Callable[..., Any]
             if inspect.isfunction(value) and not name.startswith("_"):
                 found.setdefault(name, value)
     return {name: value for name, value in found.items() if not hasattr(Optimizer, name)}
+
+
+def on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of X so that it sees, and may change, stand-ins for taken weights."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_twin or not self._has_compact_state():
+            return method(self, *args, **kwargs)
+        return self._call(lambda twin: method(twin, *args, **kwargs))
+
+    return call
