@@ -7,7 +7,7 @@
     ops.py          the operators grass::select and grass::selected_mm
     state/          what is known of each weight: selection, schedule, gradient, other processes
     optim/          optimizers that step in the subspace: AdamW, and subspace(X) for any class X
-    distributed/    several processes: data_parallel, fully_shard
+    distributed/    several processes: data_parallel
     inspect/        explain, plan and coverage_plot; ``python -m grass_fx`` is their command line
     testing/        a plain eager reference, and GPU code without a GPU
     _torch_compat/  all that touches private torch
@@ -23,7 +23,7 @@ from grass_fx.errors import GrassError, GrassWarning
 from grass_fx.inspect.explain import explain
 from grass_fx.inspect.pictures import coverage_plot
 from grass_fx.inspect.planning import plan
-from grass_fx.optim import AdamW, step_in_backward, subspace
+from grass_fx.optim import AdamW, lay_out_from, step_in_backward, subspace
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.selection import Selection
 
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "coverage_plot",
     "explain",
+    "lay_out_from",
     "plan",
     "register_backend",
     "step_in_backward",

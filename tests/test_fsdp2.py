@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,29 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import grass_fx
-from grass_fx.errors import CompactGradError, DistributedError, GrassWarning, OptionError
+from grass_fx.errors import (
+    CompactGradError,
+    DistributedError,
+    GrassWarning,
+    OptionError,
+    StateError,
+)
+from grass_fx.state.registry import registry
 from grass_fx.state.replicas import replicas_of
 from grass_fx.testing.traffic import Traffic
 from ranks import one_process, spawn
@@ -27,6 +44,9 @@ RULES = {
     "cyclic": {},
     # By the norms of the averaged gradient, as one process has it.
     "top": {"selection": "top", "score_sync": "gradient"},
+    "rows": {"side": "out"},
+    "either side": {"side": "auto"},
+    "blocks of columns": {"block": 2},
     "drawn with replacement": {
         "selection": "multinomial_norm",
         "replacement": True,
@@ -116,11 +136,15 @@ def whole(model):
     return [v.full_tensor() if isinstance(v, DTensor) else v.clone() for v in values]
 
 
-def alone(block=Block, how=None, **more):
-    """One process on whole batches."""
+def alone(block=Block, how=None, make=None, **more):
+    """One process on whole batches; sharded over itself, which draws rows as several do."""
     model = build(block)
     compile_blocks(model, **(how or options()))
-    return steps(model, model, adamw(model), 0, 1, **more)
+    if dist.get_world_size() > 1 and (how or {}).get("options", {}).get("side", "in") != "in":
+        names = ("others", "itself")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=names)
+        shard(model, mesh=mesh["itself"])
+    return steps(model, model, (make or adamw)(model), 0, 1, **more)
 
 
 # --- orders in which people compile, shard and build the optimizer --------------------------------
@@ -202,6 +226,56 @@ def by_every_rule(rank):
         model = build()
         compiled, optimizer = compile_then_shard(model, options(**rule))
         check(steps(compiled, model, optimizer, rank), want, name)
+
+
+class Lion(torch.optim.Optimizer):
+    """Of another library's kind: elementwise, its own state, no count."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(m.lerp(p.grad, 1 - group["betas"][0]).sign(), alpha=-group["lr"])
+                m.lerp_(p.grad, 1 - group["betas"][1])
+
+
+def wrapped(cls, model, **given):
+    return grass_fx.subspace(cls)(model.parameters(), **given)
+
+
+def by_wrapped_classes(rank):
+    """Elementwise classes step shards; of others an error names the weight."""
+    sgd = {"lr": 0.1, "momentum": 0.9}
+    decayed = {"lr": 1e-2, "weight_decay": 0.1}
+    given_to = {
+        torch.optim.SGD: sgd,
+        torch.optim.Adam: {},
+        torch.optim.AdamW: decayed,
+        Lion: decayed,
+    }
+    for cls, given in given_to.items():
+        for side in ("in", "out"):
+            make = partial(wrapped, cls, **given)
+            want = alone(how=options(side=side), make=make)
+            model = build()
+            compile_blocks(model, **options(side=side))
+            shard(model)
+            check(steps(model, model, make(model), rank), want, f"{cls.__name__}, {side}")
+    for cls, given in ((torch.optim.Adafactor, {}), (torch.optim.Muon, {})):
+        model = build()
+        compiled, _ = compile_then_shard(model, options())
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        optimizer = grass_fx.subspace(cls)(matrices, **given)
+        compiled(batch(0, rank, RANKS)).sum().backward()
+        with pytest.raises(OptionError, match=rf"weight is sharded .* subspace\({cls.__name__}\)"):
+            optimizer.step()
 
 
 def with_its_options(rank):
@@ -356,6 +430,14 @@ def with_what_is_not_taken(rank):
     trial("sharded along another dimension", lambda m: None,
           shard_placement_fn=lambda p: Shard(1 if p.dim() == 2 else 0))  # fmt: skip
     trial("offloaded to the CPU", lambda m: None, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    parallel = build()
+    for block in parallel.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    compile_blocks(parallel, **options())
+    with pytest.warns(GrassWarning, match="a DTensor, as of tensor parallelism"):
+        parallel(batch(0)).sum().backward()
+        adamw(parallel).step()
+    assert taken(parallel) == 0
     model = build()
     compiled, _ = compile_then_shard(model, options())
     compiled(batch(0, rank, RANKS)).sum().backward()
@@ -388,31 +470,70 @@ def moves_what_is_compact(rank):
     assert traffic.calls["reduce_scatter"] == 5
 
 
-def resumes(rank, folder):
-    """Two processes save, and any number goes on to the same numbers, after one forward."""
-    ranks = dist.get_world_size()
+WHOLE = StateDictOptions(full_state_dict=True)
+SAVED = {"in": adamw, "out": adamw, "wrapped": lambda m: wrapped(torch.optim.AdamW, m)}
+
+
+def ready(name, ranks):
     model = build()
-    compile_blocks(model, **options())
+    compile_blocks(model, **options(side="out" if name == "out" else "in"))
     shard(model, ranks)
-    optimizer = adamw(model)
-    if ranks == 2:
-        first = steps(model, model, optimizer, rank, ranks)
+    return model, SAVED[name](model)
+
+
+def saves(rank, folder):
+    for name in SAVED:
+        model, optimizer = ready(name, RANKS)
+        first = steps(model, model, optimizer, rank)
         states = get_state_dict(model, optimizer)
         assert isinstance(states[1]["state"]["blocks.0.up.weight"]["exp_avg"], DTensor)
-        dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=f"{folder}/saved")
-        torch.save(steps(model, model, optimizer, rank, ranks), f"{folder}/after.pt")
-        assert not torch.equal(first[0], whole(model)[0])
-        return
-    model(batch(0, rank, ranks)).sum().backward()  # which weights are taken is known from here on
-    assert replicas_of[model.blocks[0].up.weight].group is dist.group.WORLD
-    optimizer.zero_grad()
-    states = get_state_dict(model, optimizer)
-    both = {"model": states[0], "optimizer": states[1]}
-    dcp.load(both, checkpoint_id=f"{folder}/saved")
+        dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=f"{folder}/{name}")
+        states = get_state_dict(model, optimizer, options=WHOLE)
+        if rank == 0:
+            torch.save(states, f"{folder}/{name}.pt")
+        after = steps(model, model, optimizer, rank)
+        assert not torch.equal(first[0], after[0])
+        if rank == 0:
+            torch.save(after, f"{folder}/{name} after.pt")
+
+
+def loaded(model, optimizer, saved):
+    if saved.endswith(".pt"):
+        states, how = torch.load(saved), WHOLE
+    else:
+        states, how = get_state_dict(model, optimizer), None
+        both = {"model": states[0], "optimizer": states[1]}
+        dcp.load(both, checkpoint_id=saved)
+        states = both["model"], both["optimizer"]
     set_state_dict(
-        model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+        model, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=how
     )
-    check(steps(model, model, optimizer, rank, ranks), torch.load(f"{folder}/after.pt"), "resumed")
+
+
+def resumes(rank, folder):
+    """Any number of processes goes on to the same numbers, before a forward or after one."""
+    ranks = dist.get_world_size()
+    for name in SAVED:
+        for saved in (name, f"{name}.pt"):
+            model, optimizer = ready(name, ranks)
+            grass_fx.lay_out_from(optimizer, f"{folder}/{saved}", model)
+            loaded(model, optimizer, f"{folder}/{saved}")
+            assert registry.get(model.blocks[0].up.weight) is None  # nothing has run
+            want = torch.load(f"{folder}/{name} after.pt")
+            check(steps(model, model, optimizer, rank, ranks), want, f"{saved} at once")
+        model, optimizer = ready(name, ranks)
+        model(batch(0, rank, ranks)).sum().backward()  # what is taken is known from here on
+        assert replicas_of[model.blocks[0].up.weight].group is dist.group.WORLD
+        optimizer.zero_grad()
+        loaded(model, optimizer, f"{folder}/{name}")
+        check(steps(model, model, optimizer, rank, ranks), want, f"{name} after a forward")
+    for saved, problem in ((f"{folder}/none", "none"), (folder, "no optimizer state can be read")):
+        model, optimizer = ready("in", ranks)
+        grass_fx.lay_out_from(optimizer, saved, model)
+        with pytest.raises(StateError, match=rf"lay_out_from: .*{problem}"):
+            get_state_dict(model, optimizer)
+    with pytest.raises(OptionError, match=r"lay_out_from\(SGD\)"):
+        grass_fx.lay_out_from(torch.optim.SGD(model.parameters()), folder, model)
 
 
 def in_replicas(rank, folder):
@@ -429,12 +550,12 @@ def in_replicas(rank, folder):
 def two(rank, folder):
     in_every_order(rank)
     moves_what_is_compact(rank)
-    resumes(rank, folder)
+    saves(rank, folder)
 
 
 def two_more(rank):
-    for each in (by_every_rule, with_its_options, with_micro_batches, in_low_precision,
-                 with_what_is_not_taken):  # fmt: skip
+    for each in (by_every_rule, by_wrapped_classes, with_its_options, with_micro_batches,
+                 in_low_precision, with_what_is_not_taken):  # fmt: skip
         each(rank)
 
 
@@ -451,7 +572,7 @@ def test_two_processes_train_as_one_in_every_order(folder):
 
 @pytest.mark.slow
 def test_one_process_resumes_what_two_saved(folder):
-    for name in ("alone", "again"):  # in a process group of its own each
+    for name in ("first group", "second group"):
         with one_process(folder, name):
             resumes(0, folder)
 

@@ -369,7 +369,7 @@ def test_a_full_state_dict_is_set_before_the_first_compiled_call():
 
 def test_laying_out_before_the_first_compiled_call_makes_no_state_and_says_so():
     model, _, optimizer = begin(named=False)
-    with pytest.warns(GrassWarning, match="run one forward"):
+    with pytest.warns(GrassWarning, match="Run one forward"):
         state = get_state_dict(model, optimizer)[1]
     assert not optimizer.state and not state["state"]
 

@@ -1,17 +1,19 @@
 """What goes on in one process only, or later, or in a copy: processes stay one training run."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_data_parallel import Model, batch, loss_of, options
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_fx
-from grass_fx.distributed import data_parallel, fully_shard
+from grass_fx.distributed import data_parallel
 from grass_fx.errors import OptionError
 from grass_fx.state.registry import registry
 from ranks import spawn
@@ -159,18 +161,25 @@ def sharded_frozen(rank):
 
 def saved_before_the_first_call(rank):
     """A state that was loaded and not used yet is saved as it came."""
-    model = fully_shard(Model())
-    optimizer = grass_fx.AdamW(model.named_parameters(), lr=1e-2)
-    loss_of(compiled(model, side="out"), batch(rank)).backward()
-    optimizer.step()
-    saved = optimizer.state_dict()
-    again = fully_shard(Model())
-    other = grass_fx.AdamW(again.named_parameters(), lr=1e-2)
-    other.load_state_dict(saved)
-    for key, state in other.state_dict()["state"].items():
-        for name, value in state.items():
-            assert type(value) is type(saved["state"][key][name]), name
-            torch.testing.assert_close(value, saved["state"][key][name], rtol=0, atol=0)
+    makes = grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW), grass_fx.subspace(torch.optim.SGD)
+    for make, side in itertools.product(makes, ("in", "out")):
+        torch._dynamo.reset()
+        model = fully_shard(Model())
+        optimizer = make(model.named_parameters(), lr=1e-2)
+        call = compiled(model, side=side, refresh_every=2)
+        for step in range(3):  # rows of two ages
+            optimizer.zero_grad()
+            loss_of(call, batch(step)).backward()
+            assert isinstance(up_of(model).grad, grass_fx.CompactGrad)
+            optimizer.step()
+        saved = optimizer.state_dict()
+        again = fully_shard(Model())
+        other = make(again.named_parameters(), lr=1e-2)
+        other.load_state_dict(saved)
+        for key, state in other.state_dict()["state"].items():
+            for name, value in state.items():
+                assert type(value) is type(saved["state"][key][name]), name
+                torch.testing.assert_close(value, saved["state"][key][name], rtol=0, atol=0)
 
 
 CASES = (

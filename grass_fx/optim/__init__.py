@@ -8,6 +8,7 @@ dense.py        torch's AdamW step for dense parameters
 stepping.py     a step as a list of operations that can be resumed after an exception
 checkpoint.py   state dicts, pickles and copies, including the weights' subspaces
 loading.py      checks and conversions of a saved state
+layout.py       the lay-out of the state as a checkpoint has it, before the model has run
 entries.py      which state entries an optimizer keeps, and whether a saved state has them
 base.py         what all of these optimizers share: gradients, refreshes, errors
 agreement.py    keeping processes that train one model on one selection
@@ -24,6 +25,7 @@ coverage.py     warnings about weights that train dense
 
 from grass_fx.optim.adamw import AdamW
 from grass_fx.optim.in_backward import step_in_backward
+from grass_fx.optim.layout import lay_out_from
 from grass_fx.optim.wrap import subspace
 
-__all__ = ["AdamW", "step_in_backward", "subspace"]
+__all__ = ["AdamW", "lay_out_from", "step_in_backward", "subspace"]

@@ -22,6 +22,7 @@ from grass_fx.optim.loading import (
     compact_shape,
     copied,
     damage_of,
+    how_sharded,
     own_part,
     past_of,
     viewed,
@@ -30,11 +31,9 @@ from grass_fx.optim.rowwise import PER_ROW
 from grass_fx.state.gradient import Used
 from grass_fx.state.records import Record
 from grass_fx.state.registry import registry
-from grass_fx.state.sharding import sharding_of
 from grass_fx.state.subspace import selects_rows
 
-_SHAPE = "weight_shape"
-_OF_SELECTION = ("indices", "scale", "age")  # one number for each selected row
+SHAPE = "weight_shape"
 _HISTORY = "history_"  # prefix of the keys of SelectionHistory.state()
 _SUBSPACES = "subspaces"  # in a pickle or a copy: Subspace.state() of each parameter
 _PAST = "selection_history"  # a checkpoint's entry for histories, beside "state"; optional
@@ -50,6 +49,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     """Options of parameter groups that are not among ``defaults``."""
     _layout_unknown = False
     """The state was to be laid out before any compiled graph had told which weights are taken."""
+    layout_source: Callable[[], dict[Any, Any]] | None = None
+    """Gives a state of the right lay-out then: see grass_fx.lay_out_from."""
 
     def _forget(self) -> None:
         """Drop what is known beside the state; it is found out again."""
@@ -98,9 +99,10 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """
         if self._layout_unknown and not self.state:
             warn(
-                "the optimizer's state cannot be laid out before the compiled model has run: run "
-                "one forward with gradients enabled first, or torch.distributed.checkpoint loads "
-                "no state into it."
+                "the optimizer's state cannot be laid out before the compiled model has run, and "
+                "torch.distributed.checkpoint loads no state into it. Run one forward with "
+                "gradients enabled first, or call grass_fx.lay_out_from(optimizer, checkpoint, "
+                "model)."
             )
         result: dict[str, Any] = super().state_dict()
         past = {}
@@ -111,12 +113,21 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 saved, past[key] = _apart(registry.saved_state(p))
                 state = _spread(p, self._saved({**state, **own}), saved)
                 # On one device: torch.distributed.checkpoint cannot broadcast from several.
-                saved[_SHAPE] = torch.tensor(p.shape, device="cpu")
+                saved[SHAPE] = torch.tensor(p.shape, device="cpu")
                 saved = {k: v.to(p.device) for k, v in saved.items()}
                 result["state"][key] = {**state, **saved}
         if past:
             result[_PAST] = past
         return result
+
+    def _lay_out_from_source(self) -> bool:
+        """Lay the state out as a checkpoint has it, if one was named; return whether one was."""
+        source = self.layout_source
+        if source is not None:
+            groups = super().state_dict()["param_groups"]
+            self.load_state_dict({"state": source(), "param_groups": groups})
+            self.layout_source = None
+        return source is not None
 
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
         """Convert a taken weight's state to the form it has in a checkpoint."""
@@ -227,7 +238,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 with damage_of(name):
                     self._check_shape(p, own[key], name)
                     ours = {k: v for k, v in own[key].items() if k.startswith(SUBSPACE)}
-                    state = {k: v for k, v in own[key].items() if k not in (*ours, _SHAPE)}
+                    state = {k: v for k, v in own[key].items() if k not in (*ours, SHAPE)}
                     if ours or "indices" in state:
                         check_subspace(p, ours, name)
                         state = own_part(p, state)
@@ -304,7 +315,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _check_name(self, p: Tensor, saved: str) -> None:
         name = registry.name_of(p, default="")
-        if saved and name and _plain(saved) != _plain(name):
+        if saved and name and plain_name(saved) != plain_name(name):
             raise StateError(
                 f"{name}: the state in its place was saved for {saved}. Build the optimizer from "
                 "the same parameters in the same order as in the saved run."
@@ -312,7 +323,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _check_shape(self, p: Tensor, state: Mapping[str, Any], name: str) -> None:
         """Raise StateError if a saved state is that of a weight of another shape."""
-        shape = state.get(_SHAPE)
+        shape = state.get(SHAPE)
         if shape is None:
             return
         saved = tuple(shape.tolist() if isinstance(shape, Tensor) else shape)
@@ -321,6 +332,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 f"{name} has shape {tuple(p.shape)}, but its state was saved for shape {saved}. "
                 "Load it into the model that it was saved from."
             )
+
+
+def is_of_selection(entry: str) -> bool:
+    """Whether an entry has one number for each selected row."""
+    return entry in ("indices", "scale", "age") or entry.startswith(PER_ROW)
 
 
 def _like(each: Any, count: Any) -> Any:
@@ -340,9 +356,12 @@ def _of_group(
         raise OptionError(f"param_groups[{place}] of the state dict: {error}") from None
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the parts that torch.compile and data-parallel wrappers insert."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+_WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that torch.compile and other wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _spread(p: Tensor, state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -350,13 +369,15 @@ def _spread(p: Tensor, state: Mapping[str, Any], saved: Mapping[str, Tensor]) ->
 
     ``saved`` is its subspace's saved state, which may still wait for the first compiled call.
     """
-    sharding = sharding_of.get(p)
+    sharding = how_sharded(p)
     if sharding is None or not saved:
         return dict(state)
     by_rows = selects_rows(saved, p)  # else all processes have the same columns
     spread: dict[str, Any] = {}
     for k, v in state.items():
-        if isinstance(v, Tensor) and v.dim() > 0 and (by_rows or k not in _OF_SELECTION):
+        if by_rows and isinstance(v, list) and is_of_selection(k):
+            v = torch.tensor(v, device=p.device)
+        if isinstance(v, Tensor) and v.dim() > 0 and (by_rows or not is_of_selection(k)):
             v = sharding.whole(v + sharding.first(math.prod(p.shape[:-1])) if k == "indices" else v)
         spread[k] = v
     return spread

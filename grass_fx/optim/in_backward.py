@@ -17,7 +17,7 @@ from grass_fx.state.sharding import sharding_of
 
 NOT_AVERAGED = (
     "step_in_backward and data_parallel: each process would step with its own gradients, which are "
-    "averaged when the backward ends. Use one of the two, or grass_fx.distributed.fully_shard."
+    "averaged when the backward ends. Use one of the two, or torch's fully_shard."
 )
 
 

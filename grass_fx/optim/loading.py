@@ -15,7 +15,7 @@ from grass_fx.errors import GrassError, StateError, warn
 from grass_fx.optim.rowwise import PER_ROW
 from grass_fx.state.registry import registry
 from grass_fx.state.saved import check_saved, pieces_of, selection_damage, sound_history
-from grass_fx.state.sharding import local, sharding_of
+from grass_fx.state.sharding import Sharding, local, sharding_of
 from grass_fx.state.subspace import selects_rows
 
 SUBSPACE = "subspace_"
@@ -23,6 +23,15 @@ SUBSPACE = "subspace_"
 
 OWN = ("indices", "generation", "age", "scale")
 """The entries of a taken weight's state that are ours; all others are the optimizer's."""
+
+
+def how_sharded(parameter: Tensor) -> Sharding | None:
+    """How an optimizer's parameter is sharded, also before FSDP2 has gathered it for a graph."""
+    if isinstance(parameter, DTensor) and parameter not in sharding_of:
+        from grass_fx.state.fsdp2 import adopt_shard  # here, because it loads Inductor
+
+        adopt_shard(parameter)
+    return sharding_of.get(parameter)
 
 
 def copied(value: Any, device: torch.device) -> Any:
@@ -130,7 +139,7 @@ def check_selection(
 
 
 def _ranks(p: Tensor) -> int:
-    sharding = sharding_of.get(p)
+    sharding = how_sharded(p)
     return 1 if sharding is None else sharding.shards.ranks
 
 
@@ -162,8 +171,8 @@ def past_of(
 
 def own_part(p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return this process's part of a saved state, in which tensors may be DTensors."""
-    sharding = sharding_of.get(p)
-    if sharding is None or "indices" not in state:
+    sharding = how_sharded(p) if "indices" in state else None
+    if sharding is None:
         return dict(state)  # dense parameters are stepped as DTensors
     own = {k: local(v) for k, v in state.items()}
     if isinstance(state["indices"], DTensor):
