@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,6 +25,7 @@ from grass_fx.state.selection import Selection
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
+_has_no_memory = torch._C._set_throw_on_mutable_data_ptr
 _HANDLERS: dict[Any, Handler] = {}
 LISTS: dict[Any, Handler] = {}
 """Handlers for functions that take lists of tensors, keyed by their Python functions."""
@@ -283,8 +285,8 @@ def wrap(cell: Cell, shape: Sequence[int]) -> CompactGrad:
         device=compact.device,
     )
     # C++ code that asks for its memory gets an error, instead of reading memory that is not there.
-    if not torch.compiler.is_dynamo_compiling():  # Dynamo does not know the function
-        torch._C._set_throw_on_mutable_data_ptr(grad)
+    if not is_dynamo_compiling():  # Dynamo does not know the function
+        _has_no_memory(grad)
     grad._cell = cell
     return grad
 

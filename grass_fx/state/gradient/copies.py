@@ -15,9 +15,10 @@ aten = torch.ops.aten
 @handles(aten.detach.default, aten.alias.default)
 def _share(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
-    if grad.compact.requires_grad:
-        return grad.derived(grad.compact.detach(), grad.scores)
-    return wrap(grad._cell, grad.shape)  # shares state: autograd detaches every gradient
+    cell = grad._cell
+    if cell.compact.requires_grad:
+        return grad.derived(cell.compact.detach(), cell.scores)
+    return wrap(cell, grad.shape)  # shares state: autograd detaches every gradient
 
 
 @handles(aten.detach_)
