@@ -15,13 +15,15 @@ import test_fsdp2 as fsdp2
 import torch
 import torch.distributed as dist
 from test_trainers import tokens
-from torch.distributed.fsdp import fully_shard
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import grass_fx
 from ranks import spawn
 
 STEPS = 6
+PAGE = Path(__file__).parent.parent / "docs/distributed.md"
 options = fsdp2.OPTIONS
 
 # What the log says of a graph: the page has these lines.
@@ -138,6 +140,35 @@ def with_accelerate(rank, folder):
 def test_accelerate_with_its_configuration_file(tmp_path):
     pytest.importorskip("accelerate")
     spawn(with_accelerate, fsdp2.RANKS, str(tmp_path))
+
+
+# --- What is left dense ---------------------------------------------------------------------------
+
+
+class Uneven(fsdp2.Block):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 33), nn.Linear(33, 16)
+
+
+def says_what_is_left(rank):
+    page, told = PAGE.read_text(encoding="utf-8"), Lines()
+    model = fsdp2.build(Uneven)
+    fsdp2.compile_then_shard(model, fsdp2.options())
+    model(fsdp2.batch(0, rank, 2))
+    assert f"```text\n{told.lines[0]}\n```" in page and "up.weight" in told.lines[0]
+    model = fsdp2.build()
+    fsdp2.compile_blocks(model, **fsdp2.options())
+    fsdp2.shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.warns(grass_fx.GrassWarning) as warned:
+        model(fsdp2.batch(0, rank, 2))
+    begins, _, _ = str(warned[0].message).partition(" If one should")
+    assert f"```text\n{begins}\n```" in page and "offloaded" in begins
+
+
+@pytest.mark.slow
+def test_the_page_has_what_is_told_of_dense_weights():
+    spawn(says_what_is_left, fsdp2.RANKS)
 
 
 # --- transformers ---------------------------------------------------------------------------------

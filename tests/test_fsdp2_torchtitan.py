@@ -319,3 +319,9 @@ def training_of(model, of_titan):
 def test_the_functions_of_torchtitan():
     pytest.importorskip("torchtitan", minversion="0.3.0")
     spawn(with_torchtitan, fsdp2.RANKS)
+
+
+def test_the_page_has_the_lines_of_the_log():
+    page = libraries.PAGE.read_text(encoding="utf-8")
+    for line in (OF_A_BLOCK, libraries.OF_A_BLOCK, libraries.OF_A_LLAMA_LAYER):
+        assert f"| `{line}`" in page
