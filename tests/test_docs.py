@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
                 left_out.append(mark.removeprefix("not run: "))
             elif mark.startswith("source: "):
                 source = (ROOT / mark.removeprefix("source: ")).read_text(encoding="utf-8")
-                assert text in source, where
+                indented = (textwrap.indent(text, " " * k) for k in (0, 4, 8))  # within functions
+                assert any(each in source for each in indented), where
             elif kind == "setup" or (kind == "python" and not mark.startswith("listing:")):
                 out = io.StringIO()
                 with contextlib.redirect_stdout(out):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grass_fx.errors import warn
@@ -85,7 +86,7 @@ def _weights(optimizer: torch.optim.Optimizer) -> tuple[int, list[_Dense]]:
             continue
         left = registry.left(p)
         if left is None:
-            subclass = is_traceable_wrapper_subclass(p)
+            subclass = is_traceable_wrapper_subclass(p) and not isinstance(p, DTensor)
             reason = f"a tensor subclass, {type(p).__name__}" if subclass else UNSEEN
             left = Left("a parameter", reason, False)
         name = registry.name_of(p, left.name)

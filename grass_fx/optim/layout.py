@@ -34,7 +34,8 @@ def lay_out_from(
     the state is laid out, and only the selections among them. Nothing happens if the model has run.
 
     Args:
-        optimizer: a ``grass_fx.AdamW``, or of a class made by ``grass_fx.subspace``.
+        optimizer: a ``grass_fx.AdamW``, or of a class made by ``grass_fx.subspace``; also as
+            accelerate wraps it.
         checkpoint: a folder of ``torch.distributed.checkpoint``, or a file of ``torch.save``, that
             has the state by the parameters' names, as ``get_optimizer_state_dict`` gives it.
         model: the model whose parameters the optimizer has, for their names. It may be sharded
@@ -44,6 +45,7 @@ def lay_out_from(
         OptionError: another optimizer is given.
         StateError: (when the state is laid out) the checkpoint cannot be read, or does not fit.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate and Lightning wrap it
     if not isinstance(optimizer, CheckpointedOptimizer):
         raise OptionError(
             f"lay_out_from({type(optimizer).__name__}): it takes an optimizer that steps in the "
