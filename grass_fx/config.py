@@ -120,7 +120,8 @@ class GrassConfig:
     """The seed of all random draws. They do not use torch's global generator."""
     process_group: Any = None
     """The process group that averages compact gradients inside the backward graph. None uses the
-    group of ``grass_fx.distributed.data_parallel(model)``. That call is needed in either case."""
+    group of ``grass_fx.distributed.data_parallel(model)``. That call is needed in either case.
+    Under torch's ``fully_shard`` leave this None."""
     score_sync: str = "norms"
     """How several processes compute scores. With "norms" each process takes the squared norms of
     its own gradient, and a small all-reduce in each period adds them up. With "gradient" scores are

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import grass_fx
+from grass_fx._torch_compat import fsdp
 from grass_fx.errors import (
     CompactGradError,
     DistributedError,
@@ -430,6 +431,9 @@ def with_what_is_not_taken(rank):
     trial("sharded along another dimension", lambda m: None,
           shard_placement_fn=lambda p: Shard(1 if p.dim() == 2 else 0))  # fmt: skip
     trial("offloaded to the CPU", lambda m: None, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with pytest.MonkeyPatch.context() as patch:  # as with a torch that has renamed what we read
+        patch.setattr(fsdp, "OF_A_GROUP", (*fsdp.OF_A_GROUP, "of_another_torch"))
+        trial(f"the FSDP2 of torch {torch.__version__} lacks of_another_torch", lambda m: None)
     parallel = build()
     for block in parallel.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -441,6 +445,10 @@ def with_what_is_not_taken(rank):
     model = build()
     compiled, _ = compile_then_shard(model, options())
     compiled(batch(0, rank, RANKS)).sum().backward()
+    for foreach in (False, True):
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
+        with pytest.raises(CompactGradError, match=r"weight: .* grass_fx\.subspace\(X\)"):
+            optimizer.step()
     with pytest.raises(OptionError, match="Call explain before fully_shard"):
         grass_fx.explain(model, batch(0, rank, RANKS))
     if unused is not None:

@@ -369,9 +369,11 @@ def test_a_full_state_dict_is_set_before_the_first_compiled_call():
 
 def test_laying_out_before_the_first_compiled_call_makes_no_state_and_says_so():
     model, _, optimizer = begin(named=False)
-    with pytest.warns(GrassWarning, match="Run one forward"):
+    with pytest.warns(GrassWarning, match="run one forward"):
         state = get_state_dict(model, optimizer)[1]
     assert not optimizer.state and not state["state"]
+    with pytest.raises(StateError, match="nothing to load.*lay_out_from"):  # and no fresh start
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
 
 
 def test_a_first_step_at_rate_zero_is_a_step():

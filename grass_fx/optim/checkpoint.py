@@ -34,6 +34,10 @@ from grass_fx.state.registry import registry
 from grass_fx.state.subspace import selects_rows
 
 SHAPE = "weight_shape"
+LAY_OUT_FIRST = (
+    "To load, call grass_fx.lay_out_from(optimizer, checkpoint, model) first, or run one forward "
+    "with gradients enabled."
+)
 _HISTORY = "history_"  # prefix of the keys of SelectionHistory.state()
 _SUBSPACES = "subspaces"  # in a pickle or a copy: Subspace.state() of each parameter
 _PAST = "selection_history"  # a checkpoint's entry for histories, beside "state"; optional
@@ -100,9 +104,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         if self._layout_unknown and not self.state:
             warn(
                 "the optimizer's state cannot be laid out before the compiled model has run, and "
-                "torch.distributed.checkpoint loads no state into it. Run one forward with "
-                "gradients enabled first, or call grass_fx.lay_out_from(optimizer, checkpoint, "
-                "model)."
+                f"torch.distributed.checkpoint loads no state into it. {LAY_OUT_FIRST}"
             )
         result: dict[str, Any] = super().state_dict()
         past = {}
@@ -175,10 +177,17 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: names, shapes or a selection do not fit, the state is another optimizer's,
-                or it is damaged. The message names the weight.
+                or it is damaged; the message names the weight. Or torch.distributed.checkpoint has
+                read nothing, because it was asked to before the compiled model has run.
             OptionError: a group has options that this optimizer cannot have.
         After any exception neither the optimizer nor the weights' subspaces have changed.
         """
+        if self._layout_unknown and not self.state and not state_dict["state"]:
+            raise StateError(
+                "there is nothing to load: torch.distributed.checkpoint has read no state of this "
+                f"optimizer. {LAY_OUT_FIRST} If the checkpoint was saved before the first step, do "
+                "not load the optimizer."
+            )
         load, before = super().load_state_dict, dict(self.__dict__)
         prepared: dict[str, Any] = {}
         subspaces: dict[Tensor, dict[str, Tensor]] = {}

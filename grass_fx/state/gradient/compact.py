@@ -267,12 +267,21 @@ class BesideDTensors(CompactGrad):
     def __torch_function__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        handler = LISTS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
-            handler = LISTS.get(func)
-            result = handler(func, args, kwargs or {}) if handler else func(*args, **(kwargs or {}))
+            try:
+                result = (handler or _called)(func, args, kwargs or {})
+            except RuntimeError as error:  # of a DTensor, which torch asks first
+                if "mixed torch.Tensor and DTensor" not in str(error):
+                    raise
+                raise _cannot(func, (args, kwargs)) from error
         if result is NotImplemented:
             raise _cannot(func, (args, kwargs))
         return result
+
+
+def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def wrap(cell: Cell, shape: Sequence[int]) -> CompactGrad:
