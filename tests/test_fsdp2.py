@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_parts_of_weights import Lion
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -229,24 +230,6 @@ def by_every_rule(rank):
         check(steps(compiled, model, optimizer, rank), want, name)
 
 
-class Lion(torch.optim.Optimizer):
-    """Of another library's kind: elementwise, its own state, no count."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(m.lerp(p.grad, 1 - group["betas"][0]).sign(), alpha=-group["lr"])
-                m.lerp_(p.grad, 1 - group["betas"][1])
-
-
 def wrapped(cls, model, **given):
     return grass_fx.subspace(cls)(model.parameters(), **given)
 
@@ -428,6 +411,9 @@ def with_what_is_not_taken(rank):
             "set_reduce_scatter_unused_params",
             lambda m: m.set_reduce_scatter_unused_params(True),
         )
+    hook = lambda m: m.blocks[0].set_all_reduce_hook(lambda output: None)  # noqa: E731
+    hooks = lambda m: (hook(m), m.blocks[1].set_all_reduce_hook(lambda output: None))  # noqa: E731
+    trial("the hook of set_all_reduce_hook", hooks)
     trial("sharded along another dimension", lambda m: None,
           shard_placement_fn=lambda p: Shard(1 if p.dim() == 2 else 0))  # fmt: skip
     trial("offloaded to the CPU", lambda m: None, offload_policy=CPUOffloadPolicy(pin_memory=False))
@@ -474,6 +460,13 @@ def moves_what_is_compact(rank):
     grads = [p.grad for p in model.parameters()]
     sent = sum(getattr(g, "compact", g).numel() for g in grads) * 8
     assert taken(model) == 4 and traffic.bytes["reduce_scatter"] == sent
+    for side in ("in", "out"):
+        model = build()
+        compiled, _ = compile_then_shard(model, options(side=side))
+        compiled(batch(0, rank, RANKS)).sum().backward()
+        grad = model.blocks[0].up.weight.grad
+        embedded = grad.selection.embed(grad.compact.full_tensor(), grad.shape)
+        torch.testing.assert_close(grad.to_dense().full_tensor(), embedded)
     # One for the compact ones of each block, one for its vectors, and one for the head.
     assert traffic.calls["reduce_scatter"] == 5
 

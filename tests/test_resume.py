@@ -376,6 +376,28 @@ def test_laying_out_before_the_first_compiled_call_makes_no_state_and_says_so():
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
 
 
+@pytest.mark.parametrize("damage", ["counters", "file", "folder"])
+def test_a_damaged_checkpoint_to_lay_out_from_is_a_state_error(damage, tmp_path):
+    model, compiled, optimizer = begin()
+    train(model, compiled, optimizer, 2)
+    state = get_optimizer_state_dict(model, optimizer)
+    if damage == "counters":
+        del state["state"]["0.weight"]["subspace_counters"]
+    if damage == "folder":
+        dcp.save({"optimizer": state}, checkpoint_id=tmp_path)
+        for file in tmp_path.glob("*.distcp"):
+            file.unlink()
+    else:
+        torch.save(state, tmp_path / "saved.pt")
+    saved = tmp_path if damage == "folder" else tmp_path / "saved.pt"
+    if damage == "file":
+        saved.write_bytes(saved.read_bytes()[:100])
+    model, _, optimizer = begin()
+    grass_fx.lay_out_from(optimizer, saved, model)
+    with pytest.raises(StateError, match="damaged|no optimizer state can be read"):
+        get_optimizer_state_dict(model, optimizer)
+
+
 def test_a_first_step_at_rate_zero_is_a_step():
     """A learning rate that warms up from 0 is no lay-out: the gradients are not zero."""
     model, compiled, optimizer = begin()

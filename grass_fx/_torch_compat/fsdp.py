@@ -69,9 +69,13 @@ class FSDPWeight:
         return bool(self.group.reduce_grads and (self.group.all_reduce_grads or not replicated))
 
     @property
-    def fills_unused(self) -> bool:
-        """Whether FSDP2 reduces zeros where a parameter has no gradient of its own."""
-        return bool(getattr(self.group, "reduce_scatter_unused_params", False))
+    def conflict(self) -> str | None:
+        """The setting, also of later, that does not work with a compact gradient, or None."""
+        if getattr(self.group, "reduce_scatter_unused_params", False):
+            return "set_reduce_scatter_unused_params(True) makes FSDP2 add zeros to its gradient"
+        if getattr(self.group, "_all_reduce_hook", None) is not None:
+            return "the hook of set_all_reduce_hook would not see its gradient"
+        return None
 
     def refusal(self) -> str | None:
         """Why its gradient cannot be compact, or None."""
@@ -89,9 +93,7 @@ class FSDPWeight:
             return "offloaded to the CPU"
         if hasattr(self.param._sharded_local_tensor, "fsdp_pre_all_gather"):
             return "its shard has a gathering of its own, as of float8"
-        if self.fills_unused:
-            return "set_reduce_scatter_unused_params(True) makes FSDP2 add zeros to its gradient"
-        return None
+        return self.conflict
 
 
 def fsdp_weights(values: Sequence[Tensor]) -> list[FSDPWeight | None] | None:

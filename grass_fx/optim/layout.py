@@ -7,6 +7,7 @@ them first. Which weights are taken, and with which shapes, is then known from t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from grass_fx.errors import OptionError, StateError
 from grass_fx.optim.checkpoint import SHAPE, CheckpointedOptimizer, is_of_selection, plain_name
-from grass_fx.optim.loading import SUBSPACE, how_sharded
+from grass_fx.optim.loading import SUBSPACE, damage_of, how_sharded
 from grass_fx.state.sharding import Sharding
 from grass_fx.state.subspace import selects_rows
 
@@ -51,15 +52,18 @@ def lay_out_from(
             f"lay_out_from({type(optimizer).__name__}): it takes an optimizer that steps in the "
             "subspace, grass_fx.AdamW or a class made by grass_fx.subspace."
         )
-    optimizer.layout_source = lambda: _state_from(os.fspath(checkpoint), optimizer, model)
+    path = os.fspath(checkpoint)
+    optimizer.layout_source = lambda: _state_from(path, optimizer, model)
 
 
 def _state_from(path: str, optimizer: CheckpointedOptimizer, model: nn.Module) -> dict[Any, Any]:
     """For each parameter, by its place in the optimizer, a state of the checkpoint's lay-out."""
+    from torch.distributed.checkpoint.api import CheckpointException  # here: it takes time
+
     names = {p: plain_name(name) for name, p in model.named_parameters()}
     try:
         found = _read(path, {*names.values()}) if os.path.isdir(path) else _loaded(path)
-    except Exception as error:  # whatever a reader, or a damaged file, raises
+    except (Exception, CheckpointException) as error:  # which is no Exception
         raise StateError(
             f"lay_out_from: no optimizer state can be read from {path!r}: "
             f"{type(error).__name__}: {error}"
@@ -67,7 +71,8 @@ def _state_from(path: str, optimizer: CheckpointedOptimizer, model: nn.Module) -
     state = {}
     for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if entries := found.get(names.get(p, "")):
-            state[place] = dict(_laid_out(p, entries))
+            with damage_of(names[p]):
+                state[place] = dict(_laid_out(p, entries))
     if not state:
         raise StateError(
             f"lay_out_from: {path!r} has no state of this optimizer's parameters, such as "
@@ -109,7 +114,9 @@ def _read(path: str, names: set[str]) -> Entries:
             wanted[key] = value if value is None else torch.empty_like(value, device="cpu")
             places[key] = name, entry
         found.setdefault(name, {})[entry] = value
-    state_dict_loader.load(wanted, storage_reader=reader)
+    with warnings.catch_warnings():  # every process reads alone, and torch warns of that
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(wanted, storage_reader=reader, no_dist=True)
     for key, (name, entry) in places.items():
         found[name][entry] = wanted[key]
     return found
@@ -120,8 +127,8 @@ def _split(key: str, names: set[str]) -> tuple[str, str]:
     rest, _, entry = f".{key}".rpartition(".")
     while rest:
         _, _, rest = rest.partition(".state.")
-        if rest in names:
-            return rest, entry
+        if (name := plain_name(rest)) in names:
+            return name, entry
     return "", ""
 
 
@@ -129,7 +136,7 @@ def _loaded(path: str) -> Entries:
     """The entries in a file of torch.save, of which large ones are left there."""
     found: Entries = {}
     for saved in _optimizers_in(torch.load(path, mmap=True, weights_only=True)):
-        found |= {str(name): dict(entries) for name, entries in saved["state"].items()}
+        found |= {plain_name(str(name)): dict(each) for name, each in saved["state"].items()}
     return found
 
 

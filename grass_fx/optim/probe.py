@@ -303,18 +303,22 @@ def steps_together(make: Make) -> bool:
 
 
 def steps_parts_alike(make: Make) -> bool:
-    """Whether X steps each half of a weight as it steps the whole: then it can step shards."""
+    """Whether X steps each half of a weight as it steps the whole: then it can step shards.
+
+    As in processes, each half has an optimizer of its own. Gradients are small and large, because
+    a class may clip them.
+    """
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = draw(6, 4)
-    whole, halves = Parameter(start.clone()), [Parameter(h.clone()) for h in start.chunk(2)]
-    optimizers = make([whole]), make(halves)
+    weights = [Parameter(part.clone()) for part in (start, *start.chunk(2))]
+    optimizers = [make([w], capturable=False) for w in weights]
     try:
-        for _ in range(3):
-            whole.grad = draw(6, 4)
-            for half, grad in zip(halves, whole.grad.chunk(2), strict=True):
-                half.grad = grad.clone()
+        for scale in (1.0, 1e-3, 1e4):
+            whole = scale * draw(6, 4)
+            for w, grad in zip(weights, (whole, *whole.chunk(2)), strict=True):
+                w.grad = grad.clone()
             for optimizer in optimizers:
                 unhooked(type(optimizer).step)(optimizer)
     except Exception:  # a class that steps no such weight cannot step shards of one
         return False
-    return torch.allclose(whole, torch.cat([*halves]), rtol=1e-9, atol=1e-12)
+    return torch.allclose(weights[0], torch.cat(weights[1:]), rtol=1e-9, atol=1e-12)  # type: ignore[arg-type]

@@ -65,11 +65,10 @@ def check_call(weight: FSDPWeight, gathered: Tensor, name: str) -> None:
     Also makes a later dense gradient of the gathered parameter raise our error instead of FSDP2's
     assertion. It would be reduced beside the compact one.
     """
-    if weight.fills_unused:
+    if (conflict := weight.conflict) is not None:
         raise DistributedError(
-            f"{name} gets a compact gradient, and set_reduce_scatter_unused_params(True) makes "
-            "FSDP2 add zeros of full shape to it. Call that before the model is compiled, and the "
-            "weight trains dense; or leave it False."
+            f"{name} gets a compact gradient, and {conflict}. Call that before the model is "
+            "compiled, and the weight trains dense; or not at all."
         )
     if _REFUSES not in gathered.__dict__:
 

@@ -162,8 +162,20 @@ class CompactGrad(Tensor):
         return wrap(cell, self.shape)
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
-        """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere."""
-        return self.selection.embed(self.compact, self.shape)
+        """P C, (m, n): the selected rows (times ρ, repeated rows adding) and 0 elsewhere.
+
+        For a sharded weight a DTensor, sharded as the weight is.
+        """
+        compact, owner = self.compact, self.owner
+        if not isinstance(compact, DTensor):
+            return self.selection.embed(compact, self.shape)
+        if owner is None or owner.sharding is None:  # of a copy
+            return self.selection.embed(compact.full_tensor(), self.shape)
+        own = (self.shape[0] // owner.sharding.shards.ranks, *self.shape[1:])
+        whole: Tensor = owner.sharding.whole(
+            owner.own(self.selection).embed(compact.to_local(), own)
+        )
+        return whole
 
     def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         parts = [
