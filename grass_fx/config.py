@@ -138,8 +138,8 @@ class GrassConfig:
     """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
-    "push_norms", "push_selection" and "keep_selected". Gradients stay the
-    same; memory and time change."""
+    "push_norms", "push_selection" and "keep_selected". Gradients stay the same; memory and time
+    change."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):

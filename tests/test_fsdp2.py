@@ -1,14 +1,12 @@
 """torch's own fully_shard: compact gradients on sharded parameters, and one process's numbers."""
 
-import copy
-import warnings
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_parts_of_weights import Lion
+from test_wrap import Lion
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -17,21 +15,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import grass_fx
-from grass_fx._torch_compat import fsdp
 from grass_fx.errors import (
-    CompactGradError,
     DistributedError,
-    GrassWarning,
     OptionError,
+    SelectionChangedError,
     StateError,
 )
 from grass_fx.state.registry import registry
@@ -316,7 +307,8 @@ def with_micro_batches(rank):
     model = build()
     compiled, optimizer = compile_then_shard(model, options())
     model(batch(0, rank, RANKS)).sum().backward()
-    model.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     model.set_requires_gradient_sync(False)
     loss = model(batch(1, rank, RANKS)).sum()
     with Traffic() as traffic:
@@ -324,6 +316,10 @@ def with_micro_batches(rank):
     assert traffic.bytes["reduce_scatter"] == 0 and taken(model) == 0
     with pytest.raises(DistributedError, match=r"up\.weight: a micro-batch without"):
         optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # which selections go on from
+    model.set_requires_gradient_sync(True)
+    with pytest.raises(SelectionChangedError, match=r"changed since a micro-batch without"):
+        model(batch(2, rank, RANKS)).sum().backward()
     for before in ("nothing", "zeros", "a gradient"):
         with_what_was_held(rank, before)
 
@@ -372,83 +368,6 @@ def in_low_precision(rank):
             selected = got.selection.project(want.full_tensor())
             close = {"rtol": 2e-2, "atol": 1e-3}
             torch.testing.assert_close(got.compact.full_tensor(), selected, **close)
-
-
-def with_what_is_not_taken(rank):
-    """Left to FSDP2 with the reason, dense and right; and errors that name the weight."""
-    mesh = init_device_mesh("cpu", (RANKS,))
-
-    def trial(reason, set_up, **how):
-        torch._dynamo.reset()
-        model = build()
-        plain = copy.deepcopy(model)
-        shard(model, mesh=mesh, **how)
-        set_up(model)
-        compile_blocks(model, **options())
-        optimizer, reference = (
-            adamw(model),
-            torch.optim.AdamW(plain.parameters(), 1e-2, weight_decay=0.1),
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for step in range(3):
-                model(batch(step, rank, RANKS)).square().mean().backward()
-                assert taken(model) == 0
-                optimizer.step()
-                optimizer.zero_grad()
-                plain(batch(step)).square().mean().backward()
-                reference.step()
-                reference.zero_grad()
-        told = [str(each.message) for each in caught if each.category is GrassWarning]
-        assert any(f"fsdp2: {reason}" in each for each in told), told
-        check([v.cpu() for v in whole(model)], whole(plain), reason)
-
-    unused = getattr(
-        fully_shard(nn.Linear(2, 2), mesh=mesh), "set_reduce_scatter_unused_params", None
-    )
-    if unused is not None:
-        trial(
-            "set_reduce_scatter_unused_params",
-            lambda m: m.set_reduce_scatter_unused_params(True),
-        )
-    hook = lambda m: m.blocks[0].set_all_reduce_hook(lambda output: None)  # noqa: E731
-    hooks = lambda m: (hook(m), m.blocks[1].set_all_reduce_hook(lambda output: None))  # noqa: E731
-    trial("the hook of set_all_reduce_hook", hooks)
-    trial("sharded along another dimension", lambda m: None,
-          shard_placement_fn=lambda p: Shard(1 if p.dim() == 2 else 0))  # fmt: skip
-    trial("offloaded to the CPU", lambda m: None, offload_policy=CPUOffloadPolicy(pin_memory=False))
-    with pytest.MonkeyPatch.context() as patch:  # as with a torch that has renamed what we read
-        patch.setattr(fsdp, "OF_A_GROUP", (*fsdp.OF_A_GROUP, "of_another_torch"))
-        trial(f"the FSDP2 of torch {torch.__version__} lacks of_another_torch", lambda m: None)
-    parallel = build()
-    for block in parallel.blocks:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    compile_blocks(parallel, **options())
-    with pytest.warns(GrassWarning, match="a DTensor, as of tensor parallelism"):
-        parallel(batch(0)).sum().backward()
-        adamw(parallel).step()
-    assert taken(parallel) == 0
-    model = build()
-    compiled, _ = compile_then_shard(model, options())
-    compiled(batch(0, rank, RANKS)).sum().backward()
-    for foreach in (False, True):
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
-        with pytest.raises(CompactGradError, match=r"weight: .* grass_fx\.subspace\(X\)"):
-            optimizer.step()
-    with pytest.raises(OptionError, match="Call explain before fully_shard"):
-        grass_fx.explain(model, batch(0, rank, RANKS))
-    if unused is not None:
-        model.set_reduce_scatter_unused_params(True)
-        with pytest.raises(
-            DistributedError, match=r"up\.weight .* set_reduce_scatter_unused_params"
-        ):
-            compiled(batch(0, rank, RANKS))
-    model = build()
-    eager = torch.compiler.disable(lambda module, args, out: out + module.down.weight.sum())
-    model.blocks[0].register_forward_hook(eager)  # before FSDP2's own, which reshards
-    compiled, _ = compile_then_shard(model, options())
-    with pytest.raises(CompactGradError, match=r"down\.weight .* dense one from outside"):
-        compiled(batch(0, rank, RANKS)).sum().backward()
 
 
 def moves_what_is_compact(rank):
@@ -537,7 +456,7 @@ def resumes(rank, folder):
         grass_fx.lay_out_from(torch.optim.SGD(model.parameters()), folder, model)
 
 
-def in_replicas(rank, folder):
+def in_replicas(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     want = alone()
     for each, how in ((mesh, {}), (None, {"reshard_after_forward": 2})):
@@ -545,19 +464,12 @@ def in_replicas(rank, folder):
         compile_blocks(model, **options())
         shard(model, 4, each, **how)
         check(steps(model, model, adamw(model), rank, 4), want, f"{how or 'HSDP'}")
-    resumes(rank, folder)
 
 
 def two(rank, folder):
     in_every_order(rank)
     moves_what_is_compact(rank)
     saves(rank, folder)
-
-
-def two_more(rank):
-    for each in (by_every_rule, by_wrapped_classes, with_its_options, with_micro_batches,
-                 in_low_precision, with_what_is_not_taken):  # fmt: skip
-        each(rank)
 
 
 @pytest.fixture(scope="module")
@@ -578,11 +490,22 @@ def test_one_process_resumes_what_two_saved(folder):
             resumes(0, folder)
 
 
-@pytest.mark.slow
-def test_options_rules_micro_batches_and_what_is_not_taken():
-    spawn(two_more, RANKS, timeout=120)
+ALONE = (
+    by_every_rule, by_wrapped_classes, with_its_options, with_micro_batches, in_low_precision
+)  # fmt: skip
 
 
 @pytest.mark.slow
-def test_replicas_of_shards(folder):
-    spawn(in_replicas, 4, folder, timeout=120)
+@pytest.mark.parametrize("check_that", ALONE, ids=lambda function: function.__name__)
+def test_two_processes_train_as_one(check_that):
+    spawn(check_that, RANKS, timeout=120)
+
+
+@pytest.mark.slow
+def test_four_processes_resume_what_two_saved(folder):
+    spawn(resumes, 4, folder, timeout=120)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards():
+    spawn(in_replicas, 4, timeout=120)

@@ -4,27 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from test_wrap import Lion
 
 import grass_fx
 from grass_fx.optim import probe
-
-
-class Lion(torch.optim.Optimizer):
-    """Of another library's kind: elementwise, its own state, no count."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(m.lerp(p.grad, 1 - group["betas"][0]).sign(), alpha=-group["lr"])
-                m.lerp_(p.grad, 1 - group["betas"][1])
 
 
 class NormedSGD(torch.optim.SGD):

@@ -65,7 +65,7 @@ SLOW = {  # (bits/s, tokens of a process): DDP, grass
     (2e8, 256): (2378, 384),
 }
 SLOW_SHARDED = (1477, 750)
-"""FSDP2 and grass, sharded, 1 Gbit/s, 256 tokens."""
+"""FSDP2, and grass by an engine of its own that FSDP2 has replaced, 1 Gbit/s, 256 tokens."""
 ACTIVATIONS = (28, 23)
 """MB in float32 with temporaries, 256 tokens: with all inputs kept, and with selected ones only."""
 

@@ -39,6 +39,11 @@ class Arrived:
         """Whether this backward reduces it."""
         return self.weight.reduces
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the selection that it is of has changed since."""
+        return self.subspace.selection.generation != self.selection.generation
+
 
 @dataclass
 class Travelling:
@@ -77,6 +82,7 @@ class Buckets:
 
     def __init__(self) -> None:
         self._held: dict[int, Arrived] = {}
+        self._backward = -1  # in which the held ones have been looked through
         self._under_way: dict[int, list[Travelling]] = {}
         """Backward -> its buckets of which a collective runs."""
 
@@ -93,6 +99,10 @@ class Buckets:
         The collective runs beside the backward of the graphs that follow. It is waited for when the
         next graph brings its gradients, or at the end of the backward.
         """
+        backward = current_backward()
+        if self._held and self._backward != backward:
+            self._backward = backward
+            self._drop_stale()
         for each in arrived:
             each.compact = each.compact.to(each.weight.reduce_dtype or each.compact.dtype)
             if (held := self._held.pop(id(each.subspace), None)) is not None:
@@ -102,7 +112,7 @@ class Buckets:
         due = [each for each in arrived if each.is_due]
         if not due:
             return
-        if (backward := current_backward()) not in self._under_way:
+        if backward not in self._under_way:
             self._under_way[backward] = []
             at_end_of_backward(partial(self._finish, backward))
         self._under_way[backward] = [*_advanced(self._under_way[backward]), *_sent(due)]
@@ -112,11 +122,22 @@ class Buckets:
         if self._under_way and current_backward() < 0:
             self._under_way.clear()
 
+    def _drop_stale(self) -> None:
+        """Drop what is held of selections that have changed, and raise if there was any."""
+        stale = [each for each in self._held.values() if each.is_stale]
+        for each in stale:
+            del self._held[id(each.subspace)]
+        if stale:
+            raise SelectionChangedError(
+                f"{stale[0].subspace.name}: its selection has changed since a micro-batch without "
+                "gradient synchronisation. Synchronise the last micro-batch before "
+                "optimizer.step(): model.set_requires_gradient_sync(True)."
+            )
+
     def _finish(self, backward: int) -> None:
         """At the end of a synchronised backward; weights it did not use may hold gradients."""
         due = [each for each in self._held.values() if each.is_due]
         for each in due:
-            _check(each)
             del self._held[id(each.subspace)]
         under_way = [*self._under_way.pop(backward), *_sent(due)]
         while under_way:
@@ -125,20 +146,10 @@ class Buckets:
 
 def _add(arrived: Arrived, held: Arrived) -> None:
     """Add the held gradient to one that has arrived."""
-    _check(held)
     arrived.compact = arrived.compact + held.compact
     if held.scores is not None:
         scores = arrived.scores
         arrived.scores = held.scores if scores is None else held.scores + scores
-
-
-def _check(held: Arrived) -> None:
-    if held.subspace.selection.generation != held.selection.generation:
-        raise SelectionChangedError(
-            f"{held.subspace.name}: its selection has changed since a micro-batch without gradient "
-            "synchronisation. Synchronise the last micro-batch before optimizer.step(): "
-            "model.set_requires_gradient_sync(True)."
-        )
 
 
 def _sent(entries: Sequence[Arrived]) -> list[Travelling]:

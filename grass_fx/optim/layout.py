@@ -157,8 +157,8 @@ def _laid_out(p: Tensor, entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]
         if not isinstance(value, Tensor) or value.dim() == 0 or _is_alike(entry):
             yield entry, value
         elif _is_small(entry, value.numel()):
-            split = by_rows and is_of_selection(entry) and sharding is not None
-            yield entry, _part(value, sharding) if split and sharding is not None else value
+            split = sharding if by_rows and is_of_selection(entry) else None
+            yield entry, value if split is None else _part(value, split)
         elif sharding is not None:
             first, *rest = value.shape
             own = (first // sharding.shards.ranks, *rest)
