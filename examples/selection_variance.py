@@ -36,7 +36,7 @@ def measured(rule: str, r: int, replacement: bool, s: Tensor, scores: Tensor) ->
         elif rule == "uniform":
             rows, scale = rules.multinomial(torch.ones(m), r, replacement, generator)
         else:
-            norms = rules.unit_norms(scores, 1)
+            norms = scores.double().sqrt()
             rows, scale = rules.select_by_norms(RULES[rule], norms, r, replacement, generator)
         weight = torch.ones_like(s[:r]) if scale is None else scale**2
         kept = torch.zeros_like(s).index_add_(0, rows, weight)  # the diagonal of PPᵀ

@@ -93,7 +93,8 @@ class GrassConfig:
     selection: str = "cyclic"
     """The rule that selects the columns (rows): a key of :data:`RULES`."""
     block: int = 1
-    """B, the number of consecutive columns (rows) that are selected together."""
+    """B, the number of consecutive columns (rows) that are selected together. If it does not divide
+    the selected dimension, the last block is shorter: docs/method.md explains it."""
     replacement: bool = False
     """Draw with replacement, and scale the selected columns (rows) so that E[PPᵀG] = G
     (equation 6). Only random rules can do this."""
@@ -270,20 +271,19 @@ class GrassConfig:
             return "not in include"
         return None
 
-    def rank_and_block(self, size: int) -> tuple[int, int]:
-        """(r, B) for a selected dimension of ``size``; a weight with r > size stays dense.
+    def rank_of(self, size: int) -> int:
+        """r for a selected dimension of ``size``; a weight with r > size stays dense.
 
         A fraction is rounded to the nearest multiple of max(8, B), and to at least max(8, B). If
-        that reaches the dimension, r = max(B, floor(fraction * size / B) * B). If B does not divide
-        ``size``, B = 1.
+        that reaches the dimension, r = max(B, floor(fraction * size / B) * B).
         """
-        block = self.block if size % self.block == 0 else 1
+        block = self.block
         if isinstance(self.rank, int):
-            return self.rank, block
+            return self.rank
         unit = max(8, block)
         if unit % block:
             unit = math.lcm(8, block)  # B = 3, 5, 6, 7: r must be a multiple of it
         rank = max(unit, math.floor(self.rank * size / unit + 0.5) * unit)
         if rank >= size:
             rank = max(block, math.floor(self.rank * size / block) * block)
-        return rank, block
+        return rank

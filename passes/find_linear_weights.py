@@ -153,7 +153,7 @@ def _spec_of_shards(
         raise NotLinear(f"its dimension of {weight.shape[0]} is not alike on {shards.ranks} ranks")
     if weight.dim() == 3 or spec.dim != 0:
         return replace(spec, shards=shards)
-    parts = common_parts(shards, spec.size // spec.block, spec.rank // spec.block)
+    parts = common_parts(shards, spec.size, spec.block, spec.rank)
     if parts is None:
         raise NotLinear(
             f"rank {spec.rank} of {spec.size} in blocks of {spec.block} is not alike on "
@@ -163,6 +163,8 @@ def _spec_of_shards(
 
 
 def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
+    if spec.block > spec.size:
+        raise NotLinear(f"block {spec.block} exceeds its {spec.size} {spec.side}put features")
     if spec.rank > spec.size:
         raise NotLinear(f"rank {spec.rank} exceeds its {spec.size} {spec.side}put features")
     return spec

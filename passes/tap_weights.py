@@ -77,7 +77,7 @@ def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
         collectives = ()  # C is averaged after the graph, together with those of all its weights
     settings: dict[str, Any] = {
         "dim": spec.dim,
-        "block": spec.block,
+        "block": spec.run,
         "collectives": tuple(map(tuple, collectives)),
     }
     if variant.scoring:

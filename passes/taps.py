@@ -17,7 +17,7 @@ class TapSpec(NamedTuple):
     dim: int
     """The selected dimension of the weight."""
     block: int = 1
-    """B, the number of rows that are selected together."""
+    """The length of the runs in which rows are selected, which begin at multiples of it."""
     collectives: tuple[tuple[Any, ...], ...] = ()
     """The fields of the collectives that average gradients over processes."""
     scoring: str | None = None

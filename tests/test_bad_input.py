@@ -102,13 +102,14 @@ def test_weights_that_are_views_of_one_buffer_move_their_own_rows_of_it():
         assert bool(selected.all()) and int(moved.sum()) == selected.numel()
 
 
-def test_a_rank_or_block_that_does_not_fit_leaves_the_weight_or_the_block():
-    model, compiled, backend = begin(mlp(8, 12, 4), rank=5, block=5, side="auto")
+@pytest.mark.parametrize(("block", "reason"), [(1, "rank 5"), (5, "block 5")])
+def test_a_rank_or_block_that_does_not_fit_leaves_the_weight(block, reason):
+    model, compiled, backend = begin(mlp(8, 12, 4), rank=5, block=block, side="auto")
     optimizer, before = grass_fx.AdamW(model.parameters()), model[2].weight.detach().clone()
     loss_of(compiled, X).backward()
     (spec,) = [weight.spec for weight in backend.only.found.taken]
-    assert (spec.rank, spec.block) == (5, 1)
-    assert backend.only.found.left == {"2.weight": "rank 5 exceeds its 4 output features"}
+    assert (spec.rank, spec.block) == (5, block)
+    assert backend.only.found.left == {"2.weight": f"{reason} exceeds its 4 output features"}
     assert_gradients(model, X)
     optimizer.step()
     assert bool((model[2].weight != before).all())

@@ -206,43 +206,46 @@ def test_a_misspelt_option_is_told_the_right_one(name):
     assert f"did you mean {name!r}?" in message(**{name[:-1] + "x": 1})
 
 
-# rank, block, size -> r, B
-RANK_AND_BLOCK = [
-    (64, 1, 768, 64, 1),
-    (64, 8, 768, 64, 8),
-    (64, 8, 100, 64, 1),  # 8 does not divide 100
-    (64, 1, 32, 64, 1),  # r > size: the weight stays dense
-    (64, 1, 64, 64, 1),
-    (0.25, 1, 768, 192, 1),
-    (0.25, 1, 100, 24, 1),  # 25, to the nearest multiple of 8
-    (0.25, 1, 112, 32, 1),  # 28 lies between: up
-    (0.01, 1, 768, 8, 1),  # at least 8
-    (0.25, 8, 768, 192, 8),
-    (0.25, 8, 100, 24, 1),
-    (0.25, 16, 768, 192, 16),
-    (0.25, 16, 96, 32, 16),  # 24 lies between: up
-    (0.25, 16, 80, 16, 16),  # 20, to the nearest multiple of 16
-    (0.01, 16, 768, 16, 16),
-    (0.25, 12, 240, 60, 12),  # max(8, B) = 12, and 60 is five blocks
+# rank, block, size -> r
+RANKS = [
+    (64, 1, 768, 64),
+    (64, 8, 768, 64),
+    (64, 8, 100, 64),  # 8 does not divide 100: the last of 13 blocks is shorter
+    (64, 1, 32, 64),  # r > size: the weight stays dense
+    (64, 1, 64, 64),
+    (0.25, 1, 768, 192),
+    (0.25, 1, 100, 24),  # 25, to the nearest multiple of 8
+    (0.25, 1, 112, 32),  # 28 lies between: up
+    (0.01, 1, 768, 8),  # at least 8
+    (0.25, 8, 768, 192),
+    (0.25, 8, 100, 24),
+    (0.25, 16, 768, 192),
+    (0.25, 16, 96, 32),  # 24 lies between: up
+    (0.25, 16, 80, 16),  # 20, to the nearest multiple of 16
+    (0.01, 16, 768, 16),
+    (0.25, 12, 240, 60),  # max(8, B) = 12, and 60 is five blocks
     # 8, the least, reaches the dimension:
-    (0.25, 1, 9, 8, 1),
-    (0.25, 1, 8, 2, 1),
-    (0.25, 1, 5, 1, 1),
-    (0.1, 1, 4, 1, 1),
-    (0.9, 1, 1, 1, 1),
-    (0.99, 1, 24, 23, 1),
-    (0.25, 4, 8, 4, 4),
-    (0.75, 4, 8, 4, 4),  # ⌊6 / 4⌋ blocks
-    (0.25, 4, 6, 1, 1),
-    (0.25, 8, 8, 8, 8),
-    (0.25, 16, 16, 16, 16),
-    (0.25, 16, 10, 8, 1),
+    (0.25, 1, 9, 8),
+    (0.25, 1, 8, 2),
+    (0.25, 1, 5, 1),
+    (0.1, 1, 4, 1),
+    (0.9, 1, 1, 1),
+    (0.99, 1, 24, 23),
+    (0.25, 4, 8, 4),
+    (0.75, 4, 8, 4),  # ⌊6 / 4⌋ blocks
+    (0.25, 4, 6, 4),  # one block
+    (0.25, 8, 8, 8),
+    (0.25, 16, 16, 16),
+    (0.25, 16, 10, 16),  # a block exceeds the dimension: the weight stays dense
+    (0.125, 32, 5461, 672),
+    (0.125, 16, 5461, 688),
+    (0.9, 8, 17, 16),
 ]
 
 
-@pytest.mark.parametrize(("rank", "block", "size", "r", "b"), RANK_AND_BLOCK)
-def test_rank_and_block(rank, block, size, r, b):
-    assert GrassConfig(rank=rank, block=block).rank_and_block(size) == (r, b)
+@pytest.mark.parametrize(("rank", "block", "size", "r"), RANKS)
+def test_rank_of(rank, block, size, r):
+    assert GrassConfig(rank=rank, block=block).rank_of(size) == r
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 3, 12])
@@ -250,10 +253,9 @@ def test_rank_and_block(rank, block, size, r, b):
 def test_a_fraction_fits_every_dimension(rank, block):
     config = GrassConfig(rank=rank, block=block)
     for size in range(1, 200):
-        r, b = config.rank_and_block(size)
-        assert b == (block if size % block == 0 else 1)
-        assert b <= r <= size
-        assert r % b == 0
+        r = config.rank_of(size)
+        assert r % block == 0
+        assert block <= r <= size or (r == block > size)  # then the weight stays dense
 
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -166,7 +166,7 @@ def test_the_rank_is_the_largest_that_fits(memory, rule):
         assert not more.fits and more.total > plan.memory >= plan.total
     # The same options reach torch.compile: the fraction gives these ranks there.
     config = grass_fx.inspect.planning.GrassConfig(rank=plan.rank)
-    assert plan.taken["c"] == config.rank_and_block(256)[0]
+    assert plan.taken["c"] == config.rank_of(256)
 
 
 def test_blocks_and_small_weights():

@@ -57,6 +57,14 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
+class Uneven(Block):
+    """Blocks of 3 do not divide the 5 rows of each of 8 parts, nor the columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+
 class Blocks(nn.Module):
     def __init__(self, block=Block):
         super().__init__()
@@ -219,6 +227,12 @@ def by_every_rule(rank):
         model = build()
         compiled, optimizer = compile_then_shard(model, options(**rule))
         check(steps(compiled, model, optimizer, rank), want, name)
+    for rule in ({"side": "out", "rank": 24, "block": 3}, {"rank": 9, "block": 3}):
+        want = alone(Uneven, how=options(**rule))
+        model = build(Uneven)
+        compiled, optimizer = compile_then_shard(model, options(**rule))
+        check(steps(compiled, model, optimizer, rank), want, f"uneven {rule}")
+        assert registry.get(model.blocks[0].up.weight).spec.units.uneven
 
 
 def wrapped(cls, model, **given):

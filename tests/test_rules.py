@@ -13,15 +13,14 @@ from grass_fx.state.refresh import finish_steps
 from grass_fx.state.rules import (
     cyclic,
     multinomial,
-    rows_of,
     select_by_norms,
     stream,
     top,
     tops,
-    unit_norms,
 )
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
+from grass_fx.state.units import Units
 
 SIGMAS = 5  # every draw is seeded: a statistical test that passes once always passes
 RANDOM_RULES = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
@@ -29,7 +28,7 @@ SCORED_RULES = [name for name, rule in RULES.items() if rule.needs_scores]
 
 
 def select_by_scores(rule, scores, count, block, replacement, generator):
-    norms = unit_norms(scores, block)
+    norms = Units(scores.numel(), block).norms(scores)
     return select_by_norms(rule, norms, count, replacement, generator)
 
 
@@ -315,8 +314,8 @@ def test_scores_of_any_size_are_usable(rule, scale):
 
 def test_units_and_rows():
     scores = torch.tensor([9.0, 16.0, 0.0, 4.0, 3e38, 3e38])  # no overflow: norms are float64
-    norms = unit_norms(scores, 2)
+    norms = Units(6, 2).norms(scores)
     expected = torch.tensor([5.0, 2.0, math.sqrt(2 * float(scores[4]))], dtype=torch.float64)
     torch.testing.assert_close(norms, expected, rtol=1e-15, atol=0)
-    assert rows_of(torch.tensor([2, 0, 2]), 2).tolist() == [4, 5, 0, 1, 4, 5]
-    assert rows_of(torch.tensor([3, 1]), 1).tolist() == [3, 1]
+    assert Units(6, 2).rows(torch.tensor([0, 2, 2])).tolist() == [0, 1, 4, 5, 4, 5]
+    assert Units(6, 1).rows(torch.tensor([1, 3])).tolist() == [1, 3]

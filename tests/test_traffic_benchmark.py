@@ -27,7 +27,7 @@ def expected(scores, dense=("embed",)):
             numbers += p.numel()
             continue
         m, n = p.shape
-        numbers += m * GrassConfig(rank=0.125).rank_and_block(n)[0] + scores * n
+        numbers += m * GrassConfig(rank=0.125).rank_of(n) + scores * n
     return 4 * numbers
 
 

@@ -65,7 +65,8 @@ def tokens_loss(model, seed):
 def vectors_loss(model, seed):
     """A loss of an MLP on random vectors."""
     gen, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
-    x, y = (torch.randn(10, n, generator=gen, dtype=torch.float64).to(dtype) for n in (8, 6))
+    sizes = model.get_parameter("0.weight").shape[1], model.get_parameter("2.weight").shape[0]
+    x, y = (torch.randn(10, n, generator=gen, dtype=torch.float64).to(dtype) for n in sizes)
     return (model(x) - y).square().mean()
 
 
@@ -73,6 +74,8 @@ def make(name):
     """(model, loss, output dimension of each linear weight), the last found without the library."""
     if name == "mlp":
         model, loss = mlp(8, 12, 6), vectors_loss
+    elif name == "uneven":
+        model, loss = mlp(11, 14, 10), vectors_loss
     elif name == "llama":
         sizes = {"vocab": 12, "hidden": 16, "ffn": 24, "layers": 1, "heads": 2}
         model, loss = llama.build("tiny", **sizes), tokens_loss
@@ -170,6 +173,15 @@ def test_equals_the_reference_inductor(rule, replacement, side, block):
 def test_equals_the_reference_inductor_models(name, rule, replacement, side, block):
     options = options_of(rule, replacement, side, block)
     compare(name, "inductor", torch.float64, options, 1e-10)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("rule", "replacement"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_equals_the_reference_where_blocks_do_not_divide(compiler, rule, replacement, side):
+    """Units of 3 of 11, 14 and 10 rows: the last ones have two or one, and k is 2."""
+    options = {**options_of(rule, replacement, side, 3), "rank": 6}
+    compare("uneven", compiler, torch.float64, options, 1e-10)
 
 
 def by_both(*slow):

@@ -120,7 +120,7 @@ def predicted(method: str, model: nn.Module, args: argparse.Namespace) -> int:
 
 
 def columns(weight: nn.Parameter, rank: int | float) -> int:
-    return GrassConfig(rank=rank).rank_and_block(weight.shape[1])[0]
+    return GrassConfig(rank=rank).rank_of(weight.shape[1])
 
 
 def history_of_gpu() -> list[tuple[float, int]]:

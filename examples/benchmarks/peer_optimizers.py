@@ -53,7 +53,7 @@ def project_every(optimizer: torch.optim.Optimizer, gap: float) -> None:
 
 
 def rows(weight: nn.Parameter, rank: int | float) -> int:
-    return GrassConfig(rank=rank).rank_and_block(min(weight.shape))[0]
+    return GrassConfig(rank=rank).rank_of(min(weight.shape))
 
 
 def nbytes(value) -> int:

@@ -105,7 +105,7 @@ def shape(size: str, layers: int | None = None) -> Shape:
 
 @cache
 def cost(m: int, n: int, rank: float | None, itemsize: int) -> LinearCost:
-    r = n if rank is None else GrassConfig(rank=rank).rank_and_block(n)[0]
+    r = n if rank is None else GrassConfig(rank=rank).rank_of(n)
     return LinearCost(m=m, n=n, r=r, itemsize=itemsize)
 
 

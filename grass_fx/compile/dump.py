@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from grass_fx._torch_compat import argument_counts, input_position, trace_artifact
 from grass_fx.config import GrassConfig
 from grass_fx.passes.pipeline import AOT, Event
+from grass_fx.state.units import Units
 
 if sys.platform != "win32":
     import fcntl
@@ -66,10 +67,12 @@ def random_tensor(
 
 def random_rows(shape: tuple[int, ...], size: int, block: int = 1, device: str = "cpu") -> Tensor:
     """A random σ with ``shape`` (r,), or (e, r) for a stack: rows below ``size``, in blocks."""
-    units, count = size // block, shape[-1] // block
-    firsts = [torch.randperm(units, device="cpu")[:count] for _ in range(math.prod(shape[:-1]))]
-    starts = torch.stack(firsts).sort().values * block
-    return (starts[:, :, None] + torch.arange(block, device="cpu")).reshape(shape).to(device)
+    units, count = Units(size, block), shape[-1] // block
+    drawn = [
+        units.rows(torch.randperm(units.count, device="cpu")[:count].sort().values)
+        for _ in range(math.prod(shape[:-1]))
+    ]
+    return torch.stack(drawn).reshape(shape).to(device)
 
 
 class Dump:

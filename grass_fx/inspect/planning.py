@@ -216,7 +216,7 @@ def _measure(
     for p in parameters:
         cost = p.cost(config, moments)
         weights += cost.weight_bytes
-        rank, _ = config.rank_and_block(cost.selected)
+        rank = config.rank_of(cost.selected)
         if p.candidate and rank <= cost.selected:
             cost = taken[p.name] = replace(cost, r=rank)
             compact += cost.gradient_bytes

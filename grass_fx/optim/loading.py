@@ -112,7 +112,7 @@ def check_selection(
     p: Tensor, state: Mapping[str, Any], ours: Mapping[str, Tensor], name: str
 ) -> None:
     """Raise StateError if the ages, or the selection that p's moments belong to, are damaged."""
-    pieces, size, block = pieces_of(ours, _stack_of(p))
+    pieces, units = pieces_of(ours, _stack_of(p))
     ranks = _ranks(p) if selects_rows(ours, p) else 1
     problem = None
     for entry in ("indices", "age"):
@@ -133,7 +133,7 @@ def check_selection(
         elif (scale is None) != ("subspace_scale" not in ours):
             problem = f"scale is {'missing' if scale is None else 'not of its selection'}"
         else:
-            problem = selection_damage(state["indices"], scale, pieces // ranks, size, block)
+            problem = selection_damage(state["indices"], scale, pieces // ranks, units)
     if problem is not None:
         raise _damaged(name, problem)
 

@@ -16,6 +16,7 @@ from grass_fx.state import rules
 from grass_fx.state.selection import Selection
 from grass_fx.state.subspace import Subspace, Upcoming
 from grass_fx.state.transfers import reading, to_device
+from grass_fx.state.units import Units
 
 Finished = list[tuple[Subspace, Tensor | None]]
 """The subspaces whose step ends, each with its scores s, (size,) float32, or None."""
@@ -54,23 +55,24 @@ def finish_steps(
     raises, no selection has changed.
     """
     upcoming: list[tuple[Subspace, Upcoming]] = []
-    alike: dict[tuple[int, int, int], list[tuple[Subspace, Tensor]]] = {}
+    alike: dict[tuple[Units, int], list[tuple[Subspace, Tensor]]] = {}
     for subspace, scores in finished:
         rule, spec = subspace.rule, subspace.spec
         if scores is None or not subspace.scoring_due:
-            upcoming.append((subspace, subspace.upcoming(None)))
+            upcoming.append((subspace, subspace.upcoming()))
         elif rule.power or spec.replacement or spec.pieces > 1:
             pieces = scores.cpu().view(spec.pieces, -1)
-            upcoming.append((subspace, subspace.upcoming(rules.unit_norms(pieces, spec.block))))
+            upcoming.append((subspace, subspace.upcoming(pieces, spec.units.norms(pieces))))
         else:
-            alike.setdefault((spec.size, spec.rank, spec.block), []).append((subspace, scores))
-    for (_, rank, block), entries in alike.items():
+            alike.setdefault((spec.units, spec.rank), []).append((subspace, scores))
+    for (units, rank), entries in alike.items():
         # The top units of all weights are found at once: weight by weight this would be the
         # slowest part of a refresh.
-        norms = rules.unit_norms(torch.stack([scores.cpu() for _, scores in entries]), block)
-        tops = rules.tops(norms, rank // block)
-        for (subspace, _), own, top in zip(entries, norms, tops, strict=True):
-            upcoming.append((subspace, subspace.upcoming(own.unsqueeze(0), [top])))
+        scored = torch.stack([scores.cpu() for _, scores in entries]).unsqueeze(1)
+        norms = units.norms(scored)
+        tops = rules.tops(norms.squeeze(1), rank // units.block)
+        for (subspace, _), scores, own, top in zip(entries, scored, norms, tops, strict=True):
+            upcoming.append((subspace, subspace.upcoming(scores, own, [top])))
     check([(subspace, change) for subspace, change in upcoming if change.selection is not None])
     changed: dict[torch.device, list[int]] = {}
     for k, (subspace, change) in enumerate(upcoming):

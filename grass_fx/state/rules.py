@@ -1,8 +1,8 @@
 """The selection rules of docs/method.md (equations 5 to 10), as functions of numbers.
 
-A *unit* is a block of B consecutive rows (B = 1: a row). All rules run on the CPU between two
-optimizer steps, whatever torch's default device is, and in float64 where precision matters. So they
-select the same units on every device and rank.
+A *unit* is a block of B consecutive rows (B = 1: a row; ``units.py``). All rules run on the CPU
+between two optimizer steps, whatever torch's default device is, and in float64 where precision
+matters. So they select the same units on every device and rank.
 """
 
 from __future__ import annotations
@@ -26,21 +26,6 @@ def stream(seed: int, key: int, draw: int, purpose: str = "grass") -> torch.Gene
     """
     digest = hashlib.blake2b(f"{purpose} {seed} {key} {draw}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def unit_norms(scores: Tensor, block: int) -> Tensor:
-    """Norms of the units, float64, from the rows' squared norms s: (..., m) -> (..., m / B)."""
-    scores = scores.double().cpu()
-    if block > 1:
-        scores = scores.view(*scores.shape[:-1], -1, block).sum(-1)
-    return scores.sqrt()
-
-
-def rows_of(units: Tensor, block: int) -> Tensor:
-    """The rows of the units, unit by unit: (k,) -> (k B,)."""
-    if block == 1:
-        return units
-    return (units.unsqueeze(1) * block + torch.arange(block, device=units.device)).flatten()
 
 
 def cyclic(
@@ -126,7 +111,7 @@ def select_by_norms(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(units, ρ per unit) by a rule that needs scores, or None if s is not finite or all zero.
 
-    ``norms``: the norms of the units, from :func:`unit_norms`.
+    ``norms``: the norms of the units, from :meth:`Units.norms`.
     """
     least, most = norms.aminmax()  # both are NaN if any norm is
     if not 0 <= float(least) <= float(most) < math.inf or most == 0:

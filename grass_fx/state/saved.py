@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,14 @@ from torch import Tensor
 
 from grass_fx.errors import StateError
 from grass_fx.state.history import BINS
+from grass_fx.state.spec import SubspaceSpec
+from grass_fx.state.units import Units
 
 _NAMES = ("step", "period", "generation", "position", "key", "frozen", "retry", "dim", "size",
-          "parts")  # fmt: skip
+          "parts", "block")  # fmt: skip
+_FIRST = 9
+"""All checkpoints have this many counters. Old ones lack parts, which is 1 then. Block is there
+only if it does not divide the rows of a piece."""
 _TENSORS = ("subspace_counters", "subspace_order", "subspace_indices")
 
 
@@ -30,17 +36,45 @@ def check_saved(name: str, state: Mapping[str, Any], stack: int | None) -> None:
         )
 
 
-def pieces_of(state: Mapping[str, Tensor], stack: int | None) -> tuple[int, int, int]:
-    """For a checked state: the number of pieces of its selection, the rows of each piece, and B."""
-    *_, size, parts = _counters(state["subspace_counters"])
-    pieces = stack or parts
-    units = state["subspace_order"].numel() // pieces
-    return pieces, size // parts, size // parts // units
+def check_fits(name: str, state: Mapping[str, Any], spec: SubspaceSpec) -> None:
+    """Raise StateError, naming the weight, if a checked ``state`` is not of a subspace ``spec``."""
+    indices, scale = state["subspace_indices"], state.get("subspace_scale")
+    counters = _counters(state["subspace_counters"])
+    pieces, units = pieces_of(state, spec.stack)
+    rows = math.prod(spec.indices_shape)
+    if (
+        (indices.numel(), counters["dim"], pieces) == (rows, spec.dim, spec.pieces)
+        and counters["size"] == spec.size
+        and units == spec.units
+    ):
+        return
+    remedy = "Compile with the rank, block, side and replacement of the saved run."
+    if spec.units.uneven and units.block == 1:
+        remedy += (
+            f" If that was block={spec.block}: older versions selected single rows where the "
+            "block does not divide the dimension. Then delete this weight's entry from the state "
+            "dict's state: the weight starts anew."
+        )
+    raise StateError(
+        f"{name}: the saved selection has {indices.numel()} rows of {counters['size']} in "
+        f"blocks of {units.block} along dimension {counters['dim']}"
+        f"{' with scales' if scale is not None else ''}, but the options ask for "
+        f"{rows} rows of {spec.size} in blocks of {spec.block} along "
+        f"dimension {spec.dim}{' with scales' if spec.replacement else ''}. {remedy}"
+    )
 
 
-def _counters(counters: Tensor) -> list[int]:
+def pieces_of(state: Mapping[str, Tensor], stack: int | None) -> tuple[int, Units]:
+    """For a checked state: the number of pieces of its selection, and the units of each piece."""
+    counters = _counters(state["subspace_counters"])
+    pieces, size = stack or counters["parts"], counters["size"] // counters["parts"]
+    count = state["subspace_order"].numel() // pieces
+    return pieces, Units(size, counters["block"] or size // count, "subspace_scale" in state)
+
+
+def _counters(counters: Tensor) -> dict[str, int]:
     numbers: list[int] = counters.tolist()
-    return numbers if len(numbers) == len(_NAMES) else [*numbers, 1]  # some checkpoints lack parts
+    return dict(zip(_NAMES, [*numbers, *(1, 0)[len(numbers) - _FIRST :]], strict=True))
 
 
 def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
@@ -49,9 +83,9 @@ def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
         if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
             there = entry in state
             return f"{entry} is {'no list of integers' if there else 'missing'}"
-    if state["subspace_counters"].numel() not in (len(_NAMES) - 1, len(_NAMES)):
+    if not _FIRST <= state["subspace_counters"].numel() <= len(_NAMES):
         return f"subspace_counters has {state['subspace_counters'].numel()} numbers"
-    counters = dict(zip(_NAMES, _counters(state["subspace_counters"]), strict=True))
+    counters = _counters(state["subspace_counters"])
     for name, number in counters.items():
         if number < 0:
             return f"{name} is {number}"
@@ -60,7 +94,7 @@ def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
         return f"it is of {size} rows in {parts} parts along dimension {counters['dim']}"
     pieces, order = stack or parts, state["subspace_order"].cpu()
     units = order.numel() // pieces
-    if units == 0 or order.numel() % pieces or (size // parts) % units:
+    if units == 0 or order.numel() % pieces or pieces_of(state, stack)[1].count != units:
         return f"subspace_order has {order.numel()} units, for {size} rows"
     walk = torch.arange(units, device="cpu")
     if not torch.equal(order.view(pieces, -1).sort(1).values, walk.expand(pieces, -1)):
@@ -71,28 +105,27 @@ def _damage(state: Mapping[str, Any], stack: int | None) -> str | None:
     return selection_damage(state["subspace_indices"], scale, *pieces_of(state, stack))
 
 
-def selection_damage(indices: Tensor, scale: Any, pieces: int, size: int, block: int) -> str | None:
+def selection_damage(indices: Tensor, scale: Any, pieces: int, units: Units) -> str | None:
     """Describe what is wrong with σ, or with ρ if it is not None; return None if nothing is.
 
-    ``size``: the number of rows in each piece. All pieces have equally many selected rows, in
-    blocks of ``block``.
+    ``units``: those of each piece. All pieces have equally many selected rows.
     """
-    indices = indices.cpu()
+    indices, size, block = indices.cpu(), units.size, units.block
     if indices.numel() == 0 or indices.numel() % (pieces * block):
         return f"{indices.numel()} rows are selected, in {pieces} pieces and blocks of {block}"
     least, most = int(indices.min()), int(indices.max())
     if least < 0 or most >= pieces * size:
         return f"rows {least} to {most} are selected of {pieces * size}"
     starts = torch.arange(pieces, device="cpu") * size
-    blocks = (indices.view(pieces, -1) - starts.unsqueeze(1)).view(pieces, -1, block)
-    first, within = blocks[..., 0], torch.arange(block, device="cpu")
-    if bool((blocks < 0).any() or (blocks >= size).any()):
+    within = indices.view(pieces, -1) - starts.unsqueeze(1)
+    if bool((within < 0).any() or (within >= size).any()):
         return "its rows are not alike in all pieces"
-    if not torch.equal(blocks, first.unsqueeze(2) + within) or bool((first % block).any()):
-        return f"its rows are no blocks of {block}"
-    ascents = first.diff(dim=1)
+    selected = units.of(within)
+    ascents = selected.diff(dim=1)
     if bool((ascents < 0).any()):
         return "its rows are not in ascending order"
+    if not torch.equal(within, torch.stack([units.rows(piece) for piece in selected])):
+        return f"its rows are no blocks of {block}"
     if scale is None:
         return "a row is selected twice" if bool((ascents == 0).any()) else None
     if not isinstance(scale, Tensor) or not scale.is_floating_point():

@@ -76,15 +76,17 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def common_parts(shards: Shards, units: int, selected: int) -> int | None:
+def common_parts(shards: Shards, size: int, block: int, rank: int) -> int | None:
     """Return the number of equal parts in which a selection is drawn, a multiple of the ranks.
 
-    The number is 8 if that divides, so that 1, 2, 4 and 8 processes select the same rows. Returns
-    None if no number divides both ``units`` and ``selected``.
+    The number is 8 if that divides, so that 1, 2, 4 and 8 processes select the same rows. Parts
+    that consist of whole blocks come first. Returns None if no number divides both ``size`` and the
+    selected blocks.
     """
-    for parts in (math.lcm(8, shards.ranks), shards.ranks):
-        if units % parts == 0 and selected % parts == 0:
-            return parts
+    for whole in (block, 1):
+        for parts in (math.lcm(8, shards.ranks), shards.ranks):
+            if size % (parts * whole) == 0 and rank % (parts * block) == 0:
+                return parts
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 
 from grass_fx.config import GrassConfig
 from grass_fx.state.sharding import Shards
+from grass_fx.state.units import Units
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +31,7 @@ class SubspaceSpec:
     rank: int
     """r."""
     block: int
-    """B; it is 1 if the configured block does not divide ``size``."""
+    """B."""
     selection: str
     replacement: bool
     refresh_every: int | float
@@ -48,7 +50,7 @@ class SubspaceSpec:
         cls, config: GrassConfig, size: int, dim: int, side: str, stack: int | None = None
     ) -> SubspaceSpec:
         """Return the subspace that ``config`` demands along a dimension of ``size``."""
-        rank, block = config.rank_and_block(size)
+        rank, block = config.rank_of(size), config.block
         schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
         return cls(size, dim, side, rank, block, *schedule, stack=stack)
 
@@ -71,6 +73,19 @@ class SubspaceSpec:
     def piece_rank(self) -> int:
         """The number of rows that one draw selects."""
         return self.rank // self.parts
+
+    @property
+    def units(self) -> Units:
+        """The units among which one draw selects."""
+        return Units(self.piece_size, self.block, self.replacement)
+
+    @property
+    def run(self) -> int:
+        """What graphs may rely on: σ comes in runs of this length, which begin at multiples of it.
+
+        This is B, unless the last unit is shorter and makes blocks begin elsewhere.
+        """
+        return math.gcd(self.block, self.piece_size)
 
     @property
     def rows(self) -> int:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from grass_fx.config import RULES
-from grass_fx.errors import StateError
 from grass_fx.state import rules
 from grass_fx.state.gradient import Owner
 from grass_fx.state.history import Norms, SelectionHistory
 from grass_fx.state.replicas import Replicas
-from grass_fx.state.saved import check_saved, sound_history
+from grass_fx.state.saved import check_fits, check_saved, sound_history
 from grass_fx.state.selection import Selection
 from grass_fx.state.sharding import Sharding
 from grass_fx.state.spec import SubspaceSpec, scale_dtype
@@ -96,7 +95,7 @@ class Subspace:
         """Reset to the state before the first step, but keep increasing the generation number."""
         self.key, self.step, self.period = key, 0, 0
         self.delivered = self.frozen = self._retry = False
-        units = self.spec.piece_size // self.spec.block
+        units = self.spec.units.count
         # One exhausted walk for each matrix: the first draw starts the first permutations.
         self._orders: Sequence[Tensor] = [torch.arange(units, device="cpu")] * self.spec.pieces
         self._position = units
@@ -127,12 +126,16 @@ class Subspace:
         self._history.settle()
 
     def upcoming(
-        self, norms: Tensor | None, tops: Sequence[Tensor | None] | None = None
+        self,
+        scores: Tensor | None = None,
+        norms: Tensor | None = None,
+        tops: Sequence[Tensor | None] | None = None,
     ) -> Upcoming:
-        """What the end of this step brings, given the norms of all units; changes nothing.
+        """What the end of this step brings, given the scores if there are any; changes nothing.
 
-        ``norms``: (pieces, units), or None. ``tops``: for a weight of one piece, the units of
-        largest norm in ascending order, if they are known already.
+        ``scores``: s of all rows, (pieces, rows). ``norms``: those of all units, (pieces, units).
+        ``tops``: for a weight of one piece, the units of largest norm in ascending order, if they
+        are known already.
         """
         step = self.step + 1
         stays = Upcoming(step, self._retry, self.frozen)
@@ -140,7 +143,9 @@ class Subspace:
             return self._next(stays, *self._draw()) if self._at_period_end(step) else stays
         if not self.scoring_due:
             return stays
-        by_scores = None if norms is None else self._draw_by(norms, tops or [None] * len(norms))
+        by_scores = None
+        if scores is not None and norms is not None:
+            by_scores = self._draw_by(scores, norms, tops or [None] * len(norms))
         if by_scores is None:
             log.info("%s: no usable scores, the selection stays for another step", self.name)
             return replace(stays, retry=True)
@@ -204,13 +209,14 @@ class Subspace:
 
     @property
     def _count(self) -> int:
+        """The number of units that one draw selects."""
         return self.spec.piece_rank // self.spec.block
 
     def _draw(self) -> tuple[list[Draw], Sequence[Tensor], int]:
         """Draw without scores, by rule 8 or else rule 10; also return the walks after the draw."""
         drawn: list[Draw] = []
         if self.spec.selection == "uniform":
-            even = torch.ones(self.spec.piece_size // self.spec.block, device="cpu")
+            even = torch.ones(self.spec.units.count, device="cpu")
             for k in range(self.spec.pieces):
                 stream = self._stream(k)
                 drawn.append(rules.multinomial(even, self._count, self.spec.replacement, stream))
@@ -224,12 +230,13 @@ class Subspace:
         return drawn, orders, position
 
     def _draw_by(
-        self, norms: Tensor, tops: Sequence[Tensor | None]
+        self, scores: Tensor, norms: Tensor, tops: Sequence[Tensor | None]
     ) -> tuple[list[Draw], Norms, bool] | None:
         """Draw by scores; also return pairs (selected norms, all norms), and whether σ freezes now.
 
         None if no scores are usable.
         """
+        units = self.spec.units
         drawn: list[Draw | None] = []
         known: list[tuple[Tensor, Tensor]] = []
         positive, repeats = self.rule.freezes, self.spec.replacement
@@ -243,8 +250,11 @@ class Subspace:
                 positive = False
                 continue
             held = unit_norms[new[0].unique() if repeats else new[0]]
-            known.append((held, unit_norms))
             positive = positive and bool((held > 0).all())
+            if units.uneven:  # the last unit holds rows of others as well
+                unit_norms = scores[k].double().sqrt()
+                held = unit_norms[units.rows(new[0].sort().values).unique()]
+            known.append((held, unit_norms))
         if not known:
             return None
         if len(known) < len(drawn):  # this copies σ from its device
@@ -253,12 +263,12 @@ class Subspace:
 
     def _current(self) -> list[Draw]:
         """The current selection in the form in which it was drawn."""
-        block, shape = self.spec.block, (self.spec.pieces, -1)
+        pieces, block = self.spec.pieces, self.spec.block
         within = self.selection.indices.cpu() % self.spec.piece_size
-        units = within.view(shape)[:, ::block] // block
+        units = self.spec.units.of(within.view(pieces, -1))
         if self.selection.scale is None:
             return [(piece, None) for piece in units]
-        scales = self.selection.scale.cpu().view(shape)[:, ::block]
+        scales = self.selection.scale.cpu().view(pieces, -1, block).amax(2)
         return list(zip(units, scales, strict=True))
 
     def _next(
@@ -278,13 +288,13 @@ class Subspace:
         for k, (units, scale) in enumerate(drawn):
             if not ascending:
                 units, order = units.sort(stable=True)
-            within = rules.rows_of(units, self.spec.block)
+            within = self.spec.units.rows(units)
             rows.append(within + k * self.spec.piece_size if k else within)
-            if scale is not None:
-                scales.append(scale[order].repeat_interleave(self.spec.block))
-            elif self.spec.replacement:
+            if self.spec.replacement:
                 # The first selection is by rule 10 without ρ, but the graph takes ρ.
-                scales.append(torch.ones(self.spec.piece_rank, device="cpu"))
+                of_units = torch.ones_like(units) if scale is None else scale[order]
+                of_rows = of_units.repeat_interleave(self.spec.block)
+                scales.append(of_rows * self.spec.units.shares(within))
         indices = torch.cat(rows)
         selection = replace(
             self.selection,
@@ -304,10 +314,12 @@ class Subspace:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as plain tensors (integers in ``counters``)."""
-        counters = (
+        counters = [
             self.step, self.period, self.selection.draw, self._position, self.key,
             int(self.frozen), int(self._retry), self.spec.dim, self.spec.size, self.spec.parts,
-        )  # fmt: skip
+        ]  # fmt: skip
+        if self.spec.units.uneven:  # otherwise the order tells B
+            counters.append(self.spec.block)
         state = {
             "subspace_counters": torch.tensor(counters, device="cpu"),
             "subspace_order": torch.cat([*self._orders]),
@@ -320,26 +332,7 @@ class Subspace:
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise StateError if a saved :meth:`state` is damaged or does not fit this subspace."""
         check_saved(self.name, state, self.spec.stack)
-        counters = state["subspace_counters"].tolist()
-        indices, order = state["subspace_indices"], state["subspace_order"]
-        scale = state.get("subspace_scale")
-        rows, units = math.prod(self.spec.indices_shape), sum(o.numel() for o in self._orders)
-        fits = (
-            indices.numel() == rows
-            and order.numel() == units
-            and counters[7:9] == [self.spec.dim, self.spec.size]
-            and (counters[9:] or [1]) == [self.spec.parts]  # old checkpoints lack parts
-            and (scale is not None) == self.spec.replacement
-        )
-        if not fits:
-            raise StateError(
-                f"{self.name}: the saved selection has {indices.numel()} rows of {counters[8]} in "
-                f"{order.numel()} units along dimension {counters[7]}"
-                f"{' with scales' if scale is not None else ''}, but the options ask for "
-                f"{rows} rows of {self.spec.size} in {units} units along "
-                f"dimension {self.spec.dim}{' with scales' if self.spec.replacement else ''}. "
-                "Compile with the rank, block, side and replacement of the saved run."
-            )
+        check_fits(self.name, state, self.spec)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from copies of :meth:`state`; no tensor of it is kept.

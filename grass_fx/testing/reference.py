@@ -41,8 +41,9 @@ class Reference:
         self.t, self.weights = 0, dict[str, Weight]()
         for key, (name, p) in enumerate(self.model.named_parameters()):
             if name in self.taken:
-                rank, block = self.config.rank_and_block(p.shape[self.taken[name]])
-                self.weights[name] = Weight(p, self.taken[name], key, rank, block)
+                dim = self.taken[name]
+                rank = self.config.rank_of(p.shape[dim])
+                self.weights[name] = Weight(p, dim, key, rank, self.config.block)
                 self.refresh(self.weights[name], None)
         self.dense = [p for n, p in self.model.named_parameters() if n not in self.weights]
         options = (self.lr, self.betas, self.eps, self.weight_decay)
@@ -110,20 +111,29 @@ class Reference:
         """Draw a selection by the rule, or by rule 10 without scores; move the moments along."""
         before, rule = (weight.rows, weight.rho, weight.age, weight.moments), self.config.selection
         gen = stream(self.config.seed, weight.key, weight.period)
-        total, k = weight.w.shape[weight.dim] // weight.block, weight.rank // weight.block
-        s = torch.ones(total) if scores is None else scores.double().view(total, -1).sum(1)
-        norms, rho = s.double().sqrt(), [1.0] * k
+        size, block, replacement = weight.w.shape[weight.dim], weight.block, self.config.replacement
+        spans = rules.spans(size, block, overlap=replacement)
+        total, k, rho = len(spans), weight.rank // block, [1.0] * (weight.rank // block)
+        # How many units have each row: a row of two counts half in each.
+        shared = [sum(row in span for span in spans) for row in range(size)]
+        norms = torch.ones(total, dtype=torch.float64)
+        if scores is not None:
+            s = [sum(float(scores[row]) / shared[row] ** 2 for row in span) for span in spans]
+            norms = torch.tensor(s, dtype=torch.float64).sqrt()
         if scores is None and rule != "uniform":
             units = rules.cyclic(weight.queue, total, k, gen)
         elif rule in rules.POWERS:
-            replacement = self.config.replacement
             units, rho = rules.multinomial(norms, rules.POWERS[rule], k, replacement, gen)
         else:
             units = rules.top(norms, k, gen)
             weight.frozen = rule == "frozen_top" and int((norms > 0).sum()) >= k
         pairs = sorted(zip(units, rho, strict=True))
-        weight.rows = [u * weight.block + i for u, _ in pairs for i in range(weight.block)]
-        weight.rho = [x for _, x in pairs for _ in range(weight.block)]
+        if replacement:
+            weight.rows = [row for u, _ in pairs for row in spans[u]]
+        else:
+            weight.rows = rules.places(spans, [u for u, _ in pairs], block)
+        each = [x for _, x in pairs for _ in range(block)]
+        weight.rho = [x / shared[row] ** 0.5 for x, row in zip(each, weight.rows, strict=True)]
         weight.period += 1
         self.carry(weight, *before)
 

@@ -8,6 +8,25 @@ from torch import Tensor
 POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 
 
+def spans(size: int, block: int, overlap: bool) -> list[range]:
+    """The rows of each unit; the last is shorter, or does ``overlap`` the one before."""
+    firsts = range(0, size, block)
+    if overlap:
+        return [range(min(first, size - block), min(first + block, size)) for first in firsts]
+    return [range(first, min(first + block, size)) for first in firsts]
+
+
+def places(spans: list[range], units: list[int], block: int) -> list[int]:
+    """The rows of a selection: each ascending unit has ``block`` rows, its own and some before."""
+    rows: list[int] = []
+    free = spans[-1].stop  # all rows from here on are taken
+    for unit in reversed(units):
+        stop = min(spans[unit].start + block, free)
+        free = stop - block
+        rows = [*range(free, stop), *rows]
+    return rows
+
+
 def cyclic(queue: list[int], total: int, k: int, gen: torch.Generator) -> list[int]:
     """Rule 10: take the next k units from ``queue``, the rest of a permutation, in place."""
     units = queue[:k]

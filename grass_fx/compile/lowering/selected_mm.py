@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grass_fx.state.rules import rows_of
+from grass_fx.state.units import Units
 
 SIXTEEN_BYTES = 16
 """The most that one load instruction of a GPU thread can move."""
@@ -88,7 +88,7 @@ def run_length(block: int, stride: int | None, itemsize: int) -> int:
 def spread(size: int, r: int, block: int, device: torch.device) -> torch.Tensor:
     """σ for measuring: r of ``size`` rows, in evenly spread blocks."""
     units = torch.arange(r // block, device=device) * (size // block) // (r // block)
-    return rows_of(units, block)
+    return Units(size, block).rows(units)
 
 
 def best_tile(m: int, n: int) -> Tile:
