@@ -150,7 +150,8 @@ MM_SQUARED_NORMS = torch.ops.grass.mm_squared_norms.default
 
 torch.library.define(
     "grass::add_rows_",
-    "(Tensor(a!)[] ws, Tensor[] indices, Tensor[] changes, Tensor[] noise, int[] dims) -> ()",
+    "(Tensor(a!)[] ws, Tensor[] indices, Tensor[] changes, Tensor[] noise, int[] dims, int[] runs)"
+    " -> ()",
 )
 
 
@@ -171,8 +172,11 @@ def add_rows_(
     changes: Sequence[Tensor],
     noise: Sequence[Tensor],
     dims: Sequence[int],
+    runs: Sequence[int],
 ) -> None:
     """W[σ] += Δ for each weight, in place; the sum has the dtype of Δ. No row may repeat.
+
+    Each of ``runs`` is to σ what ``block`` is in :func:`select`.
 
     The sum is rounded once: by :func:`rounded` if ``noise`` holds 16 random bits for each element
     of Δ, else to nearest. Inductor makes one kernel of gather, sum and scatter, and of the
@@ -186,6 +190,6 @@ def add_rows_(
 
 
 torch.library.impl("grass::add_rows_", "CompositeExplicitAutograd", func=add_rows_)
-torch.library.register_fake("grass::add_rows_", lambda ws, indices, changes, noise, dims: None)
+torch.library.register_fake("grass::add_rows_", lambda *arguments: None)
 
 ADD_ROWS = torch.ops.grass.add_rows_.default

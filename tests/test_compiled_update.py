@@ -224,7 +224,7 @@ def test_the_operator_without_inductor_adds_rows_as_eager_steps_do(rounds):
         bits = [noise(seed, change.shape)] if rounds else []
         generator = rounding_stream(0, k, 0) if rounds else None
         add_rows_(want, step.selection, change, generator)
-        ADD_ROWS([step.w], [step.selection.indices], [change], bits, [step.selection.dim])
+        ADD_ROWS([step.w], [step.selection.indices], [change], bits, [step.selection.dim], [1])
         torch.testing.assert_close(step.w, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -256,7 +256,7 @@ def module_of(steps, rounds):
     generate_in_place = virtual().generate_in_place
     keys = [each.key for each in rows_of(steps)]
     dtype = torch.promote_types(steps[0].w.dtype, torch.float32)
-    function = compiled.update_function([dim for dim, _ in keys], rounds)
+    function = compiled.update_function([key[:2] for key in keys], rounds)
     patches = compat.combined_kernels(compiled.TOGETHER)
     return generate_in_place(function, compiled.layouts(keys, dtype, rounds), patches)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from grass_fx.compile.lowering import selected_mm as rule
 from grass_fx.ops import SELECTED_MM
+from grass_fx.state.units import run_length
 from helpers import interpreted_by_triton
 
 pytest.importorskip("triton")
@@ -337,7 +338,7 @@ def test_the_kernel_is_taken_where_each_selected_row_is_a_run(dtype, stride, blo
     strides = stride, (8192 if stride == 1 else 1)
     assert rule.takes_template(dtype, strides) is taken
     assert not rule.takes_template(dtype, (stride, 2))
-    assert rule.run_length(block, stride, dtype.itemsize) == run
+    assert run_length(block, stride, dtype.itemsize) == run
 
 
 @pytest.mark.parametrize("sizes", [(64, 16, 1), (72, 24, 8), (100, 99, 1), (8, 8, 8)], ids=str)

@@ -119,6 +119,8 @@ def combined_kernels(count: int) -> dict[str, Any]:
         "combo_kernels_autotune": 0,
         "combo_kernel_max_num_nodes": count,
         "combo_kernel_peak_memory_pct_threshold": None,
+        # Otherwise a loop over runs and one over rows of the same memory are not seen as such.
+        "loop_ordering_after_fusion": False,
     }
     return {k: v for k, v in wanted.items() if hasattr(config, k)}
 

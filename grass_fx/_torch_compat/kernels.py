@@ -99,29 +99,66 @@ def choose_kernel(
     return result[0] if isinstance(result, tuple) else result  # a tuple since torch 2.12
 
 
-def put_rows(w: Any, indices: Any, rows: Any, dim: int) -> None:
+def in_runs(size: Sequence[Any], dim: int, run: int) -> list[Any]:
+    """``size`` with two dimensions for ``dim``, runs and their elements; as it is for runs of 1."""
+    return [*size] if run == 1 else [*size[:dim], size[dim] // run, run, *size[dim + 1 :]]
+
+
+def _place_of(w: Any, indices: Any, dim: int, run: int) -> Callable[[Sequence[Any]], list[Any]]:
+    """Where in W an element of W[σ] is; W[σ] is :func:`in_runs`.
+
+    With runs the index is the number of a run times its length, plus the place in it. So Triton
+    sees that threads side by side access elements side by side, and makes vectors of them.
+    """
+    from torch._inductor.virtualized import ops
+
+    load, size = indices.make_loader(), w.get_size()[dim]
+
+    def row(index: Sequence[Any]) -> list[Any]:
+        at = ops.indirect_indexing(load([index[dim]]), size, wrap_neg=False)
+        return [*index[:dim], at, *index[dim + 1 :]]
+
+    def element(index: Sequence[Any]) -> list[Any]:
+        first = load([index[dim] * run])
+        number = ops.truncdiv(first, ops.constant(run, indices.get_dtype()))
+        at = ops.indirect_indexing(number, size // run, wrap_neg=False)
+        return [*index[:dim], at * run + index[dim + 1], *index[dim + 2 :]]
+
+    return row if run == 1 else element
+
+
+def get_rows(w: Any, indices: Any, dim: int, run: int = 1) -> Any:
+    """W[σ], :func:`in_runs`, as a value that is computed in the loop which uses it."""
+    from torch._inductor import ir
+
+    load, place = w.make_loader(), _place_of(w, indices, dim, run)
+    size = [*w.get_size()[:dim], *indices.get_size(), *w.get_size()[dim + 1 :]]
+    return ir.Pointwise.create(
+        device=w.get_device(),
+        dtype=w.get_dtype(),
+        inner_fn=lambda index: load(place(index)),
+        ranges=in_runs(size, dim, run),
+    )
+
+
+def put_rows(w: Any, indices: Any, rows: Any, dim: int, run: int = 1) -> None:
     """Lower W[σ] = rows, in place, to one loop that computes and stores the rows; σ has no repeats.
 
-    Unlike the lowering of ``index_put_``, it lets ``rows`` read W[σ] within that loop. Other
-    readers of W were lowered before; the layout's constructor makes sure that they run first.
+    ``rows`` are :func:`in_runs`. Unlike the lowering of ``index_put_``, it lets them read W[σ]
+    within that loop. Other readers of W were lowered before; the layout's constructor makes sure
+    that they run first.
     """
     from torch._inductor import ir
-    from torch._inductor.virtualized import V, ops
+    from torch._inductor.virtualized import V
 
     w.realize()
     layout = ir.MutationLayoutSHOULDREMOVE(w)
-    load, size = indices.make_loader(), w.get_size()[dim]
-
-    def place(index: Sequence[Any]) -> list[Any]:
-        row = ops.indirect_indexing(load([index[dim]]), size, wrap_neg=False)
-        return [*index[:dim], row, *index[dim + 1 :]]
-
     scatter = ir.Scatter(
         device=w.get_device(),
         dtype=w.get_dtype(),
         inner_fn=rows.make_loader(),
         ranges=list(rows.get_size()),
-        output_indexer=place,
+        output_indexer=_place_of(w, indices, dim, run),
     )
     buffer = ir.ComputedBuffer(name=None, layout=layout, data=scatter)
     buffer.name = V.graph.register_buffer(buffer)

@@ -20,6 +20,7 @@ from grass_fx.compile.sources import source_hash
 from grass_fx.ops import ADD_ROWS, along
 from grass_fx.optim.rounding import noise
 from grass_fx.state.transfers import send
+from grass_fx.state.units import run_length
 
 TOGETHER = 8
 """The most weights that one compiled function updates; for 16 Inductor makes several kernels."""
@@ -30,8 +31,8 @@ FUNCTIONS = 256
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 """Shape, strides, dtype and device: what compiled code depends on in a tensor."""
 
-RowsKey = tuple[int, tuple[Layout, ...]]
-"""What compiled code depends on in one weight's :class:`Rows`: their dim and layouts."""
+RowsKey = tuple[int, int, tuple[Layout, ...]]
+"""What compiled code depends on in one weight's :class:`Rows`: their dim, run and layouts."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Rows:
     indices: Tensor
     compact: Tensor
     dim: int
+    run: int = 1
+    """The length of the runs in which σ comes, which begin at multiples of it."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -53,7 +56,9 @@ class Rows:
     @property
     def key(self) -> RowsKey:
         """What compiled code depends on in these rows."""
-        return self.dim, tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+        layouts = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+        run = run_length(self.run, self.w.stride(self.dim), self.w.itemsize)
+        return self.dim, run, layouts
 
 
 def compiles(compile: bool | None, device: torch.device) -> bool:
@@ -123,7 +128,7 @@ def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Cal
 
     lowering.register()
     graph, fakes = compat.trace_static(
-        update_function([dim for dim, _ in keys], rounds), layouts(keys, dtype, rounds)
+        update_function([key[:2] for key in keys], rounds), layouts(keys, dtype, rounds)
     )
     patches, versions = compat.combined_kernels(TOGETHER), {"grass_fx": source_hash()}
     with torch.no_grad():
@@ -132,9 +137,9 @@ def compiled(keys: tuple[RowsKey, ...], dtype: torch.dtype, rounds: bool) -> Cal
 
 def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[Layout]:
     """Return the layouts of all inputs of :func:`update_function`."""
-    result = [layout for _, weight_layouts in keys for layout in weight_layouts]
+    result = [layout for *_, weight_layouts in keys for layout in weight_layouts]
     device = result[0][3]
-    total = sum(indices[0].numel() for _, (_, _, _, indices, _) in keys)
+    total = sum(indices[0].numel() for *_, (_, _, _, indices, _) in keys)
     for size in (total, total, 3):
         result.append((torch.Size([size]), (1,), dtype, device))
     if rounds:
@@ -142,10 +147,13 @@ def layouts(keys: Sequence[RowsKey], dtype: torch.dtype, rounds: bool) -> list[L
     return result
 
 
-def update_function(dims: Sequence[int], rounds: bool) -> Callable[..., None]:
+def update_function(kinds: Sequence[tuple[int, int]], rounds: bool) -> Callable[..., None]:
     """Return the update as a function of tensors: :attr:`Rows.tensors` of each weight, then gains,
     floors, (1 − β₁, β₂, 1 − β₂) and, if it ``rounds``, seeds (weights, 2).
+
+    ``kinds``: the dim and run of each weight.
     """
+    dims, runs = [dim for dim, _ in kinds], [run for _, run in kinds]
 
     def update(*inputs: Tensor) -> None:
         gains, floors, decay = inputs[5 * len(dims) : 5 * len(dims) + 3]
@@ -164,7 +172,7 @@ def update_function(dims: Sequence[int], rounds: bool) -> Callable[..., None]:
             changes.append(first / (second.sqrt() * gain + floor))
         seeds = inputs[-1].unbind() if rounds else ()
         bits = [noise(seed, changes[k].shape) for k, seed in enumerate(seeds)]
-        ADD_ROWS([w[0] for w in weights], [w[3] for w in weights], changes, bits, list(dims))
+        ADD_ROWS([w[0] for w in weights], [w[3] for w in weights], changes, bits, dims, runs)
         for moment, value in moments:
             moment.copy_(value)
 

@@ -214,8 +214,9 @@ def _compiled(
 ) -> Iterator[Part]:
     """Do what :func:`_advance` does and move W, in compiled code; all are rounded or none."""
     rows = [
-        compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, s.selection.indices, s.compact, s.selection.dim)
+        compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, on.indices, s.compact, on.dim, on.run)
         for s in batch
+        for on in (s.selection,)
     ]
     known: dict[str, Any] = {}
 

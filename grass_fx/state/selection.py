@@ -23,8 +23,9 @@ class Selection:
     ``indices`` σ: (r,) int64 in ascending blocks; a block that was drawn twice follows itself.
     ``scale`` ρ: (r,), or None for all ones. ``dim``: the tensor dimension that σ indexes.
     ``generation``: a number that no other selection of this process has. ``draw``: counts the
-    weight's selections, and is saved in checkpoints. For a stack of e matrices σ indexes rows of
-    :func:`matrix`: (e·r,), r of each matrix, ``dim`` 0.
+    weight's selections, and is saved in checkpoints. ``run``: σ comes in runs of this length, which
+    begin at multiples of it. For a stack of e matrices σ indexes rows of :func:`matrix`: (e·r,), r
+    of each matrix, ``dim`` 0.
     """
 
     indices: Tensor
@@ -33,6 +34,7 @@ class Selection:
     generation: int
     name: str = "a weight"
     draw: int = 0
+    run: int = 1
 
     def to(self, device: torch.device) -> Selection:
         """Return the same selection on another device."""
@@ -62,7 +64,7 @@ class Selection:
     def part(self, rows: Tensor) -> Selection:
         """Return a part of the selection: ``rows`` (k,) are ascending places in σ."""
         scale = None if self.scale is None else self.scale[rows]
-        return replace(self, indices=self.indices[rows], scale=scale)
+        return replace(self, indices=self.indices[rows], scale=scale, run=1)
 
     def project(self, dense: Tensor) -> Tensor:
         """C = PᵀG (equation 2 or 3)."""

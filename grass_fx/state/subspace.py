@@ -88,7 +88,8 @@ class Subspace:
         self._inputs: list[Tensor] = []
         self._given: Selection | None = None  # the selection in graph inputs
         dim = spec.dim if spec.stack is None else 0
-        self.selection = Selection(torch.empty(0, device="cpu"), None, dim, -1, name, -1)
+        none = torch.empty(0, device="cpu")
+        self.selection = Selection(none, None, dim, -1, name, -1, spec.run)
         self.restart(key, device)
 
     def restart(self, key: int, device: torch.device) -> None:

@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+SIXTEEN_BYTES = 16
+"""The most that one access of a GPU thread can move."""
+
+
+def run_length(block: int, stride: int | None, itemsize: int) -> int:
+    """How many consecutive elements of a run a kernel may access at once: a power of two.
+
+    ``block``: the length of the runs, which begin at multiples of it. ``stride``: how far apart in
+    memory two elements lie, None if that is not known.
+    """
+    run = block & -block
+    return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
+
 
 @dataclass(frozen=True)
 class Units:

@@ -23,6 +23,7 @@ from grass_fx.compile.lowering import selected_mm as rule
 from grass_fx.compile.lowering.add_rows import lower_add_rows
 from grass_fx.compile.lowering.squared_norms import lower_mm_squared_norms, lower_squared_norms
 from grass_fx.ops import ADD_ROWS, MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
+from grass_fx.state.units import run_length
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -104,7 +105,7 @@ def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) ->
     steps = length // tiles[0].k(dtype.itemsize)
     processors = torch.cuda.get_device_properties(a.get_device()).multi_processor_count
     split = rule.split_of(m, n, steps, tiles[0], processors)
-    run = rule.run_length(block, laid_out, dtype.itemsize)
+    run = run_length(block, laid_out, dtype.itemsize)
     template = compat.triton_template("grass_selected_mm", _source())
     choices = []
     for tile in tiles:

@@ -23,18 +23,21 @@ def lower_add_rows(
     changes: Sequence[Any],
     noise: Sequence[Any],
     dims: Sequence[int],
+    runs: Sequence[int],
 ) -> None:
     """The lowering of ``grass_fx.ops.add_rows_``; ``call`` lowers an aten operator."""
     convert = prims.convert_element_type.default
-    for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
-        at = [None] * len(w.get_size())
-        at[dim] = index
-        # The unsafe variant does not check the index; the store checks the same one.
-        rows = call(convert, call(aten._unsafe_index.Tensor, w, at), change.get_dtype())
+    each = zip(ws, indices, changes, dims, runs, strict=True)
+    for k, (w, index, change, dim, run) in enumerate(each):
+        if w.get_device().type != "cuda":
+            run = 1  # a run is too short for a loop of a CPU's vectors
+        size = compat.in_runs(change.get_size(), dim, run)
+        change = call(aten.view.default, change, size)
+        rows = call(convert, compat.get_rows(w, index, dim, run), change.get_dtype())
         rows = call(aten.add.Tensor, rows, change)
         if noise:
-            rows = _rounded(call, rows, noise[k])
-        compat.put_rows(w, index, call(convert, rows, w.get_dtype()), dim)
+            rows = _rounded(call, rows, call(aten.view.default, noise[k], size))
+        compat.put_rows(w, index, call(convert, rows, w.get_dtype()), dim, run)
 
 
 def _rounded(call: Any, values: Any, noise: Any) -> Any:

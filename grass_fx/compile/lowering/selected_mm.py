@@ -14,9 +14,6 @@ import torch
 
 from grass_fx.state.units import Units
 
-SIXTEEN_BYTES = 16
-"""The most that one load instruction of a GPU thread can move."""
-
 MAX_SPLIT = 16
 
 
@@ -77,12 +74,6 @@ def takes_template(dtype: torch.dtype, strides: Strides) -> bool:
         return False  # without tensor cores the vendor's GEMM is faster
     gathered, other = strides
     return other == 1 and gathered not in (None, 1)
-
-
-def run_length(block: int, stride: int | None, itemsize: int) -> int:
-    """How many consecutive gathered elements the kernel may load at once: a power of two."""
-    run = block & -block
-    return min(run, SIXTEEN_BYTES // itemsize) if stride == 1 else 1
 
 
 def spread(size: int, r: int, block: int, device: torch.device) -> torch.Tensor:
