@@ -247,8 +247,9 @@ DTYPES = [
 
 def rows_of(steps):
     return [
-        compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, s.selection.indices, s.compact, s.selection.dim)
+        compiled.Rows(s.w, s.exp_avg, s.exp_avg_sq, on.indices, s.compact, on.dim, on.run)
         for s in steps
+        for on in (s.selection,)
     ]
 
 

@@ -77,8 +77,12 @@ def test_along_the_contiguous_dimension_rows_are_gathered_for_the_vendors_gemm(d
     module = generate(product(dim, block), likes(dtype))
     assert [kernel.is_template for kernel in module.kernels] == [False]
     assert module.extern_calls == ["mm"]
-    gathered = (str(B), str(R))
-    assert module.buffers == [gathered, (str(R), str(N)) if dim == 0 else (str(M), str(R))]
+    run = min(block, 16 // dtype.itemsize)
+    gathered = (B, R) if run == 1 else (B, R // run, run)
+    assert module.buffers == [
+        tuple(map(str, gathered)),
+        (str(R), str(N)) if dim == 0 else (str(M), str(R)),
+    ]
 
 
 def test_the_gather_is_fused_with_what_makes_its_input():

@@ -80,15 +80,24 @@ class Compiled:
         return "wgmma" in self.ptx or "mma.sync" in self.ptx
 
 
-def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
-    """Compile a kernel with Triton for sm_80 or sm_90, and ask ptxas for its resources."""
+def compile_kernel(kernel: Kernel, capability: int, xblock: int | None = None) -> Compiled:
+    """Compile a kernel with Triton for sm_80 or sm_90, and ask ptxas for its resources.
+
+    ``xblock``: how many elements a block of threads computes; None for a size that Inductor tries.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     # Sizes that Inductor would also try: few rows for reductions, many numbers for other loops.
     rows = 8 if kernel.name.startswith(("triton_red", "triton_per")) else 256
-    constants = {"XBLOCK": rows, "YBLOCK": 16, "ZBLOCK": 1, "R0_BLOCK": 256, "R1_BLOCK": 1}
+    constants = {
+        "XBLOCK": xblock or rows,
+        "YBLOCK": 16,
+        "ZBLOCK": 1,
+        "R0_BLOCK": 256,
+        "R1_BLOCK": 1,
+    }
     constexprs = {k: constants[k] for k, ty in kernel.signature.items() if ty == "constexpr"}
     signature = dict(kernel.signature)
     # Torch's launcher guarantees that every buffer begins at a multiple of 16 bytes.

@@ -46,10 +46,8 @@ def _select(call: Any, g: Any, indices: Any, scale: Any, dim: int, block: int = 
         rows = call(aten.expand.default, _along(call, indices, dim, len(size)), size)
         return _scaled(call, call(aten.gather.default, g, dim, rows), scale, dim)
     if len(size) == 2 and dim == 1 and _known_stride(g, 0) is not None:
-        return _scaled(call, _columns(call, g, indices), scale, dim)
-    index = [None] * len(size)
-    index[dim] = indices
-    return _scaled(call, call(aten.index.Tensor, g, index), scale, dim)
+        return _scaled(call, _columns(call, g, indices, block), scale, dim)
+    return _scaled(call, _rows(call, g, indices, dim, block), scale, dim)
 
 
 def _selected_mm(
@@ -59,27 +57,42 @@ def _selected_mm(
     if a.get_device().type == "cuda":
         product = _by_kernel(call, a, b, indices, dim, block)
     if product is None:
-        product = _gathered(call, a, b, indices, dim)
+        product = _gathered(call, a, b, indices, dim, block)
     return _scaled(call, product, scale, dim)
 
 
-def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int) -> Any:
+def _gathered(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:
     """Gather, then use Inductor's own matmul."""
     if dim == 0:
         # Gather through the transposed view, so that D is read row by row.
-        columns = _columns(call, call(aten.permute.default, a, [1, 0]), indices)
+        columns = _columns(call, call(aten.permute.default, a, [1, 0]), indices, block)
         a = call(aten.permute.default, columns, [1, 0])
     else:
-        b = _columns(call, b, indices)
+        b = _columns(call, b, indices, block)
     return call(aten.mm.default, a, b)
 
 
-def _columns(call: Any, x: Any, indices: Any) -> Any:
+def _columns(call: Any, x: Any, indices: Any, block: int) -> Any:
     """Gather columns of x. On a GPU the gather fuses with the computation of x."""
     if x.get_device().type == "cpu":
         # Inductor's loop reads element by element. Torch's kernel cannot be fused, but is faster.
         return compat.library_call(aten.index_select.default, x, 1, indices)
-    return call(aten.index.Tensor, x, [None, indices])
+    return _rows(call, x, indices, 1, block)
+
+
+def _rows(call: Any, x: Any, indices: Any, dim: int, block: int) -> Any:
+    """Gather along ``dim`` in a loop. On a GPU the loop loads vectors if runs lie in memory so."""
+    stride, last = _known_stride(x, dim), dim == len(x.get_size()) - 1
+    if stride is None and last:
+        stride = 1  # not in memory yet: its inputs are most likely contiguous
+    run = run_length(block, stride, x.get_dtype().itemsize)
+    if run == 1 or x.get_device().type != "cuda":
+        index = [None] * len(x.get_size())
+        index[dim] = indices
+        return call(aten.index.Tensor, x, index)
+    size = [*x.get_size()]
+    size[dim] = indices.get_size()[0]
+    return call(aten.view.default, compat.get_rows(x, indices, dim, run), size)
 
 
 def _by_kernel(call: Any, a: Any, b: Any, indices: Any, dim: int, block: int) -> Any:
