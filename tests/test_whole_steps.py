@@ -77,7 +77,7 @@ PLACES = [
     (ADAMW, adamw, "step_as_torch", 1),
     (SGD, base, "finish_steps", 1),
     (SGD, wrapped, "carried_state", 2),
-    (SGD, stand_in, "add_rows_", 2),
+    (SGD, stand_in, "add_to_rows_", 2),
 ]
 
 

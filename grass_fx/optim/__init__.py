@@ -17,6 +17,8 @@ wrap.py         grass_fx.subspace(X) for any torch optimizer class X
 wrappable.py    which classes X can be wrapped
 probe.py        finding out how X behaves, by steps on tiny weights
 stand_in.py     the compact parameters that X steps, and the resulting changes of weights
+twin.py         X at work on these parameters
+rows.py         reading and writing selected rows by the fastest kernel
 rowwise.py      the state of an arbitrary optimizer, seen as rows
 in_backward.py  stepping as gradients arrive, which saves the most memory
 telemetry.py    the numbers that stats() reports for taken weights

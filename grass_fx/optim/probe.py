@@ -85,6 +85,15 @@ class Wrapped:
             decoupled = self.ask(is_decoupled, group)
         return 1 - float(group["lr"]) * group["weight_decay"] if decoupled else 1.0
 
+    def ignores_weights(self, group: Mapping[str, Any]) -> bool:
+        """Whether X is known never to look at a weight, except to decay it beside its step.
+
+        Steps can only show that a class looks, not that it never will. So besides them it is asked
+        for torch's own classes, in which all steps are alike.
+        """
+        torchs_own = self.inner.__module__.startswith("torch.optim.")
+        return torchs_own and self.ask(moves_alike, group)
+
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return X's own options among a group's."""
@@ -288,6 +297,27 @@ def is_decoupled(make: Make) -> bool:
     beside = math.isclose(decayed, stepped(1.0, 0.0) - 0.1 * 0.5, abs_tol=1e-4)
     within = math.isclose(decayed, stepped(1.0 + decay, 0.0), abs_tol=1e-4)
     return beside and not within
+
+
+def moves_alike(make: Make) -> bool:
+    """Whether X moves a weight by as much wherever it is, apart from decoupled weight decay."""
+    make = partial(make, capturable=False)  # which the CPU does not have
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    here, at_zero = Parameter(draw(6, 4)), Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    try:
+        changed = {"weight_decay": 0.0} if is_decoupled(make) else {}
+        optimizers = [make([w], **changed) for w in (here, at_zero)]
+        for _ in range(STEPS):
+            before, gradient = here.detach().clone(), draw(6, 4)
+            at_zero.detach().zero_()
+            for w, optimizer in zip((here, at_zero), optimizers, strict=True):
+                w.grad = gradient.clone()
+                unhooked(type(optimizer).step)(optimizer)
+            if not torch.allclose(before + at_zero, here, rtol=1e-12, atol=1e-14):
+                return False
+    except Exception:  # a class that steps no such weight is given the weight itself
+        return False
+    return True
 
 
 def steps_together(make: Make) -> bool:

@@ -12,7 +12,7 @@ not with the number of rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from grass_fx.ops import along, select
 from grass_fx.optim.carry import carried_rows
 from grass_fx.optim.probe import Entry
+from grass_fx.optim.rows import rows_of
 from grass_fx.state.selection import Selection
 from grass_fx.state.transfers import send
 
@@ -29,13 +30,15 @@ State = dict[str, Any]
 PER_ROW = "per_row_"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Cohorts:
     """The rows of one weight grouped by age, youngest first; ``ages`` are known on the host.
 
     ``rows``: the places of each cohort's rows among the selected ones, ascending; None for all.
     ``firsts``, on the host: the first place of each cohort. ``which`` (r,): the cohort of each row,
-    on the weight's device; ``which_here``: the same on the CPU.
+    on the weight's device; ``which_here``: the same on the CPU. ``back`` (r,): where each row is if
+    one cohort follows another. ``uniform``: whether all rows of a cohort have one age; else
+    ``ages`` has that of the youngest.
     """
 
     ages: tuple[int, ...]
@@ -43,21 +46,46 @@ class Cohorts:
     firsts: tuple[int, ...]
     which: Tensor
     which_here: Tensor
+    back: Tensor
+    uniform: bool = True
+    _parts: list[Selection] = field(default_factory=list, repr=False)
+    """A selection, its rows cohort by cohort, and its parts: of the last :meth:`parts`."""
 
     def __len__(self) -> int:
         return len(self.ages)
 
     def older(self) -> Cohorts:
         """Return the cohorts after a step."""
-        return replace(self, ages=tuple(age + 1 for age in self.ages))
+        ages = tuple([age + 1 for age in self.ages])
+        tensors = self.rows, self.firsts, self.which, self.which_here, self.back
+        return Cohorts(ages, *tensors, self.uniform, self._parts)
 
     def together(self) -> Cohorts:
         """Return all rows as one cohort with the age of the youngest."""
-        return replace(self, ages=self.ages[:1], rows=(None,), firsts=(0,))
+        tensors = self.which, self.which_here, self.back
+        return Cohorts(self.ages[:1], (None,), (0,), *tensors, uniform=len(self) == 1)
 
     def young_and_others(self) -> Cohorts:
         """Return two cohorts: the youngest, and all others with the age of their youngest."""
-        return _cohorts(self.ages[:2], self.which_here.clamp(max=1), self.which.device)
+        two = _cohorts(self.ages[:2], self.which_here.clamp(max=1), self.which.device)
+        return replace(two, uniform=len(self) == 2)
+
+    def parts(self, selection: Selection) -> list[Selection]:
+        """Return each cohort's part of the selection."""
+        return [selection] if len(self) == 1 else self._split(selection)[2:]
+
+    def indices(self, selection: Selection) -> Tensor:
+        """Return the selection's indices (r,), cohort by cohort."""
+        return selection.indices if len(self) == 1 else self._split(selection)[1].indices
+
+    def _split(self, selection: Selection) -> list[Selection]:
+        known = self._parts
+        if known and known[0].indices is selection.indices and known[0].scale is selection.scale:
+            return known
+        parts = [selection.part(rows) for rows in self.rows if rows is not None]
+        in_order = replace(selection, indices=torch.cat([part.indices for part in parts]))
+        known[:] = [selection, in_order, *parts]
+        return known
 
 
 def cohorts_of(age: Tensor) -> Cohorts:
@@ -68,11 +96,12 @@ def cohorts_of(age: Tensor) -> Cohorts:
 
 def _cohorts(ages: tuple[int, ...], which: Tensor, device: torch.device) -> Cohorts:
     if len(ages) == 1:
-        return Cohorts(ages, (None,), (0,), which, which)  # a single cohort needs no ``which``
-    parts = which.argsort(stable=True).split(which.bincount().tolist())
+        return Cohorts(ages, (None,), (0,), which, which, which)  # one cohort needs none of these
+    order = which.argsort(stable=True)
+    parts = order.split(which.bincount().tolist())
     firsts = tuple(int(part[0]) for part in parts)
-    rows, there = send(torch.stack([torch.cat(parts), which]), device).unbind()
-    return Cohorts(ages, rows.split([part.numel() for part in parts]), firsts, there, which)
+    rows, there, back = send(torch.stack([order, which, order.argsort()]), device).unbind()
+    return Cohorts(ages, rows.split([part.numel() for part in parts]), firsts, there, which, back)
 
 
 def is_row_entry(value: Any, shape: torch.Size) -> bool:
@@ -139,6 +168,8 @@ def cut(state: State, cohorts: Cohorts, shape: torch.Size, dim: int) -> list[Sta
     A single cohort gets the tensors of ``state`` themselves; several cohorts get copies.
     """
     plain = {k: v for k, v in state.items() if not k.startswith(PER_ROW)}
+    if len(plain) == len(state) and len(cohorts) == 1:
+        return [plain]
     scalars = {name: _each(state, name, cohorts) for name in plain if PER_ROW + name in state}
     if len(cohorts) == 1:
         return [{**plain, **{name: values[0] for name, values in scalars.items()}}]
@@ -148,7 +179,7 @@ def cut(state: State, cohorts: Cohorts, shape: torch.Size, dim: int) -> list[Sta
         own: State = {}
         for name, value in plain.items() if cohorts.ages[k] else ():
             if is_row_entry(value, shape):
-                own[name] = value.index_select(dim, rows)
+                own[name] = rows_of(value, rows, dim)
             elif name in scalars:
                 own[name] = scalars[name][k]
             else:
@@ -181,9 +212,7 @@ def joined(states: Sequence[State], cohorts: Cohorts, shape: torch.Size, dim: in
     for name, oldest in states[-1].items():
         values = [state[name] for state in states]
         if all(map(is_row_entry, values, shapes)):
-            result[name] = oldest.new_empty(shape)
-            for rows, value in zip(places, values, strict=True):
-                result[name].index_copy_(dim, rows, value)
+            result[name] = rows_of(torch.cat(values, dim), cohorts.back, dim)
         elif all(isinstance(value, Tensor) and _is_scalar(value) for value in values):
             which = cohorts.which_here if oldest.device.type == "cpu" else cohorts.which
             result[name], result[PER_ROW + name] = oldest, torch.stack(values)[which]

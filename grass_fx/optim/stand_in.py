@@ -1,61 +1,43 @@
 """Parameters of the compact shape, which stand in for taken weights while an optimizer X works.
 
-X itself works as a *twin* of the wrapped optimizer, whose groups hold the stand-ins. The wrapped
-optimizer adopts the twin's state after everything that can fail has been done.
+A stand-in holds PᵀW. If X is known never to look at its parameters, it holds zeros instead: what X
+makes of them is the change itself, and nothing has to be read from W.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
-from grass_fx.errors import warn
-from grass_fx.ops import along, select
+from grass_fx.ops import along
+from grass_fx.optim.loading import OWN
 from grass_fx.optim.probe import Entry
-from grass_fx.optim.rowwise import Cohorts, State, cut, is_row_entry, joined
+from grass_fx.optim.rows import add_to_rows_, put_rows_, rows_of
+from grass_fx.optim.rowwise import Cohorts, State, counts, cut, is_row_entry, joined
 from grass_fx.optim.update import add_rows_, warmup
 from grass_fx.state.selection import Selection, matrix
 from grass_fx.state.sharding import local
 
-T = TypeVar("T")
 
-Batch = list[list[tuple[Tensor, Tensor]]]
-"""The parameters of one call to X: for each group, pairs of a parameter and its stand-in."""
-
-
-@dataclass
+@dataclass(slots=True)
 class StandIn:
-    """A parameter that replaces some rows of a taken weight: PᵀW, with C as its gradient."""
+    """A parameter that replaces some rows of a taken weight: PᵀW or zeros, with C as gradient."""
 
     parameter: Parameter
     selection: Selection
     state: State
     before: Tensor | None = None
-    """A copy of PᵀW; None if X's result replaces the rows as it is."""
-    factor: Tensor | None = None
-    """α · ρ · warm-up of each row, by which X's change is multiplied; None for ones."""
+    """A copy of PᵀW, if it is known and needed."""
+    factor: float | Tensor | None = None
+    """α · ρ · warm-up, by which X's change is multiplied: one number, or one for each row; None
+    for ones."""
     held: dict[str, Tensor] = field(default_factory=dict)
     """The former values of the state's entries that hold weights."""
-
-    def change(self, weight: Tensor, shrink: float) -> Tensor:
-        """Return what to add to the weight's rows, or their new values if ``factor`` is None."""
-        after = self.parameter.detach()
-        if self.before is None or self.factor is None:
-            return after
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        moved = self.before.to(dtype).mul_(-shrink).add_(after)
-        return moved.mul_(along(self.factor.to(dtype), self.selection.dim, 2))
 
     def follow_weight(self, entries: Mapping[str, Entry]) -> None:
         """Move entries that hold weights as far as the weight moves."""
@@ -64,16 +46,48 @@ class StandIn:
         for name in weights_among(self.state, entries):
             value = self.state[name]
             if entries[name].moves and is_row_entry(value, self.before.shape):
-                gain = along(self._gain(self.factor), self.selection.dim, 2).to(value.dtype)
                 held = self.held.get(name, self.before).to(value.dtype)
+                gain = self._broadcast(self._gain(), value.dtype)
                 self.state[name] = torch.lerp(held, value, gain)
 
-    def _gain(self, factor: Tensor) -> Tensor:
+    def new_rows(self, dtype: torch.dtype, shrink: float) -> Tensor:
+        """Return PᵀW · shrink, moved by ``factor`` of the way from there to X's result.
+
+        They have ``dtype``, unless X's result is taken as it is. For rows that do not repeat.
+        """
+        after = self.parameter.detach()
+        if self.before is None or self.factor is None:
+            return after
+        factor = self._broadcast(self.factor, dtype)
+        if shrink == 1 and self.before.dtype == dtype:
+            return torch.lerp(self.before, after, factor)
+        return self.before.to(dtype, copy=True).mul_(shrink).lerp_(after.to(dtype), factor)
+
+    def change(self, dtype: torch.dtype, shrink: float) -> Tensor:
+        """Return what to add to the weight's rows, which have been multiplied by ``shrink``.
+
+        It has ``dtype``, unless X's result is taken as it is.
+        """
+        change = self.parameter.detach()
+        if self.before is not None:
+            change = self.before.to(dtype, copy=True).mul_(-shrink).add_(change)
+        if self.factor is None:
+            return change
+        return change.to(dtype) * self._broadcast(self.factor, dtype)
+
+    def _gain(self) -> float | Tensor:
         """The ratio of PᵀW's change to X's change: copies of a row add."""
+        assert self.factor is not None
         if self.selection.scale is None:
-            return factor
+            return self.factor
         _, which, copies = self.selection.indices.unique(return_inverse=True, return_counts=True)
-        return factor * self.selection.scale * copies[which]
+        return self.factor * self.selection.scale * copies[which]
+
+    def _broadcast(self, values: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+        """Return a number as it is, and numbers for rows so that they broadcast over PᵀW."""
+        if not isinstance(values, Tensor):
+            return values
+        return along(values.to(dtype), self.selection.dim, 2)
 
 
 def weights_among(state: State, entries: Mapping[str, Entry]) -> list[str]:
@@ -81,83 +95,129 @@ def weights_among(state: State, entries: Mapping[str, Entry]) -> list[str]:
     return [name for name in state if name in entries and entries[name].start == "weight"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Taken:
     """A taken weight while X works: one stand-in for all of its rows, or one for each cohort."""
 
     weight: Tensor
     values: Tensor
-    """The weight; if it is sharded, this process's part of it."""
+    """The weight as a matrix; if it is sharded, this process's part of it."""
     selection: Selection
     cohorts: Cohorts
     shape: torch.Size
+    former: State
+    """The weight's state before X works, with our own entries."""
     parts: list[StandIn]
     entries: Mapping[str, Entry]
+    from_zero: bool
+    """Whether the stand-ins hold zeros instead of PᵀW."""
     shrink: float = 1.0
     """The factor by which decoupled weight decay multiplies the whole weight."""
     state: State = field(default_factory=dict)
     """X's state for all rows, after X has worked."""
-    changes: list[Tensor] = field(default_factory=list)
+    age: Tensor | None = None
+    """The rows' ages (r,) after the step."""
 
-    def warm_up(self, age: Tensor, scale: float, steps: int) -> None:
-        """Set each row's factor for the step that raises its age (r,) by one."""
-        for part, rows, youngest in zip(
-            self.parts, self.cohorts.rows, self.cohorts.ages, strict=True
-        ):
-            if scale == 1 and self.selection.scale is None and youngest + 1 >= steps:
+    def warm_up(self, scale: float, steps: int) -> None:
+        """Set the factors for the step that raises each row's age by one."""
+        cohorts, repeats = self.cohorts, self.selection.scale is not None
+        for part, rows, youngest in zip(self.parts, cohorts.rows, cohorts.ages, strict=True):
+            if scale == 1 and not repeats and youngest + 1 >= steps:
                 continue
-            ages = age if rows is None else age[rows]
-            factor = warmup(ages + 1, steps) * scale
+            if cohorts.uniform:
+                part.factor = (min(1.0, (youngest + 1) / steps) if steps else 1.0) * scale
+            else:
+                age = self.former["age"]
+                part.factor = warmup((age if rows is None else age[rows]) + 1, steps) * scale
             if part.selection.scale is not None:
-                factor = factor * part.selection.scale
-            part.factor, part.before = factor, part.parameter.detach().clone()
+                part.factor = part.selection.scale.double() * part.factor
+            if not self.from_zero:
+                part.before = part.parameter.detach().clone()
             for name in weights_among(part.state, self.entries):
                 part.held[name] = part.state[name].clone()
 
     def collect(self) -> None:
-        """Compute what to write, without changing the weight or its state."""
+        """Take X's state from the stand-ins."""
         for part in self.parts:
             part.follow_weight(self.entries)
         states = [part.state for part in self.parts]
         self.state = joined(states, self.cohorts, self.shape, self.selection.dim)
-        self.changes = [part.change(self.values, self.shrink) for part in self.parts]
         for part in self.parts:
             part.state = {}
 
     def writes(self) -> list[Callable[[], None]]:
         """W[σ] += α · ρ · warm-up · (X's change without weight decay), to be run after X's step."""
         found: list[Callable[[], None]] = [self._decay] if self.shrink != 1 else []
-        return [*found, *(partial(self._write, k) for k in range(len(self.parts)))]
+        if self.selection.scale is not None:
+            return [*found, *[partial(self._add, part) for part in self.parts]]
+        return [*found, self._write]
 
     def _decay(self) -> None:
         self.values.mul_(self.shrink)
 
-    def _write(self, k: int) -> None:
-        weight, part, change = matrix(self.values), self.parts[k], self.changes[k]
-        if part.factor is None:
-            weight.index_copy_(part.selection.dim, part.selection.indices, change)
+    def _write(self) -> None:
+        """Move all selected rows, none of which repeats. Weight decay has reached them before."""
+        weight, dim = self.values, self.selection.dim
+        dtype, indices = _wide(weight.dtype), self.cohorts.indices(self.selection)
+        if self.from_zero:
+            changes = [part.change(dtype, self.shrink) for part in self.parts]
+            add_to_rows_(weight, indices, _one(changes, dim), dim)
         else:
-            add_rows_(weight, part.selection, change)
+            rows = [part.new_rows(dtype, self.shrink) for part in self.parts]
+            put_rows_(weight, indices, _one(rows, dim), dim)
+
+    def _add(self, part: StandIn) -> None:
+        """Move the rows of a stand-in, which may repeat: then their changes add."""
+        change = part.change(_wide(self.values.dtype), self.shrink)
+        add_rows_(self.values, part.selection, change)
 
     def put(self) -> None:
         """Write PᵀW back as X left it: this is no step, so without factor, decay and warm-up."""
-        weight = matrix(self.values)
-        for part, rows in zip(self.parts, self.changes, strict=True):
+        weight = self.values
+        for part in self.parts:
             assert part.before is not None
+            rows, s = part.parameter.detach(), part.selection
             if torch.equal(rows, part.before):
                 continue
-            s = part.selection
-            if s.scale is not None:  # copies of a row are equal, so any may be written last
+            if s.scale is None:
+                put_rows_(weight, s.indices, rows, s.dim)
+            else:  # copies of a row are equal, so any may be written last
                 scale = along(s.scale, s.dim, 2).to(rows.dtype)
                 rows = weight.index_select(s.dim, s.indices) + (rows - part.before) / scale
-            weight.index_copy_(s.dim, s.indices, rows)
+                weight.index_copy_(s.dim, s.indices, rows)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which rows of a weight of ``dtype`` are computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _one(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def grow_older(taken: Sequence[Taken]) -> None:
+    """Compute the rows' ages after the step, for all weights in one operation."""
+    if taken:
+        ages = torch._foreach_add([each.former["age"] for each in taken], 1)
+        for each, age in zip(taken, ages, strict=True):
+            each.age = age
+
+
+def inner_state(state: State) -> State:
+    """Return the entries of a taken weight's state that are X's."""
+    return {name: value for name, value in state.items() if name not in OWN}
 
 
 def compact_shape(weight: Tensor, selection: Selection) -> torch.Size:
     """Return the shape of C as a matrix; of a sharded weight, of this process's part."""
-    shape = list(matrix(local(weight)).shape)
-    shape[selection.dim] = selection.indices.numel()
-    return torch.Size(shape)
+    return _compact_shape(matrix(local(weight)), selection)
+
+
+def _compact_shape(values: Tensor, selection: Selection) -> torch.Size:
+    rows, columns = values.shape
+    size = selection.indices.numel()
+    return torch.Size((rows, size) if selection.dim else (size, columns))
 
 
 def take(
@@ -167,171 +227,35 @@ def take(
     state: State,
     cohorts: Cohorts,
     entries: Mapping[str, Entry],
+    from_zero: bool,
 ) -> Taken:
-    """Make stand-ins for a weight, with C ``compact`` as gradient and X's ``state``, if any."""
-    values, dim, shape = local(weight), selection.dim, compact_shape(weight, selection)
-    states = cut(state, cohorts, shape, dim)
+    """Make stand-ins for a weight: one, or one per age if X's state tells ages apart.
+
+    Their gradient is C, ``compact``. ``from_zero``: they hold zeros instead of PᵀW.
+    """
+    values, dim = matrix(local(weight)), selection.dim
+    shape, inner = _compact_shape(values, selection), inner_state(state)
+    if len(cohorts) > 1 and not counts(inner, shape):
+        own = any(name in entries and entries[name].start == "own" for name in inner)
+        apart = own and cohorts.ages[0] == 0
+        cohorts = cohorts.young_and_others() if apart else cohorts.together()
+    states = cut(inner, cohorts, shape, dim)
     parts = []
-    for rows, own_state in zip(cohorts.rows, states, strict=True):
-        chosen, gradient = selection, compact
-        if rows is not None:
-            chosen = selection.part(rows)
-            gradient = None if compact is None else compact.index_select(dim, rows)
-        parameter = Parameter(select(matrix(values), chosen.indices, chosen.scale, dim))
+    for chosen, places, own_state in zip(
+        cohorts.parts(selection), cohorts.rows, states, strict=True
+    ):
+        gradient = compact
+        if compact is not None and places is not None:
+            gradient = rows_of(compact, places, dim)
+        if from_zero:
+            size = list(shape)
+            size[dim] = chosen.indices.numel()
+            rows = values.new_zeros(size)
+        else:
+            rows = rows_of(values, chosen.indices, dim)
+            if chosen.scale is not None:
+                rows = (rows * along(chosen.scale, dim, 2)).to(values.dtype)
+        parameter = Parameter(rows)
         parameter.grad = gradient
         parts.append(StandIn(parameter, chosen, own_state))
-    return Taken(weight, values, selection, cohorts, shape, parts, entries)
-
-
-def saved_tensors(value: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return the tensors in a state, with copies of them."""
-    return [(tensor, tensor.clone()) for tensor in _tensors_in(value)]
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # quantised tensors hold others
-            names, _ = value.__tensor_flatten__()
-            value = [getattr(value, name) for name in names]
-        else:
-            yield value
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-
-
-@dataclass
-class Prepared:
-    """The work for X, before anything has moved."""
-
-    batches: list[Batch]
-    """One batch for each call: all, or for example first parameters with state, then the others."""
-    taken: list[list[Taken]]
-    """The taken weights of each group."""
-    saved: list[tuple[Tensor, Tensor]]
-    """The tensors among the groups' options, with copies."""
-
-    def all(self) -> list[Taken]:
-        """Return the taken weights of all groups."""
-        return [taken_weight for taken in self.taken for taken_weight in taken]
-
-    def parts(self) -> list[StandIn]:
-        """Return all stand-ins."""
-        return [part for taken in self.all() for part in taken.parts]
-
-    def run(
-        self, wrapped: Optimizer, others: Mapping[Any, Any], call: Callable[[Optimizer], T]
-    ) -> tuple[list[Twin], T]:
-        """Run ``call`` on a twin for each batch; ``others``: the state of all but taken weights.
-
-        Returns the twins, and the result of the first call.
-        """
-        parts = {part.parameter: part for part in self.parts()}
-        twins, results = [], []
-        for batch in self.batches:
-            states: dict[Any, State] = dict(others)
-            states |= {parameter: part.state for parameter, part in parts.items() if part.state}
-            twins.append(Twin(wrapped, batch, states))
-            results.append(call(twins[-1].optimizer))
-            state = twins[-1].optimizer.state
-            for parameter, part in parts.items():
-                part.state = dict(state.pop(parameter, {}))
-        return twins, results[0]
-
-    @contextmanager
-    def restored_if_it_fails(self) -> Iterator[None]:
-        """Restore the groups' options after an exception inside.
-
-        X's state of weights may be half advanced then: restoring it would need copies in every
-        step.
-        """
-        try:
-            yield
-        except BaseException as error:
-            for tensor, copy in self.saved:
-                tensor.copy_(copy)
-            warn(
-                f"a wrapped optimizer failed inside its own code ({type(error).__name__}): no "
-                "taken weight has moved. Moments and dense parameters may have, if it had begun: "
-                "calling step() again then moves them twice."
-            )
-            raise
-
-
-def batches(
-    every: Batch,
-    taken: Sequence[Sequence[Taken]],
-    states: Mapping[Any, Any],
-    together: Callable[[Sequence[int]], bool],
-) -> list[Batch]:
-    """Split the work into calls of X.
-
-    Sharded parameters that are dense, DTensors, go apart from stand-ins. So do parameters without
-    state unless X steps them ``together`` with others in the groups of these numbers: torch's fused
-    SGD, for example, takes momentum for all parameters or for none.
-    """
-    dense, others = _split(every, lambda stand_in: isinstance(stand_in, DTensor))
-    if any(dense) and any(others):
-        parts = (others, taken), (dense, ())
-        return [call for part in parts for call in batches(*part, states, together)]
-    known = dict(states)
-    for one in (one for weights in taken for one in weights):
-        known |= {part.parameter: part.state for part in one.parts}
-    has_state = {
-        id(p)
-        for p, state in known.items()
-        if isinstance(state, Mapping) and any(v is not None for v in state.values())
-    }
-    old, new = _split(every, lambda stand_in: id(stand_in) in has_state)
-    mixed = [k for k, both in enumerate(zip(old, new, strict=True)) if all(both)]
-    return [every] if together(mixed) else [old, new]
-
-
-def _split(every: Batch, first: Callable[[Tensor], bool]) -> tuple[Batch, Batch]:
-    """Split a batch into the stand-ins of which ``first`` says so, and the others."""
-    return (
-        [[entry for entry in entries if first(entry[1])] for entries in every],
-        [[entry for entry in entries if not first(entry[1])] for entries in every],
-    )
-
-
-class Twin:
-    """X over the parameters of a batch, with the options and other attributes of ``wrapped``."""
-
-    def __init__(self, wrapped: Optimizer, batch: Batch, states: Mapping[Tensor, State]) -> None:
-        self.wrapped = wrapped
-        self.optimizer = twin = object.__new__(type(wrapped))
-        groups = []
-        for group, entries in zip(wrapped.param_groups, batch, strict=True):
-            own = {**group, "params": [stand_in for _, stand_in in entries]}
-            if "param_names" in group:
-                names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
-                own["param_names"] = [names[id(p)] for p, _ in entries]
-            groups.append(own)
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        state.update(states)
-        twins = {id(wrapped.param_groups): groups, id(wrapped.state): state}
-        for name, value in vars(wrapped).items():
-            if isinstance(value, MethodType) and value.__self__ is wrapped:
-                value = MethodType(value.__func__, twin)
-            twin.__dict__[name] = twins.get(id(value), value)
-        twin.__dict__["_is_twin"] = True
-        # The wrapped optimizer's own step calls the hooks before and after this.
-        twin._optimizer_step_pre_hooks = OrderedDict()
-        twin._optimizer_step_post_hooks = OrderedDict()
-        self._given = dict(vars(twin))
-
-    def adopt(self) -> None:
-        """Copy to the wrapped optimizer what has changed in its twin."""
-        wrapped, twin = self.wrapped, self.optimizer
-        for group, twin_group in zip(wrapped.param_groups, twin.param_groups, strict=True):
-            ours = ("params", "param_names")
-            group.update({name: value for name, value in twin_group.items() if name not in ours})
-        for name, value in vars(twin).items():
-            if name not in self._given or value is not self._given[name]:
-                setattr(wrapped, name, value)
-        for p, state in twin.state.items():
-            if p in wrapped.state or state != {}:
-                wrapped.state[p] = state
+    return Taken(weight, values, selection, cohorts, shape, state, parts, entries, from_zero)

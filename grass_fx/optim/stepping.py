@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ from grass_fx.state.gradient import CompactGrad, Used
 from grass_fx.state.registry import registry
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """A part of a step: if it fails, it has changed nothing.
 
     So it must allocate all the memory it needs before it changes a weight or its state. ``ends``:

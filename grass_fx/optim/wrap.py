@@ -29,20 +29,12 @@ from grass_fx.optim.rowwise import (
     State,
     carried_state,
     cohorts_of,
-    counts,
     with_rows,
     without_equal_rows,
 )
-from grass_fx.optim.stand_in import (
-    Batch,
-    Prepared,
-    Taken,
-    batches,
-    compact_shape,
-    saved_tensors,
-    take,
-)
+from grass_fx.optim.stand_in import Taken, compact_shape, grow_older, inner_state, take
 from grass_fx.optim.stepping import Operation
+from grass_fx.optim.twin import Batch, Prepared, batches, saved_tensors
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
 from grass_fx.state.selection import Selection, matrix
@@ -169,9 +161,11 @@ class _Wrapped(SubspaceOptimizer):
         dense = tuple(p for entries in plan for p, grad in entries if grad is None)
         step = wrappable.stepping(self._inner, self._evaluated, self._kind)
         operations = [Operation(partial(self._run, prepared, step), dense)]
+        operations.append(Operation(partial(grow_older, prepared.all())))
         for taken in prepared.all():
-            operations += map(Operation, taken.writes())
-            operations.append(Operation(partial(self._end, taken), (taken.weight,)))
+            *others, last = taken.writes()
+            operations += map(Operation, others)
+            operations.append(Operation(partial(self._finish, taken, last), (taken.weight,)))
         return operations
 
     def _check_shards(self, subspace: Subspace) -> None:
@@ -182,11 +176,12 @@ class _Wrapped(SubspaceOptimizer):
             wrappable.check_steps_shards(alike, subspace.name, self._kind)
         self._steps_shards = True
 
-    def _end(self, taken: Taken) -> None:
-        """Update the weight's state after its step."""
-        p = taken.weight
-        self._keep(taken, age=self.state[p]["age"] + 1)
-        self._cohorts[p] = self._cohorts[p].older()
+    def _finish(self, taken: Taken, last: Callable[[], None]) -> None:
+        """Make the ``last`` write of a weight, and update its state."""
+        last()
+        assert taken.age is not None
+        self._keep(taken, age=taken.age)
+        self._cohorts[taken.weight] = self._cohorts[taken.weight].older()
 
     def _with_stand_ins(self, plan: Plan) -> Prepared:
         """The stand-ins of a step; states of taken weights move to their gradients' selections."""
@@ -199,14 +194,15 @@ class _Wrapped(SubspaceOptimizer):
                 else:
                     self._follow(p, grad, group)
                     work[-1].append((p, grad.selection, matrix(grad.compact)))
-        prepared = self._stand_ins(work)
+        prepared = self._stand_ins(work, for_step=True)
         for group, taken in zip(self.param_groups, prepared.taken, strict=True):
-            if taken:
-                wrappable.check_elsewhere(self._x.ask(probe.keeps_elsewhere, group), self._kind)
-            for taken_weight in taken:
-                taken_weight.shrink = self._x.shrink(group)
-                age = self.state[taken_weight.weight]["age"]
-                taken_weight.warm_up(age, group["scale"], group["warmup_steps"])
+            if not taken:
+                continue
+            wrappable.check_elsewhere(self._x.ask(probe.keeps_elsewhere, group), self._kind)
+            shrink = self._x.shrink(group)
+            for each in taken:
+                each.shrink = shrink
+                each.warm_up(group["scale"], group["warmup_steps"])
         return prepared
 
     def _lay_out(self, plan: Plan) -> None:
@@ -225,7 +221,7 @@ class _Wrapped(SubspaceOptimizer):
             work.append([])
             for p in group["params"]:
                 selection, compact = None, None
-                if self._is_compact(p):
+                if _is_compact(self.state.get(p)):
                     if isinstance(p.grad, CompactGrad) and not p.grad.zeroed:
                         grad = self._compact_grad(p)
                         assert grad is not None
@@ -234,7 +230,7 @@ class _Wrapped(SubspaceOptimizer):
                         compact = matrix(grad.compact)
                     selection = self._selection_of(p)
                 work[-1].append((p, selection, compact))
-        prepared = self._stand_ins(work)
+        prepared = self._stand_ins(work, for_step=False)
         for part in prepared.parts():
             part.before = part.parameter.detach().clone()
         with torch.no_grad():
@@ -244,22 +240,27 @@ class _Wrapped(SubspaceOptimizer):
                 self._keep(taken)
         return result
 
-    def _stand_ins(self, work: list[Work]) -> Prepared:
-        """Make stand-ins for the taken weights of each group's ``work``."""
+    def _stand_ins(self, work: list[Work], for_step: bool) -> Prepared:
+        """Make stand-ins for the taken weights of each group's ``work``.
+
+        In a step they may hold zeros, if X moves them by as much wherever they are.
+        """
         every: Batch = []
         taken: list[list[Taken]] = []
         for group, entries in zip(self.param_groups, work, strict=True):
             every.append([])
             taken.append([])
             known: Mapping[str, probe.Entry] = {}
+            from_zero = False
             if any(selection is not None for _, selection, _ in entries):
                 known = self._x.ask(probe.entries, group)
                 wrappable.check_entries(known, self._kind)
+                from_zero = for_step and self._x.ignores_weights(group)
             for p, selection, compact in entries:
                 if selection is None:
                     every[-1].append((p, p))
                     continue
-                taken[-1].append(self._take(p, selection, compact, known))
+                taken[-1].append(self._take(p, selection, compact, known, from_zero))
                 every[-1] += [(p, part.parameter) for part in taken[-1][-1].parts]
         options = [probe.options_of(group) for group in self.param_groups]
         calls = batches(every, taken, self.state, self._together)
@@ -267,7 +268,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _run(self, prepared: Prepared, call: Callable[[Optimizer], T]) -> T:
         """Let X's code work on stand-ins, and compute what follows for their weights."""
-        others = {p: state for p, state in self.state.items() if not self._is_compact(p)}
+        others = {p: state for p, state in self.state.items() if not _is_compact(state)}
 
         def of_twin(twin: Optimizer) -> T:
             self._make_eager_state(twin)
@@ -295,8 +296,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _keep(self, taken: Taken, **own: Tensor) -> None:
         """Store the weight's state: X's new entries, and ours."""
-        former = self.state[taken.weight]
-        ours = {name: former[name] for name in OWN if name in former}
+        ours = {name: value for name, value in taken.former.items() if name in OWN}
         self.state[taken.weight] = {**taken.state, **ours, **own}
 
     def _take(
@@ -305,17 +305,14 @@ class _Wrapped(SubspaceOptimizer):
         selection: Selection,
         compact: Tensor | None,
         entries: Mapping[str, probe.Entry],
+        from_zero: bool,
     ) -> Taken:
-        """Make stand-ins for the weight: one, or one per age if X's state tells ages apart."""
-        state, shape = self._inner_state(p), compact_shape(p, selection)
-        if p not in self._cohorts:
-            self._cohorts[p] = cohorts_of(self.state[p]["age"])
-        cohorts = self._cohorts[p]
-        if len(cohorts) > 1 and not counts(state, shape):
-            own = any(name in entries and entries[name].start == "own" for name in state)
-            apart = own and cohorts.ages[0] == 0
-            cohorts = cohorts.young_and_others() if apart else cohorts.together()
-        return take(p, selection, compact, state, cohorts, entries)
+        """Make stand-ins for the weight."""
+        state = self.state[p]
+        cohorts = self._cohorts.get(p)
+        if cohorts is None:
+            cohorts = self._cohorts[p] = cohorts_of(state["age"])
+        return take(p, selection, compact, state, cohorts, entries, from_zero)
 
     def _together(self, groups: Sequence[int]) -> bool:
         """Whether X steps parameters with and without state in one call, in these groups."""
@@ -335,7 +332,7 @@ class _Wrapped(SubspaceOptimizer):
             # An unchanged selection is no refresh, except with on_refresh="reset".
             group["on_refresh"] == "carry" and old.same_rows(selection)
         ):
-            kept = {**self._inner_state(p), "age": state["age"]}
+            kept = {**inner_state(state), "age": state["age"]}
         else:
             kept = self._followed(p, old, selection, group)
         kept |= selection_entries(selection)
@@ -358,23 +355,16 @@ class _Wrapped(SubspaceOptimizer):
         age = self.state[p]["age"][place].masked_fill_(fresh, 0)
         if not bool(age.any()):
             return anew
-        inner = self._inner_state(p)
+        inner = inner_state(self.state[p])
         where = old, selection, place, fresh, matrix(local(p)), compact_shape(p, selection)
         kept = carried_state(inner, *where, entries)
         return anew if kept is None else {**kept, "age": age}
 
     # --- the state of a weight --------------------------------------------------------------------
 
-    def _inner_state(self, p: Tensor) -> State:
-        return {name: value for name, value in self.state[p].items() if name not in OWN}
-
-    def _is_compact(self, p: Any) -> bool:
-        state = self.state.get(p)
-        return isinstance(state, Mapping) and "indices" in state
-
     def _has_compact_state(self) -> bool:
         state = vars(self).get("state", {})  # an X may call its methods in its constructor
-        return bool(state) and any(map(self._is_compact, state))
+        return any(map(_is_compact, state.values()))
 
     def _selection_of(self, p: Tensor) -> Selection:
         """Return the selection to which the state of p belongs."""
@@ -385,6 +375,11 @@ class _Wrapped(SubspaceOptimizer):
             dim = 0 if selects_rows(registry.saved_state(p), p) else 1
         known = state["indices"], state.get("scale"), dim, -1, registry.name_of(p)
         return Selection(*known, int(state["generation"]))
+
+
+def _is_compact(state: Any) -> bool:
+    """Whether this is the state of a taken weight: hooks may put anything into an optimizer's."""
+    return isinstance(state, Mapping) and "indices" in state
 
 
 def _blank(inner: type[Optimizer]) -> Optimizer:
