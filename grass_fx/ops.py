@@ -150,20 +150,28 @@ MM_SQUARED_NORMS = torch.ops.grass.mm_squared_norms.default
 
 torch.library.define(
     "grass::add_rows_",
-    "(Tensor(a!)[] ws, Tensor[] indices, Tensor[] changes, Tensor[] noise, int[] dims, int[] runs)"
-    " -> ()",
+    "(Tensor(a!)[] ws, Tensor[] indices, Tensor[] changes, Tensor[] noise, int[] dims, int[] runs, "
+    "Tensor kept) -> ()",
 )
 
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+"""How many of a float32's lower bits a number of 16 bits lacks."""
 
-def rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Float32 ``values`` rounded to bfloat16, up or down depending on 16 random bits.
+
+def rounded(values: Tensor, noise: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Float32 ``values`` rounded to 16 bits, up or down depending on 16 random bits.
 
     A bfloat16 is a float32 without its lower 16 bits. Adding 16 random bits carries into the upper
-    ones with the probability that the lower bits give. Infinities and NaN stay as they are.
+    ones with the probability that the lower bits give. Infinities and NaN stay such.
     """
-    bits = values.view(torch.int32) + noise
-    bits &= -(1 << 16)
-    return torch.where(values.isnan(), values, bits.view(torch.float32))
+    dropped = DROPPED[dtype]
+    bits = values.view(torch.int32)
+    # Without the sign, which no carry may reach: only a NaN can be larger than this maximum.
+    size = (bits & 0x7FFFFFFF).clamp_(max=0x7FFF0000)
+    size += noise if dropped == 16 else noise >> (16 - dropped)
+    size &= -(1 << dropped)
+    size |= bits & -(1 << 31)
+    return size.view(torch.float32)
 
 
 def add_rows_(
@@ -173,17 +181,16 @@ def add_rows_(
     noise: Sequence[Tensor],
     dims: Sequence[int],
     runs: Sequence[int],
+    kept: Tensor,
 ) -> None:
-    """W[σ] += Δ for each weight, in place; the sum has the dtype of Δ. No row may repeat.
+    """W[σ] = ``kept`` · W[σ] + Δ for each weight, in place; the sum has the dtype of Δ.
 
-    Each of ``runs`` is to σ what ``block`` is in :func:`select`.
-
-    The sum is rounded once: by :func:`rounded` if ``noise`` holds 16 random bits for each element
-    of Δ, else to nearest. Inductor makes one kernel of gather, sum and scatter, and of the
-    computation of Δ.
+    No row may repeat. Each of ``runs`` is to σ what ``block`` is in :func:`select`. The sum is
+    rounded once: by :func:`rounded` if ``noise`` holds 16 random bits for each element of Δ, else
+    to nearest. Inductor makes one kernel of gather, sum and scatter, and of the computation of Δ.
     """
     for k, (w, index, change, dim) in enumerate(zip(ws, indices, changes, dims, strict=True)):
-        rows = w.index_select(dim, index).to(change.dtype) + change
+        rows = w.index_select(dim, index).to(change.dtype) * kept + change
         if noise:
             rows = rounded(rows, noise[k])
         w.index_copy_(dim, index, rows.to(w.dtype))

@@ -46,5 +46,7 @@ def test_it_loads_and_the_run_goes_on(name):
         optimizer.step()
         optimizer.zero_grad()
     for key, want in saved["after"].items():
-        torch.testing.assert_close(model.state_dict()[key], want, rtol=1e-10, atol=1e-12)
+        # That version decayed all rows in each step; here some decay is pending. A lost moment or
+        # age would move a row by a part of lr = 1e-2.
+        torch.testing.assert_close(model.state_dict()[key], want, rtol=5e-4, atol=5e-5)
         assert not torch.equal(want, saved["model"][key])

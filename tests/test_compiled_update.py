@@ -4,6 +4,7 @@ training runs through Inductor on the CPU."""
 import copy
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from grass_fx import _torch_compat as compat
 from grass_fx.errors import OptionError
 from grass_fx.ops import ADD_ROWS
 from grass_fx.optim import compiled
-from grass_fx.optim.rounding import draw_seed, noise, rounding_stream
+from grass_fx.optim.rounding import noise, rounding_seed
 from grass_fx.optim.update import CompactStep, _add_in_order, adam_update_, add_rows_
 from grass_fx.state.selection import Selection
 from helpers import Captured, interpreted_by_triton, mlp
 
 SETTINGS = {
-    "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5,
+    "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1,
     "warmup_steps": 4,
 }  # fmt: skip
 SHAPES = [(40, 24, 0, 8), (16, 64, 1, 9), (33, 17, 0, 5), (24, 40, 1, 6)]  # W, dim, r
@@ -36,8 +37,8 @@ def steps_of(dtype, rounds=False, shapes=SHAPES):
         second = torch.rand(shape, generator=gen).to(dtype)
         indices = torch.randperm((m, n)[dim], generator=gen)[:r].sort().values
         selection, age = Selection(indices, None, dim, 0), torch.randint(9, (r,), generator=gen)
-        rounding = rounding_stream(0, key, 0) if rounds else None
-        steps.append(CompactStep(w, compact, selection, first, second, age, None, rounding))
+        seed = rounding_seed(0, key, 0) if rounds else None
+        steps.append(CompactStep(w, compact, selection, first, second, age, None, 0.5, seed))
     return steps
 
 
@@ -71,7 +72,8 @@ def test_only_shapes_compile():
     compiled.compiled.cache_clear()
     steps = steps_of(torch.float32)
     for k in range(4):
-        changes = {"lr": 0.1 / (k + 1), "beta1": 0.9 + k / 100, "scale": 1 + k}
+        changes = {"lr": 0.1 / (k + 1), "beta1": 0.9 + k / 100}
+        steps = [replace(step, scale=1 + k) for step in steps]
         adam_update_(steps, compile=True, **{**SETTINGS, **changes})
     assert compiled.compiled.cache_info().misses == 1
     before = [t.clone() for t in changed(steps)]
@@ -165,8 +167,7 @@ def test_compiled_rounding_is_unbiased():
     total = torch.zeros(16, 9, dtype=torch.float64)
     settings = {**SETTINGS, "weight_decay": 0.0, "lr": 1e-3}
     for k in range(count):
-        step = copy.deepcopy({**vars(start), "rounding": None})
-        step["rounding"] = rounding_stream(0, 0, k)
+        step = {**copy.deepcopy(vars(start)), "seed": rounding_seed(0, 0, k)}
         adam_update_([CompactStep(**step)], compile=True, **settings)
         total += step["w"][:, indices].double()
     exact = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
@@ -220,11 +221,11 @@ def test_the_operator_without_inductor_adds_rows_as_eager_steps_do(rounds):
     for k, step in enumerate(steps_of(torch.bfloat16)):
         change, want = torch.randn(step.compact.shape), step.w.clone()
         change.view(-1)[0] = float("nan")
-        seed = draw_seed(rounding_stream(0, k, 0))
-        bits = [noise(seed, change.shape)] if rounds else []
-        generator = rounding_stream(0, k, 0) if rounds else None
-        add_rows_(want, step.selection, change, generator)
-        ADD_ROWS([step.w], [step.selection.indices], [change], bits, [step.selection.dim], [1])
+        seed = rounding_seed(0, k, 0) if rounds else None
+        bits = [] if seed is None else [noise(seed, change.shape)]
+        add_rows_(want, step.selection, change, seed, decay=0.25)
+        kept, selection = torch.tensor(0.75), step.selection
+        ADD_ROWS([step.w], [selection.indices], [change], bits, [selection.dim], [1], kept)
         torch.testing.assert_close(step.w, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -327,4 +328,5 @@ def test_repeated_rows_add_in_a_fixed_order_where_they_would_not(dim):
     w, places = torch.randint(9, (6, 8)).double(), torch.tensor([1, 1, 1, 4, 0, 4])
     change = torch.randint(9, (6, 8) if dim == 0 else (6, 6)).double()
     want = w.clone().index_add_(dim, places, change)
-    assert _add_in_order(w, dim, places, change) is w and torch.equal(w, want)
+    _add_in_order(w, dim, places, change)
+    assert torch.equal(w, want)

@@ -93,8 +93,8 @@ def test_the_tables_have_what_the_report_has(report):
     first = report["0.weight"]
     row = page.row("0.weight")
     assert row[1:7] == ["(48, 32)", "float32", "in", "4", "pushed", first.kernel]
-    assert row[7:11] == ["6.14 kB", "768 bytes", "12.3 kB", "1.61 kB"]
-    assert (first.before.gradient, first.after.state) == (6144, 2 * 768 + 16 * 4 + 8)
+    assert row[7:11] == ["6.14 kB", "768 bytes", "12.3 kB", "1.62 kB"]
+    assert (first.before.gradient, first.after.state) == (6144, 2 * 768 + 16 * 4 + 16)
     assert page.row("2.weight")[3] == report["2.weight"].reason != ""
     assert page.row("memory in all")[1] in str(report)
     assert "1 of 2 weight matrices get compact gradients" in as_html(report)

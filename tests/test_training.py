@@ -175,7 +175,9 @@ def test_equals_the_reference_inductor_models(name, rule, replacement, side, blo
     compare(name, "inductor", torch.float64, options, 1e-10)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("rule", "replacement"), RULES, ids=RULE_IDS)
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_equals_the_reference_where_blocks_do_not_divide(compiler, rule, replacement, side):

@@ -213,13 +213,13 @@ class LinearCost:
 
     @property
     def state_bytes(self) -> Any:
-        """Moments (2rm numbers), ages and σ (int64, 16r bytes), and the generation (8 bytes).
+        """Moments (2rm numbers), ages and σ (int64, 16r bytes), the generation and pending decay.
 
         With replacement there is also ρ, 4r bytes. "What follows from the equations" counts
         2rm + 3r numbers.
         """
         rows = self.matrices * self.r * (16 + self._scale_itemsize)
-        return self.moments * self.compact_size * self.itemsize + rows + 8
+        return self.moments * self.compact_size * self.itemsize + rows + 16
 
     @property
     def graph_input_bytes(self) -> Any:

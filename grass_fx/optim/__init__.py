@@ -2,14 +2,16 @@
 
 update.py       the mathematics as free functions, in the notation of docs/method.md
 carry.py        what a weight's state keeps when its selection changes
+decay.py        weight decay of rows that are not selected, once a period
 rounding.py     stochastic rounding to bfloat16
 compiled.py     the AdamW update as code that Inductor generates
-dense.py        torch's AdamW step for dense parameters
+dense.py        torch's AdamW step for dense parameters, rounded stochastically in bfloat16
 stepping.py     a step as a list of operations that can be resumed after an exception
 checkpoint.py   state dicts, pickles and copies, including the weights' subspaces
 loading.py      checks and conversions of a saved state
 layout.py       the lay-out of the state as a checkpoint has it, before the model has run
 entries.py      which state entries an optimizer keeps, and whether a saved state has them
+options.py      what the options of a parameter group may be
 base.py         what all of these optimizers share: gradients, refreshes, errors
 agreement.py    keeping processes that train one model on one selection
 adamw.py        grass_fx.AdamW

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,14 @@ from torch import Tensor
 
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError, StateError, UnsupportedGradError
-from grass_fx.optim.base import Plan, SubspaceOptimizer, check_ranges
+from grass_fx.optim.base import SubspaceOptimizer
 from grass_fx.optim.carry import Move, carried, carried_rows
-from grass_fx.optim.dense import count_as_torch, step_as_torch
+from grass_fx.optim.decay import keep
+from grass_fx.optim.dense import Rounded, count_as_torch, rounded_operations, step_as_torch
 from grass_fx.optim.entries import Kept
-from grass_fx.optim.rounding import round_stochastically, rounding_stream
+from grass_fx.optim.layout import Plan
+from grass_fx.optim.options import check_ranges, is_least_zero, rounds, scale_of
+from grass_fx.optim.rounding import rounding_seed
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.telemetry import adam_update_norm
 from grass_fx.optim.update import CompactStep, adam_operations, in_code
@@ -37,13 +39,16 @@ class AdamW(SubspaceOptimizer):
         lr: learning rate of the dense parameters; the compact update's is ``scale * lr``.
         betas: decay rates of the first and second moment.
         eps: added to the denominator.
-        weight_decay: λ; decoupled, lr·λ on the whole weight each step.
-        scale: α, multiplies the compact update only.
+        weight_decay: λ; decoupled, lr·λ of the weight each step. The selected rows of a taken
+            weight decay as they move, all others once a period, by the product of what was due.
+        scale: α, multiplies the compact update only. "auto" is n / r for each weight, the number
+            of its columns (rows) over that of the selected ones.
         warmup_steps: a row's update grows linearly to full over this many steps of its own.
         on_refresh: "carry" keeps moments and age of a row that stays selected; "reset" starts all
             rows anew, as the paper does.
         stochastic_rounding: round updated bfloat16 parameters, compact and dense, up or down at
-            random, without bias, instead of to nearest. Other dtypes are not affected.
+            random, without bias. None is True; False rounds to nearest, by which most small
+            changes are lost. Other dtypes are not affected.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
         maximize: go up the gradient, compact and dense.
         amsgrad, capturable, differentiable: as arguments of ``torch.optim.AdamW``, False or None
@@ -73,10 +78,10 @@ class AdamW(SubspaceOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        scale: float = SCALE,
+        scale: float | str = SCALE,
         warmup_steps: int = WARMUP_STEPS,
         on_refresh: str = ON_REFRESH,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool | None = None,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -119,7 +124,7 @@ class AdamW(SubspaceOptimizer):
         for group in self.param_groups:  # as torch's AdamW does
             for p in group["params"]:
                 if "step" in (own := self.state.get(p, {})):
-                    own["step"] = count_as_torch(own["step"], p, bool(group["fused"]))
+                    own["step"] = count_as_torch(own["step"], p, _is_fused(p, group))
 
     def _check_switches(self, group: Mapping[str, Any]) -> None:
         for name, why in _NOT_HERE.items():
@@ -138,12 +143,10 @@ class AdamW(SubspaceOptimizer):
         pair = isinstance(betas, Sequence) and len(betas) == 2
         check_ranges(
             self._kind,
-            ("lr", lr, _is_least_zero(lr)),
-            ("betas", betas, pair and all(_is_least_zero(beta) and beta < 1 for beta in betas)),
-            ("eps", group["eps"], _is_least_zero(group["eps"])),
-            ("weight_decay", group["weight_decay"], _is_least_zero(group["weight_decay"])),
-            ("stochastic_rounding", group["stochastic_rounding"],
-             isinstance(group["stochastic_rounding"], bool)),
+            ("lr", lr, is_least_zero(lr)),
+            ("betas", betas, pair and all(is_least_zero(beta) and beta < 1 for beta in betas)),
+            ("eps", group["eps"], is_least_zero(group["eps"])),
+            ("weight_decay", group["weight_decay"], is_least_zero(group["weight_decay"])),
             ("maximize", group["maximize"], isinstance(group["maximize"], bool | None)),
             ("compile", group["compile"], isinstance(group["compile"], bool | None)),
         )  # fmt: skip
@@ -157,7 +160,7 @@ class AdamW(SubspaceOptimizer):
         operations: list[Operation] = []
         for group, entries in zip(self.param_groups, plan, strict=True):
             taken = [(p, g) for p, g in entries if g is not None]
-            self._follow(taken, group["on_refresh"])
+            self._follow(taken, group)
             lr = float(group["lr"])
             compact = [self._compact_step(p, g, group, lr) for p, g in taken]
             beta1, beta2 = group["betas"]
@@ -165,41 +168,44 @@ class AdamW(SubspaceOptimizer):
                 "lr": lr,
                 "beta1": beta1,
                 "beta2": beta2,
-                **{k: group[k] for k in ("eps", "scale", "warmup_steps")},
+                **{k: group[k] for k in ("eps", "warmup_steps")},
             }
             whole = {k: group[k] for k in ("weight_decay", "compile")}
+            decay = self._decay_factor(group)
             for (p, _), step in zip(taken, compact, strict=True):
-                self._applied[p] = step.selection, settings
+                self._applied[p] = step.selection, {**settings, "scale": step.scale}
             parameter_of = {id(step): p for (p, _), step in zip(taken, compact, strict=True)}
             for run, ended in adam_operations(compact, **whole, **settings):
                 moved = [(parameter_of[id(step)], step) for step in ended]
-                operations.append(self._compact_operation(run, moved, lr, group["compile"]))
+                operations.append(self._compact_operation(run, moved, group, lr, decay))
             dense = [p for p, g in entries if g is None]
-            rounded = [p for p in dense if self._rounds(p, group)]
-            operations += self._dense_operations(
-                [p for p in dense if not self._rounds(p, group)], group, self._step_dense
-            )
-            for p in rounded:
-                operations += self._dense_operations([p], group, self._step_dense_rounded)
+            plain = [p for p in dense if not rounds(p, group)]
+            operations += self._dense_operations(plain, group, self._step_dense)
+            operations += self._rounded_operations([p for p in dense if rounds(p, group)], group)
         return operations
 
     def _compact_operation(
         self,
         run: Callable[[], None],
         moved: Sequence[tuple[Tensor, CompactStep]],
+        group: Mapping[str, Any],
         lr: float,
-        compile: bool | None,
+        decay: float,
     ) -> Operation:
-        """Return an operation that calls ``run`` and notes the ages of the weights it moves."""
+        """Return an operation that calls ``run`` and notes what it has done with the weights."""
 
         def operation() -> None:
             run()
             for p, step in moved:
-                if not in_code(compile, step.selection, lr, p.device):
+                keep(self.state[p], decay)
+                if not in_code(group["compile"], step.selection, lr, p.device):
                     common = None if step.common_age is None else step.common_age + 1
                     self._common_ages[p] = step.age, common
 
         return Operation(operation, tuple(p for p, _ in moved))
+
+    def _decay_factor(self, group: Mapping[str, Any]) -> float:
+        return 1 - float(group["lr"]) * group["weight_decay"]
 
     def _dense_operations(
         self,
@@ -228,10 +234,10 @@ class AdamW(SubspaceOptimizer):
 
     def _lay_out(self, plan: Plan) -> None:
         for group, entries in zip(self.param_groups, plan, strict=True):
-            self._follow([(p, g) for p, g in entries if g is not None], group["on_refresh"])
+            self._follow([(p, g) for p, g in entries if g is not None], group)
             for p, grad in entries:
                 if grad is None:
-                    self._dense_state(p, bool(group["fused"]))
+                    self._dense_state(p, _is_fused(p, group))
 
     def _check_dense(self, p: Tensor) -> None:
         if p.grad is not None and p.grad.layout != torch.strided:
@@ -252,10 +258,7 @@ class AdamW(SubspaceOptimizer):
         self, p: Tensor, grad: CompactGrad, group: Mapping[str, Any], lr: float
     ) -> CompactStep:
         state = self.state[p]
-        rounding = None
-        if self._rounds(p, group):
-            subspace = registry.get(p)
-            rounding = self._rounding(p, group, 0 if subspace is None else subspace.step)
+        seed = self._seed(p, group) if rounds(p, group) else None
         first, second = matrix(state["exp_avg"]), matrix(state["exp_avg_sq"])
         ages, common = state["age"], None
         if in_code(group["compile"], grad.selection, lr, p.device):
@@ -271,7 +274,8 @@ class AdamW(SubspaceOptimizer):
             second,
             ages,
             common,
-            rounding,
+            scale_of(group["scale"], p, grad.selection),
+            seed,
         )
 
     def _update_norm(self, p: Tensor) -> Tensor | None:
@@ -290,7 +294,9 @@ class AdamW(SubspaceOptimizer):
             age = different[0] if len(different) == 1 else None
         return age
 
-    def _follow(self, taken: Sequence[tuple[Tensor, CompactGrad]], on_refresh: str) -> None:
+    def _follow(
+        self, taken: Sequence[tuple[Tensor, CompactGrad]], group: Mapping[str, Any]
+    ) -> None:
         """Move each weight's state to the selection of its gradient."""
         moving: list[tuple[Tensor, Move]] = []
         for p, grad in taken:
@@ -299,10 +305,10 @@ class AdamW(SubspaceOptimizer):
                 continue
             if "indices" not in state:
                 self._start_compact(p, selection)
-            elif (old := self._old_selection(p, selection)) is None:
+            elif (old := self._left_selection(p, selection, group)) is None:
                 self._keep_selection(p, selection)
                 continue
-            elif on_refresh == "carry" and state["exp_avg"].shape == grad.compact.shape:
+            elif group["on_refresh"] == "carry" and state["exp_avg"].shape == grad.compact.shape:
                 size = matrix(local(p)).shape[selection.dim]
                 moving.append((p, Move(old, selection, state["age"], size)))
                 continue
@@ -328,23 +334,25 @@ class AdamW(SubspaceOptimizer):
         steps = [s["step"] for s in states]
         step_as_torch(params, [p.grad for p in params], firsts, seconds, steps, group)
 
-    def _step_dense_rounded(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        """Make torch's step of one bfloat16 parameter in float32, and round it stochastically."""
-        (p,) = params
-        state = self._dense_state(p, fused=False)
-        assert p.grad is not None
-        held = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-        w, g, m, v = (t.float() for t in held)
-        rounding = self._rounding(p, group, int(state["step"]))
-        settings = {**group, "fused": None}
-        step_as_torch([w], [g], [m], [v], [state["step"]], settings)
-        held[0].copy_(round_stochastically(w, rounding))
-        held[2].copy_(m)
-        held[3].copy_(v)
+    def _rounded_operations(
+        self, params: Sequence[Tensor], group: Mapping[str, Any]
+    ) -> Iterator[Operation]:
+        """Yield the steps of dense bfloat16 parameters that are rounded stochastically."""
+        steps = {}
+        for p in params:
+            state = self._dense_state(p, fused=False)  # the host reads its count
+            assert p.grad is not None
+            w, grad, m, v = (local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+            seed = rounding_seed(group["seed"], registry.key_of(p), int(state["step"]))
+            steps[p] = Rounded(w, grad, m, v, state["step"], seed)
+        for run, ended in rounded_operations(steps, group):
+            yield Operation(run, ended)
 
     def _dense_state(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
-        if "step" not in state:
+        if fused and "step" in state:
+            state["step"] = count_as_torch(state["step"], p, fused)
+        elif "step" not in state:
             first, second = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in "12")
             new = {"step": count_as_torch(0, p, fused), "exp_avg": first, "exp_avg_sq": second}
             state.clear()  # here, when there is memory for all of it
@@ -367,14 +375,6 @@ class AdamW(SubspaceOptimizer):
         dtypes = dict.fromkeys(shapes, p.dtype)
         yield Kept(shapes if compact else {**shapes, "step": ()}, dtypes)
 
-    # --- stochastic rounding ----------------------------------------------------------------------
-
-    def _rounds(self, p: Tensor, group: Mapping[str, Any]) -> bool:
-        return bool(group["stochastic_rounding"]) and p.dtype == torch.bfloat16
-
-    def _rounding(self, p: Tensor, group: Mapping[str, Any], step: int) -> torch.Generator:
-        return rounding_stream(group["seed"], registry.key_of(p), step)
-
 
 _NOT_HERE = {
     "amsgrad": "its maximum of second moments is not kept here. "
@@ -387,8 +387,6 @@ _NOT_HERE = {
 """Arguments of torch.optim.AdamW that are refused, with the reason and what to use instead."""
 
 
-def _is_least_zero(value: Any) -> bool:
-    """Whether the value is a number, possibly in a tensor, that is at least 0."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and bool(value >= 0)
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
+def _is_fused(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether torch's fused kernel steps a dense parameter, and wants its count on p's device."""
+    return bool(group["fused"]) and not rounds(p, group)

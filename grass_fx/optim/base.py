@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,19 @@ from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
 from grass_fx.optim.agreement import check_selections, check_synchronised, with_common_scores
 from grass_fx.optim.checkpoint import CheckpointedOptimizer
 from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
+from grass_fx.optim.decay import PENDING, is_due, nothing, passes, pending
+from grass_fx.optim.layout import Plan, is_layout_step, layout_plan
+from grass_fx.optim.loading import selection_entries
+from grass_fx.optim.options import ROUNDING, check_ranges, is_scale
+from grass_fx.optim.rounding import rounding_seed
 from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
 from grass_fx.state.gradient import CompactGrad
-from grass_fx.state.refresh import Finished, finish_steps, scores_on_host
+from grass_fx.state.refresh import Finished, finish_steps, may_refresh, scores_on_host
 from grass_fx.state.registry import registry
-from grass_fx.state.selection import Selection
+from grass_fx.state.selection import Selection, matrix
 from grass_fx.state.sharding import local
 from grass_fx.state.subspace import Subspace
-
-Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
-"""For each parameter group, the parameters to step, each with its compact gradient, if any."""
-
 
 MOST = 8
 """The largest number of weights that an error names."""
@@ -66,8 +67,9 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """Raise OptionError for an impossible hyper-parameter."""
         check_ranges(
             self._kind,
-            ("scale", group["scale"], group["scale"] > 0),
+            ("scale", group["scale"], is_scale(group["scale"])),
             ("warmup_steps", group["warmup_steps"], group["warmup_steps"] >= 0),
+            (ROUNDING, group.get(ROUNDING), isinstance(group.get(ROUNDING), bool | None)),
         )
         if group["on_refresh"] not in ("carry", "reset"):
             value = group["on_refresh"]
@@ -107,9 +109,12 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._evaluated = None if closure is None else (loss,)
-        if self._is_layout_step():
-            plan = self._layout_plan()
-            if not (self._layout_unknown and self._lay_out_from_source()):
+        if is_layout_step(self):
+            plan = layout_plan(self)
+            self._layout_unknown = plan is None
+            if plan is None:
+                self._lay_out_from_source()
+            else:
                 self._lay_out(plan)
             return loss
         interrupted, self._under_way = self._under_way, None
@@ -126,7 +131,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """Prepare the next step. Errors that users can cause are raised here: see :meth:`_plan`."""
         check_synchronised(self._parameters())
         plan = self._plan([p for p in self._parameters() if p not in self._early])
-        operations = self._prepare(plan)
+        operations = [*self._prepare(plan), *self._decays(plan)]
         finished = self._finished(plan)
         for earlier in self._early.values():
             finished += earlier
@@ -148,7 +153,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.step_early)(p)
         plan = self._plan([p])
-        operations, finished = self._prepare(plan), self._finished(plan)
+        operations = [*self._prepare(plan), *self._decays(plan)]
+        finished = self._finished(plan)
         Step(operations, lambda: None, self._used).apply()
         self._early = {**self._early, p: finished}
 
@@ -311,13 +317,58 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """Note the selection to which p's state belongs."""
         self.state[p].pop("scale", None)
         self.state[p].update(selection_entries(selection))
+        self.state[p].setdefault(PENDING, nothing())
 
-    def _old_selection(self, p: Tensor, new: Selection) -> Selection | None:
-        """Return the selection to which p's state belongs, or None if ``new`` is the same."""
+    def _left_selection(
+        self, p: Tensor, new: Selection, group: Mapping[str, Any]
+    ) -> Selection | None:
+        """Return the selection that p's state leaves for ``new``, or None if it is the same.
+
+        Pending weight decay is applied, if a selection changes at another time than a period's end.
+        """
         state = self.state[p]
         draw = int(state["generation"])
         old = Selection(state["indices"], state.get("scale"), new.dim, -1, new.name, draw)
-        return None if old.draw == new.draw and old.same_rows(new) else old
+        if old.draw == new.draw and old.same_rows(new):
+            return None
+        if (left := pending(state)) != 1:
+            for run in self._decay_passes(p, old, group, left):
+                run()
+        return old
+
+    # --- weight decay of rows that are not selected -----------------------------------------------
+
+    def _decay_factor(self, group: Mapping[str, Any]) -> float:
+        """1 − lr · λ, by which decoupled weight decay multiplies a weight in one step."""
+        raise NotImplementedError
+
+    def _decays(self, plan: Plan) -> Iterator[Operation]:
+        """Yield operations that apply pending weight decay where it will be due after the step."""
+        for group, entries in zip(self.param_groups, plan, strict=True):
+            taken = [(p, grad) for p, grad in entries if grad is not None]
+            factor = self._decay_factor(group) if taken else 1.0
+            for p, grad in taken:
+                subspace = grad.owner or registry.get(p)
+                ends = subspace is not None and may_refresh(subspace)
+                left = pending(self.state[p]) * factor
+                if is_due(left, ends):
+                    for run in self._decay_passes(p, grad.selection, group, left):
+                        yield Operation(run)
+
+    def _decay_passes(
+        self, p: Tensor, selection: Selection, group: Mapping[str, Any], left: float
+    ) -> Iterator[Callable[[], Any]]:
+        """Multiply the rows that are not selected by what is ``left``; then nothing is pending."""
+        w, seed = matrix(local(p)), self._seed(p, group, "decay")
+        of = w, selection.dim, selection.indices, left, seed, group.get("compile", False)
+        yield from passes(*of)
+        yield lambda: self.state[p].update({PENDING: nothing()})
+
+    def _seed(self, p: Tensor, group: Mapping[str, Any], purpose: str = "rounding") -> Tensor:
+        """The seed of the noise with which a taken weight is rounded in this step."""
+        subspace = registry.get(p)
+        step = 0 if subspace is None else subspace.step
+        return rounding_seed(group.get("seed", 0), registry.key_of(p), step, purpose)
 
     # --- telemetry --------------------------------------------------------------------------------
 
@@ -346,52 +397,3 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         elif not self._warned_dense and any(p.grad is not None for p in self._parameters()):
             self._warned_dense = True
             warn_if_none_is_taken(self)
-
-    # --- the step with which torch.distributed.checkpoint initialises an empty optimizer ----------
-
-    def _is_layout_step(self) -> bool:
-        """Whether this step can move nothing: no state, lr = 0, and dense gradients of zeros."""
-        rates = [group.get("lr", 1) for group in self.param_groups]
-        if self.state or any(rate is None or float(rate) != 0 for rate in rates):
-            return False
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        return bool(grads) and not any(
-            isinstance(g, CompactGrad) or bool(local(g).any()) for g in grads
-        )
-
-    def _layout_plan(self) -> Plan:
-        """Plan all parameters, taken ones with a zero gradient; nothing while none is known taken.
-
-        The compiled model must have run before it is known which weights are taken.
-        """
-        subspaces = {p: registry.get(p) for p in self._parameters()}
-        self._layout_unknown = not any(subspaces.values())
-        plan: Plan = []
-        for group in self.param_groups:
-            entries: list[tuple[Tensor, CompactGrad | None]] = []
-            for p in group["params"]:
-                subspace = subspaces[p]
-                if p.grad is None or self._layout_unknown:
-                    continue
-                if subspace is None:
-                    entries.append((p, None))
-                else:
-                    selection = subspace.own(subspace.selection_on(p.device))
-                    compact = selection.project(local(p.grad))
-                    entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
-            plan.append(entries)
-        return plan
-
-
-def selection_entries(selection: Selection) -> dict[str, Tensor]:
-    """Return the entries of a weight's state that hold the selection it belongs to."""
-    draw = torch.tensor(selection.draw, device="cpu")
-    entries = {"indices": selection.indices, "generation": draw}
-    return entries if selection.scale is None else {**entries, "scale": selection.scale}
-
-
-def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
-    """Raise OptionError for the first (name, value, whether it is in range) that is not."""
-    for name, value, good in values:
-        if not good:
-            raise OptionError(f"{kind}: {name}={value!r} is out of range.")

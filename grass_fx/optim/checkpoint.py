@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, StateError, warn
+from grass_fx.optim.decay import PENDING
 from grass_fx.optim.entries import COUNT, Kept, recounted
 from grass_fx.optim.loading import (
     OWN,
@@ -122,14 +123,13 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             result[_PAST] = past
         return result
 
-    def _lay_out_from_source(self) -> bool:
-        """Lay the state out as a checkpoint has it, if one was named; return whether one was."""
+    def _lay_out_from_source(self) -> None:
+        """Lay the state out as a checkpoint has it, if one was named."""
         source = self.layout_source
         if source is not None:
             groups = super().state_dict()["param_groups"]
             self.load_state_dict({"state": source(), "param_groups": groups})
             self.layout_source = None
-        return source is not None
 
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
         """Convert a taken weight's state to the form it has in a checkpoint."""
@@ -314,7 +314,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             there = loaded.get(k)
             if k == COUNT:
                 loaded[k] = there.clone() if isinstance(there, Tensor) else there
-            elif k == "generation":  # the host reads it
+            elif k in ("generation", PENDING):  # the host reads it
                 loaded[k] = v.to("cpu", copy=True)
             elif k.startswith(PER_ROW):
                 loaded[k] = _like(v, loaded.get(k.removeprefix(PER_ROW)))

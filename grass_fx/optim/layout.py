@@ -18,8 +18,13 @@ from torch.distributed.tensor import DTensor
 from grass_fx.errors import OptionError, StateError
 from grass_fx.optim.checkpoint import SHAPE, CheckpointedOptimizer, is_of_selection, plain_name
 from grass_fx.optim.loading import SUBSPACE, damage_of, how_sharded
-from grass_fx.state.sharding import Sharding
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.registry import registry
+from grass_fx.state.sharding import Sharding, local
 from grass_fx.state.subspace import selects_rows
+
+Plan = list[list[tuple[Tensor, "CompactGrad | None"]]]
+"""For each parameter group, the parameters to step, each with its compact gradient, if any."""
 
 Entries = dict[str, dict[str, Any]]
 """For each parameter the entries of its state: small ones as they are, large ones on "meta"."""
@@ -174,3 +179,42 @@ def _part(value: Tensor, sharding: Sharding) -> DTensor:
     count = value.shape[0] // sharding.shards.ranks
     start = sharding.first(value.shape[0])
     return sharding.whole(value[start : start + count].clone())
+
+
+# --- the step with which torch.distributed.checkpoint initialises an empty optimizer --------------
+
+
+def is_layout_step(optimizer: CheckpointedOptimizer) -> bool:
+    """Whether this step can move nothing: no state, lr = 0, and dense gradients of zeros."""
+    rates = [group.get("lr", 1) for group in optimizer.param_groups]
+    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    given = [g for g in grads if g is not None]
+    return bool(given) and not any(
+        isinstance(g, CompactGrad) or bool(local(g).any()) for g in given
+    )
+
+
+def layout_plan(optimizer: CheckpointedOptimizer) -> Plan | None:
+    """Plan all parameters, taken ones with a zero gradient; None while none is known to be taken.
+
+    The compiled model must have run before it is known which weights are taken.
+    """
+    plan: Plan = []
+    known = False
+    for group in optimizer.param_groups:
+        entries: list[tuple[Tensor, CompactGrad | None]] = []
+        for p in group["params"]:
+            subspace = registry.get(p)
+            known = known or subspace is not None
+            if p.grad is None:
+                continue
+            if subspace is None:
+                entries.append((p, None))
+            else:
+                selection = subspace.own(subspace.selection_on(p.device))
+                compact = selection.project(local(p.grad))
+                entries.append((p, CompactGrad(compact, selection, p.shape, zeroed=True)))
+        plan.append(entries)
+    return plan if known else None

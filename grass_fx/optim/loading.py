@@ -12,17 +12,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grass_fx.errors import GrassError, StateError, warn
+from grass_fx.optim.decay import PENDING, nothing
 from grass_fx.optim.rowwise import PER_ROW
 from grass_fx.state.registry import registry
 from grass_fx.state.saved import check_saved, pieces_of, selection_damage, sound_history
+from grass_fx.state.selection import Selection
 from grass_fx.state.sharding import Sharding, local, sharding_of
 from grass_fx.state.subspace import selects_rows
 
 SUBSPACE = "subspace_"
 """The prefix of the keys of ``Subspace.state()``, which the registry keeps between checkpoints."""
 
-OWN = ("indices", "generation", "age", "scale")
+OWN = ("indices", "generation", "age", "scale", PENDING)
 """The entries of a taken weight's state that are ours; all others are the optimizer's."""
+
+
+def selection_entries(selection: Selection) -> dict[str, Tensor]:
+    """Return the entries of a weight's state that hold the selection it belongs to."""
+    draw = torch.tensor(selection.draw, device="cpu")
+    entries = {"indices": selection.indices, "generation": draw}
+    return entries if selection.scale is None else {**entries, "scale": selection.scale}
 
 
 def how_sharded(parameter: Tensor) -> Sharding | None:
@@ -125,11 +134,14 @@ def check_selection(
             break
     else:
         scale, generation = state.get("scale"), state.get("generation")
+        left = state.get(PENDING, nothing())  # old checkpoints lack it
         single = isinstance(generation, Tensor) and generation.numel() == 1
         if not single or int(cast("Tensor", generation)) < 0:
             problem = f"generation is {'negative' if single else 'missing'}"
         elif int(state["age"].min()) < 0:
             problem = "an age is negative"
+        elif not (isinstance(left, Tensor) and left.numel() == 1 and math.isfinite(left)):
+            problem = f"{PENDING} is {left!r}, and no finite number"
         elif (scale is None) != ("subspace_scale" not in ours):
             problem = f"scale is {'missing' if scale is None else 'not of its selection'}"
         else:

@@ -320,6 +320,43 @@ def moves_alike(make: Make) -> bool:
     return True
 
 
+def keeps_its_size(make: Make) -> bool:
+    """Whether X's steps are as large if all gradients are larger, as Adam's are and SGD's are not.
+
+    Asked of a vector of one number: classes for matrices alone, such as Muon, do not step it.
+    """
+    moved = []
+    for gradient in (1.0, 4.0):
+        w = Parameter(torch.ones(1, dtype=torch.float32, device="cpu"))
+        try:
+            optimizer = make([w], lr=1e-2, weight_decay=0.0)
+            for _ in range(3 * STEPS):  # RAdam's first steps are SGD's
+                former = w.item()
+                _step(optimizer, [(w, gradient)])
+        except Exception:  # X may reject such a weight in any way
+            return False
+        moved.append(abs(w.item() - former))
+    return moved[0] > 0 and 0.5 < moved[1] / moved[0] < 2
+
+
+def narrow_entries(make: Make) -> frozenset[str]:
+    """The entries that X keeps in bfloat16 for a bfloat16 weight; others it keeps in float32."""
+    w = Parameter(torch.ones(3, 5, dtype=torch.bfloat16, device="cpu"))
+    try:
+        optimizer = make([w])
+        w.grad = torch.ones_like(w)
+        unhooked(type(optimizer).step)(optimizer)
+    except Exception:  # X may reject such a weight in any way
+        return frozenset()
+    state = optimizer.state[w]
+    return frozenset(name for name, value in state.items() if is_narrow(value))
+
+
+def is_narrow(value: Any) -> bool:
+    """Whether an entry of X's state is a plain tensor of bfloat16."""
+    return type(value) is Tensor and value.dtype == torch.bfloat16
+
+
 def steps_together(make: Make) -> bool:
     """Whether X can step parameters with state and parameters without state in one call."""
     old, new = _weight(1.0), _weight(1.0)

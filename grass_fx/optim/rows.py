@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grass_fx.optim.rounding import round_stochastically
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers as wide as a floating-point number of so many bytes."""
 
@@ -22,11 +24,16 @@ def rows_of(matrix: Tensor, indices: Tensor, dim: int) -> Tensor:
     return matrix.view(torch.int16).gather(1, places).view(matrix.dtype)
 
 
-def put_rows_(matrix: Tensor, indices: Tensor, rows: Tensor, dim: int) -> None:
+def put_rows_(
+    matrix: Tensor, indices: Tensor, rows: Tensor, dim: int, seed: Tensor | None = None
+) -> None:
     """Replace the rows ``indices`` (r,) along ``dim``, of which none repeats.
 
-    ``rows`` may have a wider dtype; they are rounded to nearest.
+    ``rows`` may have a wider dtype; they are rounded to nearest, or stochastically with the noise
+    of ``seed``.
     """
+    if seed is not None:
+        rows = round_stochastically(rows.float(), seed, matrix.dtype)
     rows = rows.to(matrix.dtype)
     if dim == 0 or matrix.device.type != "cpu" or matrix.element_size() not in INTEGERS:
         matrix.index_copy_(dim, indices, rows)
@@ -36,16 +43,27 @@ def put_rows_(matrix: Tensor, indices: Tensor, rows: Tensor, dim: int) -> None:
     matrix.view(integers).scatter_(1, places, rows.view(integers))
 
 
-def add_to_rows_(matrix: Tensor, indices: Tensor, change: Tensor, dim: int) -> None:
-    """Add ``change`` to the rows ``indices`` (r,) along ``dim``, of which none repeats.
+def add_to_rows_(
+    matrix: Tensor,
+    indices: Tensor,
+    change: Tensor,
+    dim: int,
+    decay: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Multiply the rows ``indices`` (r,) along ``dim`` by 1 − ``decay``, and add ``change``.
 
-    The sums have the wider dtype of the two, and are rounded once, to nearest.
+    No row repeats. The sums have the wider dtype of the two, and are rounded once, as
+    :func:`put_rows_` does.
     """
-    if change.dtype == matrix.dtype and not _is_slow(matrix, dim):
-        matrix.index_add_(dim, indices, change)  # not with alpha: along columns that is slow
+    if change.dtype != matrix.dtype or _is_slow(matrix, dim) or seed is not None:
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        rows = rows_of(matrix, indices, dim).to(wide)
+        put_rows_(matrix, indices, torch.add(change, rows, alpha=1 - decay), dim, seed)
         return
-    dtype = torch.promote_types(matrix.dtype, change.dtype)
-    put_rows_(matrix, indices, rows_of(matrix, indices, dim).to(dtype).add_(change), dim)
+    if decay:
+        change = rows_of(matrix, indices, dim).mul_(-decay).add_(change)
+    matrix.index_add_(dim, indices, change)  # not with alpha: along columns that is slow
 
 
 def _is_slow(matrix: Tensor, dim: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from grass_fx.ops import along
 from grass_fx.optim.loading import OWN
-from grass_fx.optim.probe import Entry
+from grass_fx.optim.probe import Entry, is_narrow
 from grass_fx.optim.rows import add_to_rows_, put_rows_, rows_of
 from grass_fx.optim.rowwise import Cohorts, State, counts, cut, is_row_entry, joined
 from grass_fx.optim.update import add_rows_, warmup
@@ -64,7 +65,7 @@ class StandIn:
         return self.before.to(dtype, copy=True).mul_(shrink).lerp_(after.to(dtype), factor)
 
     def change(self, dtype: torch.dtype, shrink: float) -> Tensor:
-        """Return what to add to the weight's rows, which have been multiplied by ``shrink``.
+        """Return what to add to the weight's rows multiplied by ``shrink``.
 
         It has ``dtype``, unless X's result is taken as it is.
         """
@@ -112,7 +113,11 @@ class Taken:
     from_zero: bool
     """Whether the stand-ins hold zeros instead of PᵀW."""
     shrink: float = 1.0
-    """The factor by which decoupled weight decay multiplies the whole weight."""
+    """The factor by which decoupled weight decay multiplies the weight."""
+    narrow: frozenset[str] = frozenset()
+    """The entries of X's state that are bfloat16 between steps, and float32 while X works."""
+    seed: Tensor | None = None
+    """Of the noise with which new rows are rounded, if they are."""
     state: State = field(default_factory=dict)
     """X's state for all rows, after X has worked."""
     age: Tensor | None = None
@@ -142,34 +147,35 @@ class Taken:
             part.follow_weight(self.entries)
         states = [part.state for part in self.parts]
         self.state = joined(states, self.cohorts, self.shape, self.selection.dim)
+        for name in self.narrow & self.state.keys():
+            self.state[name] = self.state[name].to(self.values.dtype)
         for part in self.parts:
             part.state = {}
 
     def writes(self) -> list[Callable[[], None]]:
-        """W[σ] += α · ρ · warm-up · (X's change without weight decay), to be run after X's step."""
-        found: list[Callable[[], None]] = [self._decay] if self.shrink != 1 else []
+        """Move the selected rows, to be run after X's step:
+        W[σ] = shrink · W[σ] + α · ρ · warm-up · (X's change without weight decay).
+        """
         if self.selection.scale is not None:
-            return [*found, *[partial(self._add, part) for part in self.parts]]
-        return [*found, self._write]
-
-    def _decay(self) -> None:
-        self.values.mul_(self.shrink)
+            return [partial(self._add, part) for part in self.parts]
+        return [self._write]
 
     def _write(self) -> None:
-        """Move all selected rows, none of which repeats. Weight decay has reached them before."""
+        """Move all selected rows, none of which repeats."""
         weight, dim = self.values, self.selection.dim
         dtype, indices = _wide(weight.dtype), self.cohorts.indices(self.selection)
         if self.from_zero:
             changes = [part.change(dtype, self.shrink) for part in self.parts]
-            add_to_rows_(weight, indices, _one(changes, dim), dim)
+            decay = 1 - self.shrink
+            add_to_rows_(weight, indices, _one(changes, dim), dim, decay, self.seed)
         else:
             rows = [part.new_rows(dtype, self.shrink) for part in self.parts]
-            put_rows_(weight, indices, _one(rows, dim), dim)
+            put_rows_(weight, indices, _one(rows, dim), dim, self.seed)
 
     def _add(self, part: StandIn) -> None:
         """Move the rows of a stand-in, which may repeat: then their changes add."""
         change = part.change(_wide(self.values.dtype), self.shrink)
-        add_rows_(self.values, part.selection, change)
+        add_rows_(self.values, part.selection, change, self.seed, decay=1 - self.shrink)
 
     def put(self) -> None:
         """Write PᵀW back as X left it: this is no step, so without factor, decay and warm-up."""
@@ -204,6 +210,11 @@ def grow_older(taken: Sequence[Taken]) -> None:
             each.age = age
 
 
+def is_compact(state: Any) -> bool:
+    """Whether this is the state of a taken weight: hooks may put anything into an optimizer's."""
+    return isinstance(state, Mapping) and "indices" in state
+
+
 def inner_state(state: State) -> State:
     """Return the entries of a taken weight's state that are X's."""
     return {name: value for name, value in state.items() if name not in OWN}
@@ -228,10 +239,13 @@ def take(
     cohorts: Cohorts,
     entries: Mapping[str, Entry],
     from_zero: bool,
+    narrow: frozenset[str] | None,
 ) -> Taken:
     """Make stand-ins for a weight: one, or one per age if X's state tells ages apart.
 
-    Their gradient is C, ``compact``. ``from_zero``: they hold zeros instead of PᵀW.
+    Their gradient is C, ``compact``. ``from_zero``: they hold zeros instead of PᵀW. ``narrow``: if
+    given, they have float32, and so have while X works those entries of its state, which it keeps
+    in bfloat16; so no change is rounded off.
     """
     values, dim = matrix(local(weight)), selection.dim
     shape, inner = _compact_shape(values, selection), inner_state(state)
@@ -239,6 +253,11 @@ def take(
         own = any(name in entries and entries[name].start == "own" for name in inner)
         apart = own and cohorts.ages[0] == 0
         cohorts = cohorts.young_and_others() if apart else cohorts.together()
+    if narrow is not None:
+        compact = None if compact is None else compact.float()
+        found = {name for name, value in inner.items() if is_narrow(value)}
+        narrow = frozenset(found | (narrow - inner.keys()))
+        inner = {k: v.float() if k in found else v for k, v in inner.items()}
     states = cut(inner, cohorts, shape, dim)
     parts = []
     for chosen, places, own_state in zip(
@@ -255,7 +274,10 @@ def take(
             rows = rows_of(values, chosen.indices, dim)
             if chosen.scale is not None:
                 rows = (rows * along(chosen.scale, dim, 2)).to(values.dtype)
-        parameter = Parameter(rows)
+        parameter = Parameter(rows if narrow is None else rows.float())
         parameter.grad = gradient
         parts.append(StandIn(parameter, chosen, own_state))
-    return Taken(weight, values, selection, cohorts, shape, state, parts, entries, from_zero)
+    return Taken(
+        *(weight, values, selection, cohorts, shape, state, parts, entries, from_zero),
+        narrow=narrow or frozenset(),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from grass_fx.ops import PART, along
+from grass_fx.ops import along
 from grass_fx.optim import compiled
-from grass_fx.optim.rounding import draw_seed, round_stochastically
+from grass_fx.optim.rows import add_to_rows_, put_rows_, rows_of
 from grass_fx.state.selection import Selection
+
+EXACT = (torch.float32, torch.float64)
+"""Weights of these dtypes are updated in their own dtype, all others in float32."""
 
 FUSED_ON = ("cpu", "cuda")
 """The devices on which torch's fused AdamW is used."""
+
+
+AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""About how many selected elements of less than 32 bits eager code steps together, in float32: few
+on a CPU, so that W is still in its cache when it is written."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class CompactStep:
     age: Tensor
     common_age: int | None = None
     """The age of all rows, if they have the same age and it is known on the host."""
-    rounding: torch.Generator | None = None
-    """If given, a bfloat16 W is rounded stochastically with random numbers from here."""
+    scale: float = 1.0
+    """α."""
+    seed: Tensor | None = None
+    """If given, a bfloat16 W is rounded stochastically with the noise of this seed."""
 
 
 def in_code(compile: bool | None, selection: Selection, lr: float, device: torch.device) -> bool:
@@ -59,7 +69,7 @@ Part = tuple[Callable[[], None], Sequence[CompactStep]]
 
 
 def adam_update_(steps: Iterable[CompactStep], **settings: Any) -> None:
-    """W[σ] −= lr · α · ρ · warm-up · Adam(C), in place; settings: see :func:`adam_operations`."""
+    """W[σ] −= lr · (α · ρ · warm-up · Adam(C) + λ · W[σ]), in place: :func:`adam_operations`."""
     for run, _ in adam_operations(steps, **settings):
         run()
 
@@ -72,89 +82,111 @@ def adam_operations(
     beta2: float,
     eps: float,
     weight_decay: float,
-    scale: float,
     warmup_steps: int,
     compile: bool | None = False,
 ) -> Iterator[Part]:
-    """The update W[σ] −= lr · α · ρ · warm-up · Adam(C) (equation 4; repeated rows add), in parts.
+    """The update W[σ] −= lr · (α · ρ · warm-up · Adam(C) + λ · W[σ]), in parts.
 
-    Bias correction counts from each row's own start. Weight decay is decoupled: lr · λ on the whole
-    W, without α and warm-up. The ages advance by one. Weights of one dtype and device are stepped
-    together. Compiled code does this if ``compile`` says so and no row repeats. Otherwise torch's
-    fused kernel does it if all rows have one age. All others go through :func:`_advance`, in
-    float32 and one by one if the weights have less than 32 bits.
+    Equation 4; the changes of a repeated row add. Bias correction counts from each row's own start.
+    Weight decay is decoupled, without α and warm-up; rows that are not selected decay elsewhere
+    (``decay.py``). The ages advance by one. Weights alike in dtype, device and α step together.
+    Compiled code does this if ``compile`` says so and no row repeats. Otherwise torch's fused
+    kernel does it if all rows have one age. All others go through :func:`_advance`.
     """
     batches = defaultdict(list)
     for step in steps:
         generated = in_code(compile, step.selection, lr, step.w.device)
-        plain = not generated and step.rounding is None and step.w.device.type in FUSED_ON
-        age = step.common_age if plain else None
-        rounds = generated and step.rounding is not None
-        batches[step.w.dtype, step.w.device, age, generated, rounds].append(step)
-    for (dtype, _, age, generated, _), batch in batches.items():
-        decay = 1 - lr * weight_decay
-        if age is not None:
-            warm = min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0
-            fused = partial(_advance_fused, age, lr * scale * warm, beta1, beta2, eps)
-            yield from _advance_and_move(batch, fused, decay)
-            continue
-        factors = partial(_row_factors, lr, beta1, beta2, eps, scale, warmup_steps)
+        fused = not generated and step.selection.scale is None and step.w.device.type in FUSED_ON
+        age = step.common_age if fused else None
+        kind = step.w.dtype, step.w.device, step.scale, age, generated, step.seed is not None
+        batches[kind].append(step)
+    decay = lr * weight_decay
+    for (dtype, _, scale, age, generated, _), batch in batches.items():
+        factors = partial(_row_factors, lr * scale, beta1, beta2, eps, warmup_steps)
         if generated:
             yield from _compiled(batch, factors, beta1, beta2, decay)
-            continue
-        exact = dtype in (torch.float32, torch.float64)
-        size = len(batch) if exact else 1
-        advance = partial(_advance, factors, beta1, beta2, lr != 0)
-        for k in range(0, len(batch), size):
-            yield from _advance_and_move(batch[k : k + size], advance, decay)
+        elif age is None:
+            advance = partial(_advance, factors, beta1, beta2, lr != 0)
+            yield from _advance_and_move(batch, advance, partial(add_rows_, decay=decay))
+        else:
+            rate = lr * scale * (min(1.0, (age + 1) / warmup_steps) if warmup_steps else 1.0)
+            exact = dtype in EXACT
+            advance = partial(_advance_fused, age, rate, beta1, beta2, eps, decay, exact)
+            yield from _advance_and_move(batch, advance, add_rows_ if exact else _put_rows)
 
 
 def _advance_and_move(
     batch: Sequence[CompactStep],
     advance: Callable[[Sequence[CompactStep]], list[Tensor]],
-    decay: float,
+    move: Callable[[Tensor, Selection, Tensor, Tensor | None], None],
 ) -> Iterator[Part]:
-    """First advance all moments and ages, which gives each weight's Δ; then move W by weight."""
-    changes: list[Tensor] = []
+    """First advance moments and ages, which gives what to ``move`` each W by; then move them."""
+    held: list[Tensor] = []
 
-    def move(step: CompactStep) -> None:
-        if changes:
-            add_rows_(step.w, step.selection, changes[0], step.rounding)
-            del changes[0]
+    def move_next(step: CompactStep) -> None:
+        if held:
+            move(step.w, step.selection, held[0], step.seed)
+            del held[0]
 
-    yield lambda: changes.extend(advance(batch)), ()
-    yield partial(_decay, batch, decay), ()
-    for step in batch:
-        yield partial(move, step), (step,)
+    def advance_all(steps: Sequence[CompactStep]) -> None:
+        held.extend(advance(steps))
+
+    for steps in _some_at_a_time(batch):
+        yield partial(advance_all, steps), ()
+        for step in steps:
+            yield partial(move_next, step), (step,)
 
 
-def _decay(batch: Sequence[CompactStep], factor: float) -> None:
-    """Multiply each W of the batch by ``factor``; round stochastically where the step does."""
-    if factor == 1:
+def _some_at_a_time(batch: Sequence[CompactStep]) -> Iterator[Sequence[CompactStep]]:
+    if batch[0].w.dtype in EXACT:
+        yield batch
         return
-    if plain := [step.w for step in batch if step.rounding is None]:
-        torch._foreach_mul_(plain, factor)
+    some: list[CompactStep] = []
+    most = AT_ONCE.get(batch[0].w.device.type, 1)
     for step in batch:
-        if step.rounding is None:
-            continue
-        size = min(PART, step.w.numel() // 8)  # numbers in float32 at a time
-        for part in step.w.split(max(1, size // step.w.shape[1])):
-            part.copy_(round_stochastically(part.float() * factor, step.rounding))
+        some.append(step)
+        if sum(one.compact.numel() for one in some) >= most:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _advance_fused(
-    age: int, lr: float, beta1: float, beta2: float, eps: float, batch: Sequence[CompactStep]
+    age: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    as_changes: bool,
+    batch: Sequence[CompactStep],
 ) -> list[Tensor]:
-    """For rows of one age: torch's AdamW on zeros of C's shape turns them into Δ."""
-    changes = [torch.zeros_like(step.compact) for step in batch]
+    """For rows of one age: torch's AdamW turns −``decay`` · W[σ] into Δ, or W[σ] into its new rows.
+
+    If these are to be rounded stochastically, all is done in float32.
+    """
+    compacts, firsts, seconds = (
+        [getattr(step, name) for step in batch] for name in ("compact", "exp_avg", "exp_avg_sq")
+    )
+    if as_changes and not decay:
+        rows = [torch.zeros_like(compact) for compact in compacts]
+    else:
+        rows = [rows_of(step.w, step.selection.indices, step.selection.dim) for step in batch]
+    if widened := batch[0].seed is not None:
+        rows, compacts, firsts, seconds = (
+            [t.float() for t in tensors] for tensors in (rows, compacts, firsts, seconds)
+        )
+    if decay:
+        torch._foreach_mul_(rows, -decay if as_changes else 1 - decay)
     steps = torch.full(
         (len(batch),), float(age), dtype=torch.float32, device=batch[0].w.device
     ).unbind()  # the GPU's kernel reads them as float32, whatever their dtype
     adamw(
-        changes,
-        [step.compact for step in batch],
-        [step.exp_avg for step in batch],
-        [step.exp_avg_sq for step in batch],
+        rows,
+        compacts,
+        firsts,
+        seconds,
         [],
         list(steps),
         fused=True,
@@ -166,11 +198,19 @@ def _advance_fused(
         eps=eps,
         maximize=False,
     )
+    if widened:
+        _store(batch, firsts, seconds)
     torch._foreach_add_([step.age for step in batch], 1)
-    for step, change in zip(batch, changes, strict=True):
-        if step.selection.scale is not None:
-            change.mul_(along(step.selection.scale, step.selection.dim, change.dim()))
-    return changes
+    return rows
+
+
+def _store(
+    batch: Sequence[CompactStep], firsts: Sequence[Tensor], seconds: Sequence[Tensor]
+) -> None:
+    """Copy moments that were computed in a wider dtype to where they are kept."""
+    for step, first, second in zip(batch, firsts, seconds, strict=True):
+        step.exp_avg.copy_(first)
+        step.exp_avg_sq.copy_(second)
 
 
 def _row_factors(
@@ -178,17 +218,17 @@ def _row_factors(
     beta1: float,
     beta2: float,
     eps: float,
-    scale: float,
     warmup_steps: int,
     batch: Sequence[CompactStep],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Each row's gain and floor: Δ = m / (√v · gain + floor). Ages do not count this step yet.
 
-    With f = −lr · α · ρ · warm-up / (1 − β₁^age), Adam's Δ = f · m / (√v / √(1 − β₂^age) + ε) has
+    ``lr`` includes α. With f = −lr · ρ · warm-up / (1 − β₁^age), Adam's
+    Δ = f · m / (√v / √(1 − β₂^age) + ε) has
     gain = 1 / (f √(1 − β₂^age)) and floor = ε / f. All rows of the batch are computed at once.
     """
     ages = torch.cat([step.age for step in batch]).double().add_(1)
-    f = warmup(ages, warmup_steps) / (1 - beta1**ages) * (-lr * scale)
+    f = warmup(ages, warmup_steps) / (1 - beta1**ages) * -lr
     if any(step.selection.scale is not None for step in batch):
         f = f * torch.cat([
             torch.ones_like(step.age, dtype=f.dtype)
@@ -222,22 +262,18 @@ def _compiled(
 
     def prepare() -> None:
         gains, floors = factors(batch)
-        rates = compiled.decay_rates(beta1, beta2, gains[0].dtype, gains[0].device)
+        rates = compiled.rates(beta1, beta2, decay, gains[0].dtype, gains[0].device)
         known.update(gains=gains, floors=floors, rates=rates)
-
-    def draw() -> None:
-        known["seeds"] = [draw_seed(s.rounding) for s in batch if s.rounding is not None]
 
     def update(places: Sequence[int]) -> None:
         def of(name: str) -> list[Tensor]:
-            return [known[name][k] for k in places] if known[name] else []
+            return [known[name][k] for k in places]
 
         chosen = [rows[k] for k in places]
-        compiled.update_(chosen, of("gains"), of("floors"), known["rates"], of("seeds"))
+        seeds = [seed for k in places if (seed := batch[k].seed) is not None]
+        compiled.update_(chosen, of("gains"), of("floors"), known["rates"], seeds)
 
     yield prepare, ()
-    yield partial(_decay, batch, decay), ()
-    yield draw, ()
     for places in compiled.together([each.key for each in rows]):
         yield partial(update, places), ()
     yield lambda: torch._foreach_add_([step.age for step in batch], 1), batch
@@ -257,10 +293,8 @@ def _advance(
     torch._foreach_lerp_(firsts, compacts, 1 - beta1)
     torch._foreach_mul_(seconds, beta2)
     torch._foreach_addcmul_(seconds, compacts, compacts, 1 - beta2)
-    for step, first, second in zip(batch, firsts, seconds, strict=True):
-        if step.exp_avg.dtype != dtype:
-            step.exp_avg.copy_(first)
-            step.exp_avg_sq.copy_(second)
+    if batch[0].exp_avg.dtype != dtype:
+        _store(batch, firsts, seconds)
     torch._foreach_add_([step.age for step in batch], 1)
     for second, change in zip(seconds, changes, strict=False):
         torch.sqrt(second, out=change)
@@ -273,40 +307,40 @@ def _advance(
 
 
 def add_rows_(
-    w: Tensor, selection: Selection, change: Tensor, rounding: torch.Generator | None = None
+    w: Tensor,
+    selection: Selection,
+    change: Tensor,
+    seed: Tensor | None = None,
+    decay: float = 0.0,
 ) -> None:
-    """W[σ] += Δ, in place; repeated rows add.
+    """W[σ] = (1 − ``decay``) · W[σ] + Δ, in place; the changes of a repeated row add.
 
-    If Δ has a wider dtype than W, the sum is rounded once: to nearest, or stochastically with
-    random numbers from ``rounding``.
+    If Δ has a wider dtype than W, the sum is rounded once: to nearest, or stochastically with the
+    noise of ``seed``.
     """
-    dim, indices = selection.dim, selection.indices
-    if change.dtype == w.dtype:
-        # Without alpha: with it, a CPU takes thirty times as long along columns.
-        _add_at(w, selection, indices, change)
-        return
     if selection.scale is not None:  # rows repeat only with replacement
-        indices, place = indices.unique(return_inverse=True)
-        shape = list(change.shape)
-        shape[dim] = indices.numel()
-        change = _add_at(change.new_zeros(shape), selection, place, change)
-    rows = w.index_select(dim, indices).to(change.dtype).add_(change)
-    if rounding is not None and w.dtype == torch.bfloat16:
-        rows = round_stochastically(rows, rounding)
-    w.index_copy_(dim, indices, rows.to(w.dtype))
+        selection, change = _combined(selection, change)
+    add_to_rows_(w, selection.indices, change, selection.dim, decay, seed)
 
 
-def _add_at(into: Tensor, selection: Selection, places: Tensor, change: Tensor) -> Tensor:
-    """``into[places] += change``, equal to the last bit on every process that does it.
-
-    Places repeat only with replacement. A GPU's index_add_ adds repeated ones in any order.
-    """
-    if into.is_cuda and selection.scale is not None:
-        return _add_in_order(into, selection.dim, places, change)
-    return into.index_add_(selection.dim, places, change)
+def _put_rows(w: Tensor, selection: Selection, rows: Tensor, seed: Tensor | None) -> None:
+    put_rows_(w, selection.indices, rows, selection.dim, seed)
 
 
-def _add_in_order(into: Tensor, dim: int, places: Tensor, change: Tensor) -> Tensor:
+def _combined(selection: Selection, change: Tensor) -> tuple[Selection, Tensor]:
+    """Each row once, with the sum of its changes: equal to the last bit on every process."""
+    dim = selection.dim
+    indices, place = selection.indices.unique(return_inverse=True)
+    shape = list(change.shape)
+    shape[dim] = indices.numel()
+    total = change.new_zeros(shape)
+    if total.is_cuda:  # whose index_add_ adds repeated rows in any order
+        _add_in_order(total, dim, place, change)
+    else:
+        total.index_add_(dim, place, change)
+    return replace(selection, indices=indices, scale=None), total
+
+
+def _add_in_order(into: Tensor, dim: int, places: Tensor, change: Tensor) -> None:
     rows, added = (into, change) if dim == 0 else (into.t(), change.t())
     rows.index_put_((places,), added, accumulate=True)
-    return into

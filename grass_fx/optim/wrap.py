@@ -20,10 +20,13 @@ from torch.optim import Optimizer
 from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
 from grass_fx.optim import probe, wrappable
-from grass_fx.optim.base import Plan, SubspaceOptimizer, selection_entries
+from grass_fx.optim.base import SubspaceOptimizer
 from grass_fx.optim.carry import places
+from grass_fx.optim.decay import PENDING, keep, nothing
 from grass_fx.optim.entries import Asked, Kept
-from grass_fx.optim.loading import OWN
+from grass_fx.optim.layout import Plan
+from grass_fx.optim.loading import OWN, selection_entries
+from grass_fx.optim.options import ROUNDING, rounds, scale_of
 from grass_fx.optim.rowwise import (
     Cohorts,
     State,
@@ -32,7 +35,7 @@ from grass_fx.optim.rowwise import (
     with_rows,
     without_equal_rows,
 )
-from grass_fx.optim.stand_in import Taken, compact_shape, grow_older, inner_state, take
+from grass_fx.optim.stand_in import Taken, compact_shape, grow_older, inner_state, is_compact, take
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.twin import Batch, Prepared, batches, saved_tensors
 from grass_fx.state.gradient import CompactGrad
@@ -52,10 +55,11 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     """A subclass of ``optimizer_class`` that steps taken weights in their subspace.
 
     Its constructor takes the arguments of ``optimizer_class`` and, like ``grass_fx.AdamW``,
-    ``scale``, ``warmup_steps`` and ``on_refresh``. Dense parameters are stepped as
-    ``optimizer_class`` does. All state of a taken weight has compact shapes. Decoupled weight decay
-    reaches the whole weight, lr·λ each step, if X has a rate lr. L2 decay is part of the gradient,
-    so it reaches the selected rows.
+    ``scale``, ``warmup_steps``, ``on_refresh`` and ``stochastic_rounding``, which here is about the
+    taken weights. Dense parameters are stepped as ``optimizer_class`` does. All state of a taken
+    weight has compact shapes. Decoupled weight decay reaches the whole weight if X has a rate lr:
+    selected rows as they move, all others once a period. L2 decay is part of the gradient, so it
+    reaches the selected rows.
 
     At a refresh with ``on_refresh="carry"``, rows that stay keep their floating-point state of C's
     shape; new rows start it from zero, or from PᵀW if it holds weights. If the optimizer counts
@@ -95,12 +99,17 @@ class _Wrapped(SubspaceOptimizer):
         self,
         params: Any,
         *args: Any,
-        scale: float = SCALE,
+        scale: float | str = SCALE,
         warmup_steps: int = WARMUP_STEPS,
         on_refresh: str = ON_REFRESH,
+        stochastic_rounding: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self._own = {"scale": scale, "warmup_steps": warmup_steps, "on_refresh": on_refresh}
+        if not wrappable.takes(self._inner, ROUNDING):
+            self._own[ROUNDING] = stochastic_rounding
+        elif stochastic_rounding is not None:
+            kwargs[ROUNDING] = stochastic_rounding  # both mean one thing
         self._arguments = args, kwargs
         self._forget()
         super().__init__(params, *args, **kwargs)
@@ -168,6 +177,9 @@ class _Wrapped(SubspaceOptimizer):
             operations.append(Operation(partial(self._finish, taken, last), (taken.weight,)))
         return operations
 
+    def _decay_factor(self, group: Mapping[str, Any]) -> float:
+        return self._x.shrink(group)
+
     def _check_shards(self, subspace: Subspace) -> None:
         if self._steps_shards:
             return
@@ -181,6 +193,7 @@ class _Wrapped(SubspaceOptimizer):
         last()
         assert taken.age is not None
         self._keep(taken, age=taken.age)
+        keep(self.state[taken.weight], taken.shrink)
         self._cohorts[taken.weight] = self._cohorts[taken.weight].older()
 
     def _with_stand_ins(self, plan: Plan) -> Prepared:
@@ -199,10 +212,14 @@ class _Wrapped(SubspaceOptimizer):
             if not taken:
                 continue
             wrappable.check_elsewhere(self._x.ask(probe.keeps_elsewhere, group), self._kind)
-            shrink = self._x.shrink(group)
+            shrink, scale = self._x.shrink(group), group["scale"]
+            if scale == "auto" and not self._x.ask(probe.keeps_its_size, group):
+                scale = 1.0
             for each in taken:
                 each.shrink = shrink
-                each.warm_up(group["scale"], group["warmup_steps"])
+                each.warm_up(scale_of(scale, each.weight, each.selection), group["warmup_steps"])
+                if rounds(each.weight, group):
+                    each.seed = self._seed(each.weight, group)
         return prepared
 
     def _lay_out(self, plan: Plan) -> None:
@@ -221,7 +238,7 @@ class _Wrapped(SubspaceOptimizer):
             work.append([])
             for p in group["params"]:
                 selection, compact = None, None
-                if _is_compact(self.state.get(p)):
+                if is_compact(self.state.get(p)):
                     if isinstance(p.grad, CompactGrad) and not p.grad.zeroed:
                         grad = self._compact_grad(p)
                         assert grad is not None
@@ -260,7 +277,13 @@ class _Wrapped(SubspaceOptimizer):
                 if selection is None:
                     every[-1].append((p, p))
                     continue
-                taken[-1].append(self._take(p, selection, compact, known, from_zero))
+                narrow = None
+                if for_step and rounds(p, group) and not from_zero:
+                    narrow = self._x.ask(probe.narrow_entries, group)
+                if p not in self._cohorts:
+                    self._cohorts[p] = cohorts_of(self.state[p]["age"])
+                of = self.state[p], self._cohorts[p], known, from_zero, narrow
+                taken[-1].append(take(p, selection, compact, *of))
                 every[-1] += [(p, part.parameter) for part in taken[-1][-1].parts]
         options = [probe.options_of(group) for group in self.param_groups]
         calls = batches(every, taken, self.state, self._together)
@@ -268,7 +291,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _run(self, prepared: Prepared, call: Callable[[Optimizer], T]) -> T:
         """Let X's code work on stand-ins, and compute what follows for their weights."""
-        others = {p: state for p, state in self.state.items() if not _is_compact(state)}
+        others = {p: state for p, state in self.state.items() if not is_compact(state)}
 
         def of_twin(twin: Optimizer) -> T:
             self._make_eager_state(twin)
@@ -299,21 +322,6 @@ class _Wrapped(SubspaceOptimizer):
         ours = {name: value for name, value in taken.former.items() if name in OWN}
         self.state[taken.weight] = {**taken.state, **ours, **own}
 
-    def _take(
-        self,
-        p: Tensor,
-        selection: Selection,
-        compact: Tensor | None,
-        entries: Mapping[str, probe.Entry],
-        from_zero: bool,
-    ) -> Taken:
-        """Make stand-ins for the weight."""
-        state = self.state[p]
-        cohorts = self._cohorts.get(p)
-        if cohorts is None:
-            cohorts = self._cohorts[p] = cohorts_of(state["age"])
-        return take(p, selection, compact, state, cohorts, entries, from_zero)
-
     def _together(self, groups: Sequence[int]) -> bool:
         """Whether X steps parameters with and without state in one call, in these groups."""
         asked = (self._x.ask(probe.steps_together, self.param_groups[k]) for k in groups)
@@ -328,14 +336,14 @@ class _Wrapped(SubspaceOptimizer):
             if state:
                 self._start_compact(p, selection)
             kept: State = {"age": torch.zeros_like(selection.indices)}
-        elif (old := self._old_selection(p, selection)) is None or (
+        elif (old := self._left_selection(p, selection, group)) is None or (
             # An unchanged selection is no refresh, except with on_refresh="reset".
             group["on_refresh"] == "carry" and old.same_rows(selection)
         ):
             kept = {**inner_state(state), "age": state["age"]}
         else:
             kept = self._followed(p, old, selection, group)
-        kept |= selection_entries(selection)
+        kept |= {**selection_entries(selection), PENDING: self.state[p].get(PENDING, nothing())}
         if kept["age"] is not state.get("age"):
             self._cohorts.pop(p, None)
         self.state[p] = kept
@@ -364,7 +372,7 @@ class _Wrapped(SubspaceOptimizer):
 
     def _has_compact_state(self) -> bool:
         state = vars(self).get("state", {})  # an X may call its methods in its constructor
-        return any(map(_is_compact, state.values()))
+        return any(map(is_compact, state.values()))
 
     def _selection_of(self, p: Tensor) -> Selection:
         """Return the selection to which the state of p belongs."""
@@ -375,11 +383,6 @@ class _Wrapped(SubspaceOptimizer):
             dim = 0 if selects_rows(registry.saved_state(p), p) else 1
         known = state["indices"], state.get("scale"), dim, -1, registry.name_of(p)
         return Selection(*known, int(state["generation"]))
-
-
-def _is_compact(state: Any) -> bool:
-    """Whether this is the state of a taken weight: hooks may put anything into an optimizer's."""
-    return isinstance(state, Mapping) and "indices" in state
 
 
 def _blank(inner: type[Optimizer]) -> Optimizer:

@@ -29,12 +29,17 @@ def check_class(optimizer_class: Any) -> None:
             f"subspace({name}): {name} does not step parameter by parameter on dense gradients. "
             "Take another optimizer, such as grass_fx.AdamW."
         )
-    taken = inspect.signature(optimizer_class.__init__).parameters.keys() & SUBSPACE_DEFAULTS.keys()
+    taken = [name for name in SUBSPACE_DEFAULTS if takes(optimizer_class, name)]
     if taken:
         raise OptionError(
             f"subspace({name}): it has arguments of its own named {', '.join(sorted(taken))}, "
             "which here control the subspace. Derive a class that fixes them, and wrap that."
         )
+
+
+def takes(optimizer_class: type[Optimizer], name: str) -> bool:
+    """Whether a class's constructor has an argument of this name."""
+    return name in inspect.signature(optimizer_class.__init__).parameters
 
 
 def check_instance(optimizer: Optimizer, name: str) -> None:

@@ -18,6 +18,14 @@ from grass_fx.state.subspace import Subspace, Upcoming
 from grass_fx.state.transfers import reading, to_device
 from grass_fx.state.units import Units
 
+
+def may_refresh(subspace: Subspace) -> bool:
+    """Whether the subspace's selection may change at the end of this step."""
+    if subspace.rule.needs_scores:
+        return subspace.scoring_due
+    return subspace.at_period_end(subspace.step + 1)
+
+
 Finished = list[tuple[Subspace, Tensor | None]]
 """The subspaces whose step ends, each with its scores s, (size,) float32, or None."""
 

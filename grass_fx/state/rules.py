@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -24,8 +25,17 @@ def stream(seed: int, key: int, draw: int, purpose: str = "grass") -> torch.Gene
 
     So a checkpoint needs no generator state, and every rank draws the same units.
     """
-    digest = hashlib.blake2b(f"{purpose} {seed} {key} {draw}".encode(), digest_size=8).digest()
+    digest = _digest(seed, key, draw, purpose)
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def halves(seed: int, key: int, draw: int, purpose: str) -> tuple[int, int]:
+    """Return two integers of 32 bits, with a sign, in place of a generator that is used once."""
+    return struct.unpack("<2i", _digest(seed, key, draw, purpose))
+
+
+def _digest(seed: int, key: int, draw: int, purpose: str) -> bytes:
+    return hashlib.blake2b(f"{purpose} {seed} {key} {draw}".encode(), digest_size=8).digest()
 
 
 def cyclic(

@@ -109,9 +109,9 @@ class Subspace:
         """Whether this step is a scoring step: the last one of a period, or a repeated one."""
         if not self.rule.needs_scores or self.frozen:
             return False
-        return self._retry or self._at_period_end(self.step)
+        return self._retry or self.at_period_end(self.step)
 
-    def _at_period_end(self, step: int) -> bool:
+    def at_period_end(self, step: int) -> bool:
         if self.spec.refresh_every == math.inf:
             return step == 0
         return step % int(self.spec.refresh_every) == 0
@@ -141,7 +141,7 @@ class Subspace:
         step = self.step + 1
         stays = Upcoming(step, self._retry, self.frozen)
         if not self.rule.needs_scores:
-            return self._next(stays, *self._draw()) if self._at_period_end(step) else stays
+            return self._next(stays, *self._draw()) if self.at_period_end(step) else stays
         if not self.scoring_due:
             return stays
         by_scores = None

@@ -32,7 +32,7 @@ class Reference:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    scale: float = SCALE
+    scale: float | str = SCALE
     warmup_steps: int = WARMUP_STEPS
     on_refresh: str = ON_REFRESH
     maximize: bool = False
@@ -81,7 +81,10 @@ class Reference:
             weight.scores = s if weight.scores is None else weight.scores + s
 
     def update(self, weight: Weight) -> None:
-        """W ← (1 − lr λ) W − lr α P (warm-up · Adam(C)), bias-corrected by each row's age."""
+        """W[σ] ← (1 − lr λ) W[σ] − lr α P (warm-up · Adam(C)), bias-corrected by each row's age.
+
+        All other rows are multiplied by the product of (1 − lr λ) at the end of a period.
+        """
         c, (beta1, beta2) = weight.compact, self.betas
         assert c is not None
         c = -c if self.maximize else c
@@ -93,8 +96,17 @@ class Reference:
             m, v = (weight.moments[k][j] / (1 - self.betas[k] ** age) for k in (0, 1))
             warm = min(1.0, age / self.warmup_steps) if self.warmup_steps else 1.0
             delta[j] = warm * m / (v.sqrt() + self.eps)
-        step = weight.turned(weight.p() @ delta)
-        weight.w.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * self.scale * step)
+        w, decay = weight.turned(weight.w), 1 - self.lr * self.weight_decay
+        alpha = len(w) / weight.rank if self.scale == "auto" else float(self.scale)
+        rest = [row for row in range(len(w)) if row not in weight.rows]
+        w[sorted({*weight.rows})] *= decay
+        w.sub_(self.lr * alpha * weight.p() @ delta)
+        weight.pending *= decay
+        due = self.t % self.config.refresh_every == 0
+        ends = weight.scores is not None if self.config.needs_scores else due
+        if ends or weight.pending < 1 - 2**-6:
+            w[rest] *= weight.pending
+            weight.pending = 1.0
 
     def finish(self, weight: Weight) -> None:
         """Refresh if a period ends; called between two steps, when ``t`` is already the next."""
@@ -135,16 +147,4 @@ class Reference:
         each = [x for _, x in pairs for _ in range(block)]
         weight.rho = [x / shared[row] ** 0.5 for x, row in zip(each, weight.rows, strict=True)]
         weight.period += 1
-        self.carry(weight, *before)
-
-    def carry(
-        self, weight: Weight, rows: list[int], rho: list[float], age: list[int], old: list[Tensor]
-    ) -> None:
-        """A row that stays keeps its age and its moments, × ρ′/ρ and × (ρ′/ρ)²."""
-        weight.age, weight.moments = [0] * weight.rank, [torch.zeros_like(m) for m in old]
-        for j, row in enumerate(weight.rows):
-            if old and row in rows and self.on_refresh == "carry":
-                i = rows.index(row)
-                weight.age[j] = age[i]
-                for power, (new, was) in enumerate(zip(weight.moments, old, strict=True), start=1):
-                    new[j] = (weight.rho[j] / rho[i]) ** power * was[i]
+        weight.carry(*before, keep=self.on_refresh == "carry")

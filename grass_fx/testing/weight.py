@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class Weight:
     frozen: bool = False
     compact: Tensor | None = None
     scores: Tensor | None = None
+    pending: float = 1.0
 
     def turned(self, matrix: Tensor) -> Tensor:
         """``matrix``, or its transpose if ``dim`` is 1; turning twice gives the original."""
@@ -37,3 +39,15 @@ class Weight:
         for j, (row, rho) in enumerate(zip(self.rows, self.rho, strict=True)):
             p[row, j] = rho
         return p
+
+    def carry(
+        self, rows: list[int], rho: list[float], age: list[int], old: list[Tensor], keep: bool
+    ) -> None:
+        """A row that stays keeps its age and its moments, × ρ′/ρ and × (ρ′/ρ)²."""
+        self.age, self.moments = [0] * self.rank, [torch.zeros_like(m) for m in old]
+        for j, row in enumerate(self.rows):
+            if old and row in rows and keep:
+                i = rows.index(row)
+                self.age[j] = age[i]
+                for power, (new, was) in enumerate(zip(self.moments, old, strict=True), start=1):
+                    new[j] = (self.rho[j] / rho[i]) ** power * was[i]

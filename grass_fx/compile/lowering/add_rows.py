@@ -24,6 +24,7 @@ def lower_add_rows(
     noise: Sequence[Any],
     dims: Sequence[int],
     runs: Sequence[int],
+    kept: Any,
 ) -> None:
     """The lowering of ``grass_fx.ops.add_rows_``; ``call`` lowers an aten operator."""
     convert = prims.convert_element_type.default
@@ -34,16 +35,16 @@ def lower_add_rows(
         size = compat.in_runs(change.get_size(), dim, run)
         change = call(aten.view.default, change, size)
         rows = call(convert, compat.get_rows(w, index, dim, run), change.get_dtype())
-        rows = call(aten.add.Tensor, rows, change)
+        rows = call(aten.add.Tensor, call(aten.mul.Tensor, rows, kept), change)
         if noise:
             rows = _rounded(call, rows, call(aten.view.default, noise[k], size))
         compat.put_rows(w, index, call(convert, rows, w.get_dtype()), dim, run)
 
 
 def _rounded(call: Any, values: Any, noise: Any) -> Any:
-    """The same as ``grass_fx.ops.rounded``, for IR values."""
-    bits = call(aten.add.Tensor, call(aten.view.dtype, values, torch.int32), noise)
-    bits = call(aten.bitwise_and.Tensor, bits, -(1 << 16))
-    cut = call(aten.view.dtype, bits, torch.float32)
-    nan = call(aten.ne.Tensor, values, values)  # a CPU vectorizes this, but not isnan
-    return call(aten.where.self, nan, values, cut)
+    """The same as ``grass_fx.ops.rounded`` to bfloat16, for IR values."""
+    both, either = aten.bitwise_and.Tensor, aten.bitwise_or.Tensor
+    bits = call(aten.view.dtype, values, torch.int32)
+    size = call(aten.clamp_max.default, call(both, bits, 0x7FFFFFFF), 0x7FFF0000)
+    size = call(both, call(aten.add.Tensor, size, noise), -(1 << 16))
+    return call(aten.view.dtype, call(either, size, call(both, bits, -(1 << 31))), torch.float32)

@@ -1,0 +1,51 @@
+"""What the options of a parameter group may be, and what they mean for one parameter."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx.errors import OptionError
+from grass_fx.state.selection import Selection, matrix
+from grass_fx.state.sharding import local
+
+ROUNDING = "stochastic_rounding"
+"""The option by which bfloat16 parameters are rounded stochastically; None is True."""
+
+
+def check_ranges(kind: str, *values: tuple[str, Any, Any]) -> None:
+    """Raise OptionError for the first (name, value, whether it is in range) that is not."""
+    for name, value, good in values:
+        if not good:
+            raise OptionError(f"{kind}: {name}={value!r} is out of range.")
+
+
+def is_least_zero(value: Any) -> bool:
+    """Whether the value is a number, possibly in a tensor, that is at least 0."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value >= 0)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
+
+
+def is_scale(value: Any) -> bool:
+    """Whether the value is an α: "auto", or a number above 0."""
+    if isinstance(value, str):
+        return value == "auto"
+    return is_least_zero(value) and 0 < float(value) < math.inf
+
+
+def scale_of(scale: float | str, p: Tensor, selection: Selection) -> float:
+    """α of one weight; "auto" is the number of its rows over that of the selected ones, m / r."""
+    if scale != "auto":
+        return float(scale)
+    return matrix(local(p)).shape[selection.dim] / selection.indices.numel()
+
+
+def rounds(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether p is rounded stochastically: by default if it is of bfloat16."""
+    return group.get(ROUNDING) is not False and p.dtype == torch.bfloat16
