@@ -78,9 +78,9 @@ OPTIMIZER_HEAD = """\
 ## Options of the optimizer
 
 `grass_fx.AdamW` takes torch's `lr`, `betas`, `eps`, `weight_decay`, `foreach` and `fused`, and
-these. `grass_fx.subspace(X)` of any optimizer class X takes `scale`, `warmup_steps` and
-`on_refresh` beside its own. All but `seed` can differ between parameter groups. How they act:
-[optimizers.md](optimizers.md).
+these. `grass_fx.subspace(X)` of any optimizer class X takes `scale`, `warmup_steps`,
+`on_refresh` and `stochastic_rounding` beside its own. All but `seed` can differ between parameter
+groups. How they act: [optimizers.md](optimizers.md).
 """
 
 

@@ -5,8 +5,8 @@
     python examples/compare.py --smoke                 # only to see that it runs
 
 The two train side by side, a step of one and a step of the other, so that whatever else the
-machine is doing slows both. Each has rates of its own: AdamW one for the linear weights
-(--linear-lr) and one for the rest (--lr), grass the same --lr and --scale times it.
+machine is doing slows both. Both have two rates: one for the linear weights (--linear-lr), which
+grass multiplies by n / r (--scale), and one for the rest (--lr).
 """
 
 import argparse

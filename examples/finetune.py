@@ -37,7 +37,8 @@ from pretrain import (
 
 INCLUDE = ("layers.*.attention.*", "layers.*.mlp.*")
 FREEZE = ("embed*", "layers.0.*")
-DEFAULTS = Settings(steps=300, lr=4e-3)  # swept, from the weights of the default pretraining
+# Swept, from the weights of the default pretraining.
+DEFAULTS = Settings(steps=300, lr=4e-3, linear_lr=5e-4)
 SMOKE = {"size": "tiny", "compiler": "aot_eager"}  # the smaller size has no layer but the first
 
 

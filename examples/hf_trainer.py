@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=128, help="bytes per sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per backward, two a step")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=rank, default=0.25, help="rows kept of each linear weight")
     parser.add_argument("--selection", default="cyclic")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager"))

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences per backward, two a step")
     parser.add_argument("--steps", type=int, default=75, help="optimizer steps of an epoch")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=rank, default=0.25, help="rows kept of each linear weight")
     parser.add_argument("--selection", default="cyclic")
     parser.add_argument("--refresh-every", type=int, default=20)

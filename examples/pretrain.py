@@ -45,6 +45,11 @@ def rank(text: str) -> int | float:
     return int(text) if text.isdigit() else float(text)
 
 
+def scale(text: str) -> float | str:
+    """`auto`, or a number."""
+    return text if text == "auto" else float(text)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that defines a run."""
@@ -55,10 +60,10 @@ class Settings:
     batch: int = option(16, "sequences per step")
     seq: int = option(128, "bytes per sequence")
     # Embedding and head want a rate of their own: with one rate for everything AdamW is badly
-    # tuned, and grass seems to beat it. The three were swept at the default size and length.
+    # tuned, and grass seems to beat it. Both were swept at the default size and length.
     lr: float = option(1.6e-2, "learning rate of embedding, head and norms")
-    linear_lr: float = option(2e-3, "full: learning rate of the linear weights")
-    scale: float = option(0.5, "grass: scale * lr is the learning rate of the linear weights")
+    linear_lr: float = option(2e-3, "learning rate of the linear weights")
+    scale: float | str = option("auto", "grass: multiplies linear_lr; auto is n / r", kind=scale)
     weight_decay: float = option(0.0, "decoupled weight decay, both methods")
     rank: int | float = option(0.25, "grass: selected rows, a number or a fraction", kind=rank)
     selection: str = option(
@@ -120,11 +125,13 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
     wrapped = distribute(model, settings.parallel, settings.method)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    selected = settings.method == "grass" and settings.include_head
+    linear = {n: p for n, p in trained.items() if is_linear(n, p) or (selected and n[:4] == "head")}
+    dense = [p for name, p in trained.items() if name not in linear]
+    groups = [{"params": dense}, {"params": [*linear.values()], "lr": settings.linear_lr}]
+
     if settings.method == "full":
         compiled = torch.compile(wrapped, backend=settings.compiler, dynamic=False)
-        linear = [p for name, p in trained.items() if is_linear(name, p)]
-        dense = [p for name, p in trained.items() if not is_linear(name, p)]
-        groups = [{"params": dense}, {"params": linear, "lr": settings.linear_lr}]
         optimizer = torch.optim.AdamW(
             groups, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
         )
@@ -146,7 +153,7 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
         dynamic=False,
     )
     optimizer = grass_fx.AdamW(
-        trained.values(),
+        groups,
         lr=settings.lr,
         scale=settings.scale,
         weight_decay=settings.weight_decay,

@@ -17,7 +17,7 @@ from typing import Any
 from grass_fx.errors import OptionError
 
 # Defaults of the subspace update, which belongs to the optimizer (grass_fx.AdamW).
-SCALE = 1.0
+SCALE: float | str = "auto"
 WARMUP_STEPS = 20
 ON_REFRESH = "carry"
 
@@ -94,7 +94,7 @@ class GrassConfig:
     """The rule that selects the columns (rows): a key of :data:`RULES`."""
     block: int = 1
     """B, the number of consecutive columns (rows) that are selected together. If it does not divide
-    the selected dimension, the last block is shorter: docs/method.md explains it."""
+    the selected dimension, the last block is shorter (docs/method.md, "Blocks")."""
     replacement: bool = False
     """Draw with replacement, and scale the selected columns (rows) so that E[PPᵀG] = G
     (equation 6). Only random rules can do this."""

@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_method():
         "dump_dir": None,
         "disable_passes": (),
     }
-    assert (SCALE, WARMUP_STEPS, ON_REFRESH) == (1.0, 20, "carry")
+    assert (SCALE, WARMUP_STEPS, ON_REFRESH) == ("auto", 20, "carry")
 
 
 def test_the_optimizer_takes_its_defaults_from_here():

@@ -69,7 +69,7 @@ def test_experts_stored_as_out_by_in_are_stepped(make):
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     model = Model(lambda x, w: torch.bmm(x, w.transpose(1, 2)), (3, 16, 8))
     compiled = torch.compile(model, backend="grass", options=OPTIONS)
-    optimizer = make(model.parameters(), lr=0.1, warmup_steps=0, weight_decay=0)
+    optimizer = make(model.parameters(), lr=0.1, warmup_steps=0, weight_decay=0, scale=1.0)
     (w,) = model.parameters()
     before = w.detach().clone()
     (full,) = torch.autograd.grad(model(x).square().mean(), w)

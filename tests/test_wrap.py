@@ -206,18 +206,19 @@ def test_decoupled_decay_reaches_the_whole_weight_and_l2_the_selected_rows(
     wrapped, settings, whole
 ):
     model = mlp(8, 6)
-    compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+    compiled = torch.compile(model, backend=Captured(rank=2, side="out", refresh_every=3))
     settings = {"lr": 0.01, "weight_decay": 0.5, **settings}
     optimizer = grass_fx.subspace(wrapped)(model.parameters(), **settings)
     before = copy.deepcopy(model)
-    train(model, compiled, optimizer, 1)
-    kept = others_kept(model, before, 0)
-    torch.testing.assert_close(kept, torch.full_like(kept, 1 - 0.01 * 0.5 * whole))
+    for decayed in (0, 0, 3):  # steps; the rows that are not selected decay at the end of a period
+        train(model, compiled, optimizer, 1)
+        kept = others_kept(model, before, 0)
+        torch.testing.assert_close(kept, torch.full_like(kept, (1 - 0.01 * 0.5 * whole) ** decayed))
 
 
 def test_groups_may_decay_differently():
     model = mlp(8, 6, 6)
-    compiled = torch.compile(model, backend=Captured(rank=2, side="out"))
+    compiled = torch.compile(model, backend=Captured(rank=2, side="out", refresh_every=1))
     groups = [{"params": model[k].parameters(), "decoupled_weight_decay": k == 0} for k in (0, 2)]
     optimizer = grass_fx.subspace(torch.optim.NAdam)(groups, lr=0.01, weight_decay=0.5)
     before = copy.deepcopy(model)
@@ -235,7 +236,7 @@ def test_groups_schedulers_closures_and_hooks_work_as_with_torch():
     # From now on torch has put its hooks around the wrapped class's step.
     torch.optim.AdamW(nn.Linear(2, 2).parameters())
     optimizer = grass_fx.subspace(torch.optim.AdamW)([first, second], lr=1e-2)
-    assert [(g["lr"], g["scale"]) for g in optimizer.param_groups] == [(0.0, 1.0), (1e-2, 0.5)]
+    assert [(g["lr"], g["scale"]) for g in optimizer.param_groups] == [(0.0, "auto"), (1e-2, 0.5)]
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     calls = []
     optimizer.register_step_post_hook(lambda *_: calls.append("step"))
@@ -422,7 +423,8 @@ def test_it_warns_if_no_compact_gradient_has_ever_arrived():
 def test_an_optimizer_without_a_rate_steps_the_selected_columns():
     model = mlp(8, 6)
     compiled = torch.compile(model, backend=Captured(rank=2))
-    optimizer = grass_fx.subspace(WithoutRate)(model.parameters(), weight_decay=0.1, warmup_steps=0)
+    settings = {"weight_decay": 0.1, "warmup_steps": 0, "scale": 1.0}
+    optimizer = grass_fx.subspace(WithoutRate)(model.parameters(), **settings)
     before = model[0].weight.detach().clone()
     train(model, compiled, optimizer, 1)
     change = (model[0].weight.detach() - before).abs()

@@ -131,7 +131,7 @@ PLAN = (
     Measurement(
         "train-60m", 480, "the losses within 0.05 of each other after the same steps",
         "python examples/compare.py --device cuda --size 60m --steps 1200 --batch 16 --seq 512 "
-        "--eval-every 100 --lr 0.004 --linear-lr 0.001 --scale 1",
+        "--eval-every 100 --lr 0.004 --linear-lr 0.001",
     ),
 )  # fmt: skip
 
