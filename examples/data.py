@@ -81,10 +81,12 @@ def from_path(path: str | Path) -> Corpus:
     return Corpus(as_tensor(train), as_tensor(held_out))
 
 
-def texts_in(folder: Path) -> Iterable[bytes]:
+def texts_in(folder: Path, endings: tuple[str, ...] = ("",)) -> Iterable[bytes]:
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and b"\0" not in (text := path.read_bytes()):
+        if hidden or not path.name.endswith(endings) or not path.is_file():
+            continue
+        if b"\0" not in (text := path.read_bytes()):
             yield text
 
 

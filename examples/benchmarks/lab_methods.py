@@ -1,0 +1,133 @@
+"""The lab's contenders: how each method steps the parameters of a run.
+
+A method is an optimizer of the blocks' matrices. Without a rank it takes their full gradients; with
+one, grass has it step r columns of each at a time. Whatever else trains is stepped by AdamW.
+
+    adamw   torch.optim.AdamW; with a rank grass_fx.AdamW
+    sgd     torch.optim.SGD with momentum 0.9; with a rank grass_fx.subspace of it
+    muon    torch.optim.Muon, its updates as large as AdamW's; with a rank grass_fx.subspace of it
+
+grass runs by the project's own subspaces, compact gradients and optimizers. Only the compact
+product of its graph is replaced, by columns of the full gradient, so that no method needs a graph
+of its own: `lab.py` asserts that both train alike. A new contender is a function in `METHODS`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import grass_fx
+from grass_fx import CompactGrad
+from grass_fx.config import GrassConfig
+from grass_fx.optim.rounding import round_stochastically, rounding_seed
+from grass_fx.state.registry import registry
+from grass_fx.state.spec import SubspaceSpec
+from grass_fx.state.subspace import Subspace
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one run; the schedule multiplies all of them."""
+
+    dense: float
+    linear: float
+    scale: float
+    """Of the compact update, whose rate is `scale` times the linear one."""
+
+
+def adamw(linear: Parameters, dense: Parameters, rates: Rates, grass: bool) -> list[Optimizer]:
+    groups = [
+        {"params": list(dense.values())},
+        {"params": list(linear.values()), "lr": rates.linear},
+    ]
+    settings = {"lr": rates.dense, "weight_decay": 0.0}
+    if next(iter(dense.values())).dtype == torch.bfloat16:  # rounds the dense step as well
+        return [grass_fx.AdamW(groups, **settings, scale=rates.scale, stochastic_rounding=True)]
+    if grass:
+        return [grass_fx.AdamW(groups, **settings, scale=rates.scale, fused=True)]
+    return [torch.optim.AdamW(groups, **settings, fused=True)]
+
+
+def beside_adamw(
+    inner: type[Optimizer], linear: Parameters, dense: Parameters, rates: Rates, grass: bool, **more
+) -> list[Optimizer]:
+    """`inner` for the blocks' matrices."""
+    rest = torch.optim.AdamW(dense.values(), lr=rates.dense, weight_decay=0.0, fused=True)
+    settings = {"lr": rates.linear, "weight_decay": 0.0, **more}
+    if grass:
+        optimizer = grass_fx.subspace(inner)(linear.values(), **settings, scale=rates.scale)
+    else:
+        optimizer = inner(linear.values(), **settings)
+    return [rest, optimizer]
+
+
+METHODS: dict[str, Callable[..., list[Optimizer]]] = {
+    "adamw": adamw,
+    "sgd": partial(beside_adamw, torch.optim.SGD, momentum=0.9),
+    "muon": partial(beside_adamw, torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
+}
+
+
+def subspaces(linear: Parameters, config: GrassConfig) -> dict[str, Subspace]:
+    """What a grass graph would ask for; the optimizers must exist."""
+    specs = [SubspaceSpec.of(config, p.shape[1], 1, "in") for p in linear.values()]
+    found = registry.demand(list(linear.values()), specs, list(linear))
+    return dict(zip(linear, found, strict=True))
+
+
+def give(read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None) -> None:
+    """Give the parameter that is stepped its gradient: a compact one, as of a grass graph, within a
+    subspace. `read` may be the same parameter."""
+    full, dtype = read.grad, stepped.dtype
+    if subspace is None:
+        stepped.grad = full if full is None else full.to(dtype)
+        return
+    assert full is not None
+    selection = subspace.selection
+    scores = full.square().sum(0) if subspace.scoring_due else None
+    compact = selection.project(full).to(dtype)
+    stepped.grad = None
+    stepped.grad = CompactGrad(compact, selection, stepped.shape, scores, owner=subspace)
+    subspace.delivered = True
+
+
+class Rounding:
+    """Keeps float32 parameters at values that bfloat16 has: weights in bfloat16, by simulation.
+
+    nearest, stochastic   how the result of every step is rounded
+    low bits              as stochastic, but the selected columns of the blocks' matrices stay as
+                          the step leaves them: what bfloat16 drops is kept beside the moments.
+                          They are rounded when they leave the selection
+
+    Moments stay in float32 in all of them. (The model multiplies a selected column by all of it.)
+    """
+
+    def __init__(self, how: str, parameters: Parameters, seed: int) -> None:
+        self.how, self.parameters = how, parameters
+        self.seed, self.drawn = seed, 0
+        for p in parameters.values():
+            p.data.copy_(p.data.bfloat16())
+
+    @torch.no_grad()
+    def step(self, before: Mapping[str, Tensor], within: Mapping[str, Subspace]) -> None:
+        """After an optimizer's step with the selections `before`."""
+        for name, p in self.parameters.items():
+            if self.how != "low bits" or name not in within:
+                p.copy_(self.rounded(p))
+                continue
+            old, new = before[name], within[name].selection.indices
+            if new is not old:
+                left = old[~torch.isin(old, new)]
+                p[:, left] = self.rounded(p[:, left])
+
+    def rounded(self, values: Tensor) -> Tensor:
+        if self.how == "nearest":
+            return values.bfloat16().float()
+        self.drawn += 1
+        return round_stochastically(values, rounding_seed(self.seed, 0, self.drawn)).float()

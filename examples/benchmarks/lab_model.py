@@ -1,0 +1,53 @@
+"""The lab's model: the examples' LLaMA with attention written out.
+
+The CPU's fused attention compiles slowly, and in bfloat16 it is slow as well. Written out, one
+compiled graph serves all runs of a size and dtype: the parameters are its inputs.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llama import Attention, Config, LLaMA, rotate
+
+SIZES = {
+    "smoke": Config(vocab=300, hidden=64, ffn=176, layers=1, heads=2),
+    "0.7m": Config(vocab=1024, hidden=128, ffn=344, layers=2, heads=4),
+    "3.7m": Config(vocab=1024, hidden=256, ffn=688, layers=4, heads=4),
+}
+
+
+class WrittenOut(Attention):
+    """The same attention: scores, mask, softmax in float32."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, hidden = x.shape
+        q, k, v = (
+            project(x).view(batch, length, self.heads, -1).transpose(1, 2)
+            for project in (self.wq, self.wk, self.wv)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        y = scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v
+        return self.wo(y.transpose(1, 2).reshape(batch, length, hidden))
+
+
+def build(size: str, seed: int) -> LLaMA:
+    torch.manual_seed(seed)
+    config = SIZES[size]
+    model = LLaMA(config)
+    for block in model.layers:
+        block.attention = WrittenOut(config)
+    model.initialise()
+    return model
+
+
+Parameters = dict[str, nn.Parameter]
+
+
+def split(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """The matrices in the blocks, and whatever else trains: embedding, norms and head."""
+    linear = {n: p for n, p in parameters.items() if p.dim() == 2 and n.startswith("layers.")}
+    return linear, {name: p for name, p in parameters.items() if name not in linear}

@@ -1,0 +1,189 @@
+"""What the lab runs: a plan is a function of the results that there are.
+
+Every worker asks for the plan again after each of its runs, and takes the first run of it that no
+other has claimed. So a plan may decide by results, and any number of workers may share it.
+
+Rates are swept by doubling and halving: from where a sweep starts it goes to the better neighbour,
+until both neighbours are worse. So the best that it finds is never at an edge.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from lab_train import Job
+
+Results = dict[str, dict]
+"""By the keys of their jobs."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One question: which scale do compact updates want, beside AdamW's best linear rate?"""
+
+    name: str
+    full: Job
+    """With full gradients: the best of its sweep."""
+    rank: float
+    refresh_every: int
+    best: Job
+    """Of the scales that were tried."""
+    tried: dict[float, float]
+    """Held-out loss by scale."""
+    rates: dict[float, float]
+    """Held-out loss of full gradients by linear rate."""
+
+
+@dataclass
+class Plan:
+    results: Results
+    moves: int = 20
+    """Of a sweep at most: a smoke test's losses say nothing."""
+    wanted: list[Job] = field(default_factory=list)
+    """The runs that are missing, in the order of their importance."""
+    cells: list[Cell] = field(default_factory=list)
+    """Those that are complete."""
+    roundings: list[list[Job]] = field(default_factory=list)
+    """Runs that differ in their rounding alone, those that are complete."""
+    repeats: list[list[Job]] = field(default_factory=list)
+    """Runs that differ in their seed alone, those that are complete."""
+
+    def want(self, jobs: Iterable[Job]) -> bool:
+        """Whether all of these are there."""
+        missing = [job for job in jobs if job.key not in self.results]
+        self.wanted += [job for job in missing if job not in self.wanted]
+        return not missing
+
+    def loss(self, job: Job) -> float:
+        """Infinite if it diverged."""
+        found = self.results[job.key]["held_out"]
+        return math.inf if found is None else found
+
+    def bracket(self, start: Job, names: Sequence[str]) -> Job | None:
+        """The best of a sweep over these settings; None if runs are missing."""
+        job = start
+        moves = 0
+        while self.want([job]):
+            if moves == self.moves:
+                return job
+            around = [
+                replace(job, **{name: getattr(job, name) * factor})
+                for name in names
+                for factor in (0.5, 2)
+            ]
+            if not self.want(around):
+                return None
+            best = min([job, *around], key=self.loss)
+            if best == job:
+                return job
+            job, moves = best, moves + 1
+        return None
+
+    def sweep(
+        self,
+        name: str,
+        start: Job,
+        ranks: Sequence[float],
+        periods: Sequence[int] = (100,),
+        rates: Sequence[str] = ("linear_lr", "lr"),
+    ) -> Job | None:
+        """Full gradients first, by their rates; then the scale of compact updates, from n/r on.
+
+        Returns the best job with full gradients.
+        """
+        full = self.bracket(start, rates)
+        if full is None:
+            return None
+        for every in periods:
+            for rank in ranks:
+                first = replace(full, rank=rank, refresh_every=every, scale=1 / rank)
+                best = self.bracket(first, ("scale",))
+                if best is not None:
+                    lines = self.along("scale", first), self.along("linear_lr", full)
+                    self.cells.append(Cell(name, full, rank, every, best, *lines))
+        return full
+
+    def along(self, name: str, job: Job) -> dict[float, float]:
+        """The losses of all runs that differ from a job in one setting, by that setting."""
+        found = {}
+        for power in range(-8, 9):
+            value = getattr(job, name) * 2.0**power
+            if (other := replace(job, **{name: value})).key in self.results:
+                found[value] = self.loss(other)
+        return found
+
+
+Planner = Callable[[Results], Plan]
+
+RANKS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)
+ROUNDINGS = ("", "nearest", "stochastic", "low bits")
+
+
+def everything(base: Job, small: Job, prose: str, results: Results, moves: int = 20) -> Plan:
+    """All questions, in the order of their importance.
+
+    `base` and `small` are of two sizes; `prose` is another text, for fine-tuning.
+    """
+    plan = Plan(results, moves)
+    small_full = plan.sweep(small.size, small, RANKS)
+    full = plan.sweep(base.size, base, RANKS[:2])
+    tuned = None
+    if small_full:
+        bfloat16 = replace(small_full, dtype="bfloat16")
+        plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
+        tuned = finetuning(plan, small_full, prose)
+    plan.sweep(small.size, small, RANKS[:2], (50, 200))
+    if small_full:
+        for method, rate in (("sgd", 0.25), ("muon", 1e-3)):
+            steps = small.steps // 2
+            start = replace(small_full, method=method, linear_lr=rate, steps=steps)
+            plan.sweep(f"{small.size}, {method}", start, RANKS[1:2], (50,), ("linear_lr",))
+        roundings(plan, small_full, RANKS[1], (0,))
+    if tuned:
+        roundings(plan, tuned, RANKS[1], (0, 1))
+    if small_full:
+        repeats(plan, small_full, RANKS[:2], (0, 1, 2))
+        roundings(plan, small_full, RANKS[1], (1, 2))
+    if full:
+        roundings(plan, full, RANKS[1], (0,))
+    plan.sweep(base.size, base, RANKS[2:])
+    plan.sweep(small.size, small, RANKS[2:], (50, 200))
+    plan.sweep(base.size, base, RANKS[:2], (50, 200))
+    return plan
+
+
+def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
+    """From the weights of a run twice as long to another text, in half as many steps.
+
+    Returns the best job with full gradients.
+    """
+    source = replace(full, steps=2 * full.steps, save=True)
+    if not plan.want([source]):
+        return None
+    start = replace(
+        full,
+        text=prose,
+        start=source.key,
+        steps=full.steps // 2,
+        lr=full.lr / 8,
+        linear_lr=full.linear_lr / 2,
+    )
+    return plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
+
+
+def repeats(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:
+    """How much of a difference is chance: full gradients, and the scales n/r and twice that."""
+    grass = [replace(full, rank=r, scale=k / r) for r in ranks for k in (1, 2)]
+    for job in (full, *grass):
+        jobs = [replace(job, seed=seed) for seed in seeds]
+        if plan.want(jobs):
+            plan.repeats.append(jobs)
+
+
+def roundings(plan: Plan, full: Job, rank: float, seeds: Sequence[int]) -> None:
+    """What becomes of the bits that weights in bfloat16 lack, in longer runs."""
+    grass = replace(full, rank=rank, scale=1 / rank, steps=round(5 / 3 * full.steps))
+    for seed in seeds:
+        jobs = [replace(grass, rounding=how, seed=seed) for how in ROUNDINGS]
+        if plan.want(jobs):
+            plan.roundings.append(jobs)

@@ -1,0 +1,161 @@
+"""examples/benchmarks/lab.py: all of it in small, resuming, and what its plan decides by."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks"))
+
+import lab
+import lab_methods
+import lab_report
+import lab_train
+from lab_plan import Cell, Plan
+from lab_train import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = Job("a text")
+
+
+@pytest.fixture
+def one_thread():
+    threads, limit = torch.get_num_threads(), torch._dynamo.config.recompile_limit
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = limit
+
+
+def test_all_questions_and_resuming(tmp_path, monkeypatch, capsys, one_thread):
+    made = []
+
+    def train(job, out):
+        made.append(job.key)
+        return lab_train.train(job, out)
+
+    monkeypatch.setattr(lab, "train", train)
+    file = tmp_path / "lab.json"
+    given = [str(file), "--smoke", "--out", str(tmp_path)]
+    lab.main(["work", *given])
+    assert len(made) == len(set(made)) > 30
+    results = lab.read(tmp_path)
+    assert results.keys() == {*made, "equal"}
+    assert all(math.isfinite(results[key]["held_out"]) for key in made)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    lost = made[-1]
+    made.clear()
+    lab.main(["work", *given])
+    assert made == [lost]
+
+    lab.main(["save", *given])
+    contents = json.loads(file.read_text())
+    assert len(contents["runs"]) == len(lines) and contents["texts"][0]["sha256"]
+    capsys.readouterr()
+    lab.main(["rates", *given])
+    shown = capsys.readouterr().out
+    assert "| 1/8 | 100 |" in shown and "fine-tuning" in shown and "low bits" in shown
+
+
+def test_a_run_is_of_one_worker(tmp_path):
+    with lab.claim(tmp_path, "a") as first, lab.claim(tmp_path, "a") as second:
+        assert first and not second
+    with lab.claim(tmp_path, "a") as again:
+        assert again
+    lab.keep(tmp_path, {"key": "a"})
+    with lab.claim(tmp_path, "a") as done:
+        assert not done
+
+
+def test_new_settings_leave_the_keys_of_old_runs():
+    assert JOB.settings == {"data": "a text"}
+    assert replace(JOB, rank=0.0).key == JOB.key != replace(JOB, rank=0.5).key
+
+
+def decided(loss, plan_of):
+    """Carry a plan out where `loss` gives a run's loss, None if it diverges."""
+    results = {}
+    while (plan := plan_of(Plan(results))).wanted:
+        results.update({job.key: {"held_out": loss(job)} for job in plan.wanted[:1]})
+    return plan
+
+
+def test_a_sweep_ends_where_both_neighbours_are_worse():
+    def loss(job):
+        if job.scale > 32 or job.linear_lr > 0.1:
+            return None
+        best = 0.032 if not job.rank else 2e-3 * (1 / job.rank) ** 0.5
+        rate = job.linear_lr * job.scale
+        return math.log2(rate / best) ** 2 + math.log2(job.lr / 2e-3) ** 2
+
+    def plan_of(plan):
+        plan.sweep("a", JOB, (1 / 16,))
+        return plan
+
+    plan = decided(loss, plan_of)
+    (cell,) = plan.cells
+    assert (cell.full.lr, cell.full.linear_lr) == (2e-3, 0.032)
+    assert cell.best.scale == 0.25 and set(cell.tried) == {0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32}
+    assert lab_report.ratio(cell) == pytest.approx(0.25)
+
+
+def test_what_a_rule_costs():
+    tried = {2.0: 1.3, 4.0: 1.0, 8.0: 1.1}
+    cell = Cell(
+        "a", JOB, 1 / 8, 100, replace(JOB, scale=4.0), tried, {5e-4: 2.0, 1e-3: 1.0, 2e-3: 1.5}
+    )
+    assert lab_report.excess(cell) == pytest.approx(0.1)
+    assert lab_report.at(cell, 8**0.5) == pytest.approx(1.15)
+    assert math.isnan(lab_report.at(cell, 16.0))
+    assert lab_report.vertex(tried, 4.0) == pytest.approx(4 * 2**0.25)
+    assert lab_report.ratio(cell) == pytest.approx(4 * 2**0.25 / 2 ** (1 / 6))
+    shown = "\n".join(lab_report.conclusion([cell]))
+    assert "in 0 of 1 cells" in shown and "| (n/r)^1 | 0.100 | 0.100 | 0 of 1 |" in shown
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic", "low bits"])
+def test_rounding_keeps_values_of_bfloat16(tmp_path, how):
+    data = f"{ROOT / 'examples'}:py"
+    job = Job(data, size="smoke", steps=4, rank=0.25, refresh_every=2, compiler="aot_eager")
+    run = lab_train.Training(replace(job, batch=1, seq=16, rounding=how), tmp_path)
+    for step in range(3):
+        run.step(step)
+        for name, p in run.stepped.items():
+            exact = (p.bfloat16().float() == p).all(0)
+            if how == "low bits" and name in run.within:
+                selected = run.within[name].selection.indices
+                assert bool(exact[selected].all()) == (step == 1)  # new ones have not moved yet
+                exact[selected] = True
+            assert exact.all()
+
+
+def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypatch):
+    data = f"{ROOT / 'examples'}:py"
+    job = Job(data, size="smoke", rank=0.25, scale=4.0, refresh_every=2, compiler="aot_eager")
+    job = replace(job, steps=6, batch=2, seq=32)
+    assert lab_train.compare(job, tmp_path)["weights"] < 1e-3
+    give = lab_methods.give
+
+    def wrong(read, stepped, subspace):
+        read.grad = read.grad if subspace is None else read.grad.roll(1, -1)
+        give(read, stepped, subspace)
+
+    monkeypatch.setattr(lab_methods, "give", wrong)
+    with pytest.raises(AssertionError, match="differ"):
+        lab_train.compare(job, tmp_path)
+
+
+def test_the_page_has_the_tables_of_the_file():
+    """If this fails and should: the command is on the page."""
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
+    plan = lab.found(ROOT / "docs" / "lab.json")
+    tables = (lab_report.rates_table, lab_report.repeats_table, lab_report.roundings_table)
+    for table in tables:
+        for line in table(plan).splitlines():
+            assert not line.startswith("|") or line in page
+    assert len(plan.cells) > 4 and plan.results["equal"]["losses"] < 1e-3
