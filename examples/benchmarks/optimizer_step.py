@@ -6,8 +6,9 @@
 
 Ours holds the linear weights of a LLaMA and steps r columns (--side out: rows) of each. Torch's,
 with foreach, holds parameters of the compact sizes and steps all of them: the same numbers of
-elements move. Ours must also find the columns in the weights. No weight decay. They take turns in
-one process; a ratio is taken in every round, the table has medians.
+elements move. Ours must also find the columns in the weights. They take turns in one process; a
+ratio is taken in every round, the table has medians. bfloat16 is rounded stochastically unless a
+row says otherwise.
 """
 
 import argparse
@@ -80,20 +81,22 @@ def main() -> None:
     for parameter, weight in zip(small, weights, strict=True):
         parameter.grad = weight.grad.compact.clone()
     settings = {"lr": 1e-4, "weight_decay": 0.0}
+    decayed = {**settings, "weight_decay": 0.01}
     wrapped = grass_fx.subspace(torch.optim.AdamW)
     optimizers = {
         "torch.optim.AdamW(foreach=True)": torch.optim.AdamW(small, foreach=True, **settings),
         "grass_fx.AdamW": grass_fx.AdamW(weights, compile=False, **settings),
+        "grass_fx.AdamW, weight decay": grass_fx.AdamW(weights, compile=False, **decayed),
         "grass_fx.subspace(AdamW)": wrapped(weights, foreach=True, **settings),
+        "grass_fx.subspace(AdamW), weight decay": wrapped(weights, foreach=True, **decayed),
     }
     if args.dtype == "bfloat16":
-        rounded = grass_fx.AdamW(weights, stochastic_rounding=True, compile=False, **settings)
-        optimizers["grass_fx.AdamW, stochastic rounding"] = rounded
+        nearest = grass_fx.AdamW(weights, stochastic_rounding=False, compile=False, **settings)
+        optimizers["grass_fx.AdamW, rounding to nearest"] = nearest
     if args.compile:
-        optimizers["grass_fx.AdamW, compiled"] = grass_fx.AdamW(weights, compile=True, **settings)
-        if args.dtype == "bfloat16":
-            rounded = grass_fx.AdamW(weights, stochastic_rounding=True, compile=True, **settings)
-            optimizers["grass_fx.AdamW, stochastic rounding, compiled"] = rounded
+        for name, kind in (("", settings), (", weight decay", decayed)):
+            optimizer = grass_fx.AdamW(weights, compile=True, **kind)
+            optimizers[f"grass_fx.AdamW, compiled{name}"] = optimizer
 
     print(as_line(environment(args.device)))
     count = sum(p.numel() for p in small)
