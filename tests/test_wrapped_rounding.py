@@ -20,29 +20,24 @@ class Factored(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["m"] = torch.zeros_like(p)
-                    state["row"] = torch.zeros_like(p[..., 0])
-                state["m"].lerp_(p.grad, 0.1)
-                state["row"].lerp_(p.grad.square().mean(-1), 0.1)
-                p.sub_(group["lr"] * state["m"] + 0 * p)
+                if p.grad is not None:
+                    self.move(p, self.state[p], group["lr"])
+
+    def move(self, p, state, lr):
+        if not state:
+            state["m"], state["row"] = torch.zeros_like(p), torch.zeros_like(p[..., 0])
+        state["m"].lerp_(p.grad, 0.1)
+        state["row"].lerp_(p.grad.square().mean(-1), 0.1)
+        p.sub_(lr * state["m"])
 
 
 class InFloat32(Factored):
     """Keeps a float32 moment of bfloat16 parameters on purpose."""
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                v = self.state[p].setdefault("v", torch.zeros_like(p, dtype=torch.float32))
-                v.lerp_(p.grad.float().square(), 0.001)
-                p.sub_((group["lr"] * p.grad.float() / (v.sqrt() + 1e-8)).to(p.dtype))
+    def move(self, p, state, lr):
+        v = state.setdefault("v", torch.zeros_like(p, dtype=torch.float32))
+        v.lerp_(p.grad.float().square(), 0.001)
+        p.sub_((lr * p.grad.float() / (v.sqrt() + 1e-8)).to(p.dtype))
 
 
 class Rounds(Factored):

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llama import Attention, Config, LLaMA, rotate
+from llama import Attention, Config, LLaMA
 
 SIZES = {
     "smoke": Config(vocab=300, hidden=64, ffn=176, layers=1, heads=2),
@@ -21,17 +21,10 @@ SIZES = {
 class WrittenOut(Attention):
     """The same attention: scores, mask, softmax in float32."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, hidden = x.shape
-        q, k, v = (
-            project(x).view(batch, length, self.heads, -1).transpose(1, 2)
-            for project in (self.wq, self.wk, self.wv)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        y = scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v
-        return self.wo(y.transpose(1, 2).reshape(batch, length, hidden))
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def build(size: str, seed: int) -> LLaMA:

@@ -77,8 +77,9 @@ def rounded_operations(
     """
     generated = [p for p in params if compiled.compiles(group["compile"], p.device)]
     yield from _generated(generated, [params[p] for p in generated], group)
-    for p in params.keys() - generated:
-        one = params[p]
+    for p, one in params.items():
+        if compiled.compiles(group["compile"], p.device):
+            continue
         for rows, first in parts_of(one.w):
             yield partial(_step_part, one, rows, first, {**group, "fused": None}), ()
         yield partial(one.step.add_, 1), (p,)
