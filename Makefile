@@ -56,6 +56,7 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/step_time.py --smoke --profile runs/profile.txt
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
 	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
+	$(BIN)/python examples/benchmarks/step_bytes.py --smoke
 	$(BIN)/python examples/benchmarks/host_overhead.py --smoke
 	$(BIN)/python examples/benchmarks/selected_mm.py --smoke
 	$(BIN)/python examples/benchmarks/memory.py --smoke

@@ -128,6 +128,8 @@ def everything(base: Job, small: Job, prose: str, results: Results, moves: int =
     small_full = plan.sweep(small.size, small, RANKS)
     full = plan.sweep(base.size, base, RANKS[:2])
     tuned = None
+    if full:
+        roundings(plan, full, RANKS[1], (0,))
     if small_full:
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
@@ -141,14 +143,12 @@ def everything(base: Job, small: Job, prose: str, results: Results, moves: int =
         roundings(plan, small_full, RANKS[1], (0,))
     if tuned:
         roundings(plan, tuned, RANKS[1], (0, 1))
+    plan.sweep(base.size, base, RANKS[2:])
     if small_full:
         repeats(plan, small_full, RANKS[:2], (0, 1, 2))
         roundings(plan, small_full, RANKS[1], (1, 2))
-    if full:
-        roundings(plan, full, RANKS[1], (0,))
-    plan.sweep(base.size, base, RANKS[2:])
-    plan.sweep(small.size, small, RANKS[2:], (50, 200))
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
+    plan.sweep(small.size, small, RANKS[2:], (50, 200))
     return plan
 
 
