@@ -97,6 +97,25 @@ def give(read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None) -
     subspace.delivered = True
 
 
+class Rest:
+    """Moves the columns that are not selected against the signs of their gradients."""
+
+    def __init__(self, within: Mapping[str, Subspace]) -> None:
+        self.within, self.signs = within, dict[str, Tensor]()
+
+    def keep(self, read: Parameters) -> None:
+        """Before an optimizer's step."""
+        for name, subspace in self.within.items():
+            self.signs[name] = read[name].grad.sign()
+            self.signs[name][:, subspace.selection.indices] = 0
+
+    @torch.no_grad()
+    def step(self, stepped: Parameters, rate: float) -> None:
+        for name, signs in self.signs.items():
+            stepped[name].sub_(signs, alpha=rate)
+        self.signs.clear()
+
+
 class Rounding:
     """Keeps float32 parameters at values that bfloat16 has: weights in bfloat16, by simulation.
 

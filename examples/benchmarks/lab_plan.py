@@ -45,6 +45,9 @@ class Plan:
     """Those that are complete."""
     roundings: list[list[Job]] = field(default_factory=list)
     """Runs that differ in their rounding alone, those that are complete."""
+    resting: list[list[Job]] = field(default_factory=list)
+    """Runs of one length and seed: full gradients, then by ranks without and with a step of the
+    columns that are not selected."""
     repeats: list[list[Job]] = field(default_factory=list)
     """Runs that differ in their seed alone, those that are complete."""
 
@@ -129,7 +132,14 @@ def everything(base: Job, small: Job, prose: str, results: Results, moves: int =
     full = plan.sweep(base.size, base, RANKS[:2])
     tuned = None
     if full:
-        roundings(plan, full, RANKS[1], (0,))
+        roundings(plan, full, RANKS[1], (0, 1, 2))
+    if small_full:
+        resting(plan, small_full, RANKS[:2], (1000, 2000), (0,))
+    if full:
+        resting(plan, full, RANKS[:2], (1000, 2000), (0,))
+    if small_full:
+        rest_rates(plan, small_full)
+        resting(plan, small_full, (1 / 4, 1 / 8, 1 / 16), (1000, 2000, 4000), (0, 1))
     if small_full:
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
@@ -169,6 +179,32 @@ def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
         linear_lr=full.linear_lr / 2,
     )
     return plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
+
+
+REST = 0.125
+"""The part of the linear rate by which columns move that are not selected."""
+
+
+def resting(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
+) -> None:
+    """What it brings that columns which are not selected move, too, by the length of a run."""
+    for seed in seeds:
+        for steps in lengths:
+            base = replace(full, steps=steps, seed=seed)
+            grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
+            jobs = [base, *grass, *(replace(each, rest_scale=REST) for each in grass)]
+            if plan.want(jobs):
+                plan.resting.append(jobs)
+
+
+def rest_rates(plan: Plan, full: Job) -> None:
+    """The rate of such columns, and how often they move, at two lengths."""
+    for steps in (1000, 2000):
+        grass = replace(full, steps=steps, rank=1 / 8, scale=8.0, rest_scale=REST)
+        plan.bracket(grass, ("rest_scale",))
+        if steps == 1000:
+            plan.want([replace(grass, rest_every=j) for j in (2, 4, 8)])
 
 
 def repeats(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:

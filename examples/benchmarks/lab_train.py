@@ -50,6 +50,10 @@ class Job:
     rank: float = 0.0
     """The part of the columns that grass selects; 0: full gradients."""
     refresh_every: int = 100
+    rest_scale: float = 0.0
+    """Columns that are not selected move by this times the linear rate, against their signs."""
+    rest_every: int = 1
+    """In every so many steps."""
     products: str = "float32"
     """What matrices are multiplied in; "bfloat16" is autocast's, and slow on older processors."""
     dtype: str = "float32"
@@ -120,6 +124,7 @@ class Training:
             if job.rank:
                 self.within = methods.subspaces(linear, GrassConfig(**job.subspace))
         self.compiled = torch.compile(self.model, **given, dynamic=False)
+        self.rest = methods.Rest(self.within) if job.rest_scale else None
         self.rounding = None
         if job.rounding:
             self.rounding = methods.Rounding(job.rounding, self.stepped, job.seed)
@@ -135,6 +140,8 @@ class Training:
             group["lr"] = rate * factor
         loss = self.loss(*next(self.batches))
         loss.backward()
+        if self.rest and number % self.job.rest_every == 0:
+            self.rest.keep(self.read)
         for name, p in self.read.items():
             methods.give(p, self.stepped[name], self.within.get(name))
         before = {name: subspace.selection.indices for name, subspace in self.within.items()}
@@ -143,6 +150,8 @@ class Training:
                 warnings.filterwarnings("ignore", "no compact gradient")
             for optimizer in self.optimizers:
                 optimizer.step()
+        if self.rest:
+            self.rest.step(self.stepped, self.job.rest_scale * self.job.linear_lr * factor)
         if self.rounding:
             self.rounding.step(before, self.within)
         self.read_again()
