@@ -139,7 +139,7 @@ def linear_weights(case: Case) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @cache
-def covered(name: str, compiler: str = OPTIONS["compiler"]) -> Coverage:
+def covered(name: str, compiler: str = OPTIONS["compiler"], rest: str = "none") -> Coverage:
     """One step of a model of the zoo, compiled and plain."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -148,7 +148,7 @@ def covered(name: str, compiler: str = OPTIONS["compiler"]) -> Coverage:
     model = case.model.train().to(dtype)
     inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in case.inputs.items()}
     plain = copy.deepcopy(model)
-    backend = Watched({**OPTIONS, "compiler": compiler})
+    backend = Watched({**OPTIONS, "compiler": compiler, "rest": rest})
     case.loss(torch.compile(model, backend=backend, **case.how)(**inputs)).backward()
     case.loss(plain(**inputs)).backward()
     weights = [Weight(*found) for found in linear_weights(case)]

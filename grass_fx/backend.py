@@ -141,10 +141,22 @@ def grass(
                 f"side, include or exclude. The graph: {name}."
             )
         return _telling(compiler.plain(gm, example_inputs), found)
+    _check_processes(found, config)
     _warn_if_compiled_too_often(gm.graph, found, name)
     compiled = compiler.tapped(gm, example_inputs, found, name)
     _log(found, compiled.report, time.perf_counter() - start, name)
     return compiled
+
+
+def _check_processes(found: FoundWeights, config: GrassConfig) -> None:
+    """Raise OptionError if processes would each step by the signs of its own gradients."""
+    sharded = [weight.name for weight in found.taken if weight.spec.shards is not None]
+    if config.signs_every and sharded:
+        raise OptionError(
+            f'{sharded[0]}: rest="sign" with fully_shard: signs of all processes are not summed '
+            "there yet, and each would move its part of a weight by its own. Use "
+            'grass_fx.distributed.data_parallel, or rest="none".'
+        )
 
 
 def _turns_gradients_on(gm: fx.GraphModule) -> bool:
@@ -210,10 +222,13 @@ def _log(found: FoundWeights, report: PushReport, seconds: float, name: str) -> 
     """Log a line for a compilation, and a warning if a selection could not be pushed."""
     if report.stopped:
         log.warning("full weight gradients are formed for %s", _listed(report.stopped))
+    rest = found.taken[0].spec.rest
+    signs = f", with signs every {rest} steps" if rest > 1 else ", with signs" if rest else ""
     pushed = f"{len(report.pushed)} selections pushed, {len(report.stopped)} stopped"
     log.info(
-        "%d weights taken, %d left%s; %s; %.0f ms; graph %s",
+        "%d weights taken%s, %d left%s; %s; %.0f ms; graph %s",
         len(found.taken),
+        signs,
         len(found.left),
         f" ({_listed(found.left)})" if found.left else "",
         pushed if report.pushed or report.stopped else "graphs from the cache",
@@ -260,9 +275,10 @@ class _Compiler:
         report = PushReport({place: w.name for place, w in indices.items()})
         averages = any(weight.spec.group is not None for weight in found.taken)
         variants = [
-            Variant(scoring, local)
+            Variant(scoring, local, signing)
             for local in ((False, True) if averages else (False,))
             for scoring in ((False, True) if self.config.needs_scores else (False,))
+            for signing in ((False, True) if self.config.signs_every > 1 else (False,))
         ]
         graphs: dict[Variant, Callable[..., Any]] = {}
         for variant in variants:

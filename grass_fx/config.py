@@ -21,7 +21,15 @@ SCALE: float | str = "auto"
 WARMUP_STEPS = 20
 ON_REFRESH = "carry"
 
-SUBSPACE_DEFAULTS = {"scale": SCALE, "warmup_steps": WARMUP_STEPS, "on_refresh": ON_REFRESH}
+REST_SCALE = 0.25
+"""With ``rest="sign"``: the rate of what is not selected, as a part of the learning rate."""
+
+SUBSPACE_DEFAULTS = {
+    "scale": SCALE,
+    "warmup_steps": WARMUP_STEPS,
+    "on_refresh": ON_REFRESH,
+    "rest_scale": None,
+}
 """The arguments that optimizers take in addition to their own."""
 
 
@@ -48,6 +56,7 @@ RULES = {
     "frozen_top": SelectionRule(needs_scores=True, freezes=True),
 }
 
+RESTS = ("none", "sign")
 SIDES = ("auto", "out", "in")
 SCORINGS = ("auto", "gradient", "tiles")
 SCORE_SYNCS = ("norms", "gradient")
@@ -61,7 +70,7 @@ MODES = (
 )
 
 
-PASSES = ("push_norms", "push_selection", "keep_selected")
+PASSES = ("push_norms", "push_signs", "push_selection", "keep_selected")
 """The passes that ``disable_passes`` may name: those on the joint graph. No gradient depends on
 them."""
 
@@ -109,6 +118,15 @@ class GrassConfig:
     only the selected columns of a layer's input are saved for backward if nothing else needs that
     input. In a stack of matrices (experts), rows of each matrix are selected, regardless of this
     option."""
+    rest: str = "none"
+    """What becomes of the columns (rows) that are not selected. "none": they stand still. "sign":
+    they move against the signs of their gradients, which leave the backward as one bit for each
+    element; the optimizer's ``rest_scale`` says how far. It costs the FLOPs of full rank's weight
+    gradient, and full rank's activations, but no full gradient in memory (if that is a plain
+    product: not of a stack, or of a weight that is used twice). Not under ``fully_shard``."""
+    rest_every: int = 1
+    """With ``rest="sign"``: such columns (rows) move in every so many steps, and only these cost
+    more."""
     include: tuple[str, ...] | None = None
     """Patterns (fnmatch) of the parameter names to take; None takes all. Patterns are matched
     against the name in the compiled region, which is a part of the model after a graph break or
@@ -139,8 +157,8 @@ class GrassConfig:
     """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
-    "push_norms", "push_selection" and "keep_selected". Gradients stay the same; memory and time
-    change."""
+    "push_norms", "push_signs", "push_selection" and "keep_selected". Gradients stay the same;
+    memory and time change."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -164,6 +182,7 @@ class GrassConfig:
             ("scoring", SCORINGS),
             ("score_sync", SCORE_SYNCS),
             ("side", SIDES),
+            ("rest", RESTS),
             ("compiler", COMPILERS),
         ):
             if getattr(self, name) not in valid:
@@ -182,6 +201,8 @@ class GrassConfig:
                 f"selection={self.selection!r} cannot draw with replacement: "
                 f"use replacement=False, or one of {', '.join(able)}."
             )
+        if not _is_int(self.rest_every) or self.rest_every < 1:
+            raise OptionError(f"rest_every={self.rest_every!r} must be a number of steps >= 1.")
         if not _is_int(self.seed) or self.seed < 0:
             raise OptionError(f"seed={self.seed!r} must be an integer >= 0.")
         if self.mode not in MODES:
@@ -249,6 +270,11 @@ class GrassConfig:
     def needs_scores(self) -> bool:
         """Whether the rule uses gradient norms, so that a scoring variant is compiled."""
         return RULES[self.selection].needs_scores
+
+    @property
+    def signs_every(self) -> int:
+        """In every so many steps gradients need signs; 0: never."""
+        return self.rest_every if self.rest == "sign" else 0
 
     @property
     def scoring_period(self) -> int | float:

@@ -38,11 +38,13 @@ class JointFacts:
     """Whether the selection rule needs scores."""
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
+    with_signs: bool = False
+    """Whether the option ``rest`` wants signs."""
 
     @classmethod
     def of(cls, config: GrassConfig) -> JointFacts:
         """The facts of graphs that are compiled with these options."""
-        return cls(config.needs_scores, config.disable_passes)
+        return cls(config.needs_scores, config.disable_passes, config.rest != "none")
 
 
 @dataclass

@@ -75,9 +75,9 @@ class PushReport:
 
     def __call__(self, graph: fx.Graph, event: Event) -> None:
         """Observe a run of the passes."""
-        if event.by.name != "push_selection":
+        if event.by.name not in ("push_signs", "push_selection"):
             return
-        if event.disabled:
+        if event.disabled and event.by.name == "push_selection":
             self.stopped.update(dict.fromkeys(self.names.values(), DISABLED))
         self.pushed += map(self._name, event.result.rewritten)
         self.stopped.update({self._name(k): why for k, why in event.result.stopped.items()})

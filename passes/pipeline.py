@@ -18,6 +18,7 @@ from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
+from grass_fx.passes.push_signs import push_signs_pass
 from grass_fx.passes.tap_weights import tap_weights_pass
 
 
@@ -41,12 +42,13 @@ TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
 
 JOINT = (
     Pass("push_norms", push_norms_pass, makes="normed"),
+    Pass("push_signs", push_signs_pass, makes="signed", when=lambda f: f.with_signs),
     Pass("push_selection", push_selection_pass, makes="pushed"),
     Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
 )
-"""Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` comes first,
-because after it nothing may need a full gradient any more. ``keep_selected`` works on the products
-that ``push_selection`` made."""
+"""Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` and
+``push_signs`` come first, because after them nothing may need a full gradient any more.
+``keep_selected`` works on the products that ``push_selection`` made."""
 
 AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
 """A placeholder, so that observers also see the graph as AOTAutograd made it."""

@@ -78,7 +78,7 @@ def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 def _insert(before: fx.Node, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
     with before.graph.inserting_before(before):
-        name = target.overloadpacket.__name__
+        name = getattr(target, "overloadpacket", target).__name__
         new = before.graph.create_node("call_function", target, args, kwargs, name)
     new.meta["val"] = value
     # Do not copy all of meta: entries for the old operator's signature would mislead Inductor.
@@ -99,6 +99,21 @@ def emit(plan: Planned, push: Push) -> fx.Node:
         args, kwargs = fx.node.map_aggregate((planned.args, planned.kwargs), node_of)
         nodes[planned] = _insert(push.select, planned.target, args, kwargs, planned.meta["val"])
     return nodes[plan]
+
+
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase ``node`` and all nodes that only it used."""
+    waiting, gone = [node], set()
+    while waiting:
+        node = waiting.pop()
+        parts = [user for user in node.users if user.target is operator.getitem and not user.users]
+        for part in parts:
+            graph.erase_node(part)
+        if node in gone or node.users or node.op != "call_function":
+            continue
+        gone.add(node)
+        waiting += node.all_input_nodes
+        graph.erase_node(node)
 
 
 class Push:

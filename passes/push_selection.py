@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
 from torch import fx
 
 from grass_fx.ops import SELECT
 from grass_fx.passes.facts import JointFacts, Result
-from grass_fx.passes.push import Planned, Push, emit, make_early
+from grass_fx.passes.push import Planned, Push, emit, erase_unused, make_early
 from grass_fx.passes.push_rules import COLLECTIVES, RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
@@ -60,21 +59,6 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         if any(user.target in COLLECTIVES for user in select.users):
             plan = push.contiguous(plan)
         select.replace_all_uses_with(emit(cast(Planned, plan), push))
-        _erase_unused(graph, select)
+        erase_unused(graph, select)
     result.note = f"{result.count} pushed, {len(result.stopped)} stopped"
     return result
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase ``node`` and all nodes that only it used."""
-    waiting, gone = [node], set()
-    while waiting:
-        node = waiting.pop()
-        parts = [user for user in node.users if user.target is operator.getitem and not user.users]
-        for part in parts:
-            graph.erase_node(part)
-        if node in gone or node.users or node.op != "call_function":
-            continue
-        gone.add(node)
-        waiting += node.all_input_nodes
-        graph.erase_node(node)

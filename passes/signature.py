@@ -7,6 +7,7 @@ names or orders added inputs uses :class:`Signature`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from grass_fx.ops.bits import packed_shape
 from grass_fx.state.spec import SubspaceSpec, scale_dtype
 
 
@@ -54,6 +56,13 @@ def _scores(spec: SubspaceSpec, w: Tensor) -> Tensor:
     return proxy_of([spec.rows], torch.float32, w.device)
 
 
+def _bits(spec: SubspaceSpec, w: Tensor) -> Tensor:
+    *rows, columns = w.shape  # a stack is like one matrix with the rows of all its matrices
+    m, n = math.prod(rows), columns
+    shape = packed_shape(m, n) if spec.dim == 1 and w.dim() == 2 else packed_shape(n, m)
+    return proxy_of(shape, torch.float32, w.device)
+
+
 def _indices(spec: SubspaceSpec, w: Tensor) -> Tensor:
     return torch.empty(spec.indices_shape, dtype=torch.int64, device=w.device)
 
@@ -65,10 +74,12 @@ def _scale(spec: SubspaceSpec, w: Tensor) -> Tensor:
 ROLES = (
     Role("d", _compact, is_proxy=True),
     Role("e", _scores, is_proxy=True, present=lambda spec, with_scores: with_scores),
+    Role("b", _bits, is_proxy=True, present=lambda spec, with_scores: spec.rest > 0),
     Role("indices", _indices),
     Role("scale", _scale, present=lambda spec, with_scores: spec.replacement),
 )
-"""d receives the compact gradient C, and e the scores s. Then come σ and, with replacement, ρ."""
+"""d receives the compact gradient C, e the scores s, and b the signs of G, packed as bits. Then
+come σ and, with replacement, ρ."""
 
 
 class Signature:
@@ -112,7 +123,8 @@ class Signature:
         shared: dict[Any, list[Tensor]] = {}
         all_proxies: list[Tensor] = []
         for weight, w in zip(self.weights, values, strict=True):
-            alike = (w.shape, w.dtype, w.device, weight.spec.dim, weight.spec.rank)
+            spec = weight.spec
+            alike = (w.shape, w.dtype, w.device, spec.dim, spec.rank, spec.rest)
             if alike not in shared:
                 proxies = (role for role in self._roles[weight.position] if role.is_proxy)
                 shared[alike] = [role.example(weight.spec, w) for role in proxies]
@@ -126,17 +138,21 @@ class Signature:
 
 
 class Variant(NamedTuple):
-    """Which of the up to two (with processes, up to four) graphs of a compilation it is."""
+    """Which of the up to two graphs of a compilation it is; processes, and signs in some steps,
+    double their number."""
 
     scoring: bool = False
     """Whether the graph is for scoring steps and also yields scores."""
     local: bool = False
     """Whether its gradients are averaged over processes only afterwards (micro-batches)."""
+    signing: bool = False
+    """Whether it yields the signs of gradients, where not every graph does (``rest_every``)."""
 
     @property
     def name(self) -> str:
         """The name in logs and dumped files."""
-        return ("scoring" if self.scoring else "regular") + ("_local" if self.local else "")
+        kind = "scoring" if self.scoring else "regular"
+        return kind + ("_signing" if self.signing else "") + ("_local" if self.local else "")
 
 
 REGULAR = Variant()

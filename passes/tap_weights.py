@@ -83,5 +83,7 @@ def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
     if variant.scoring:
         settings["scoring"] = config.scoring
         settings["score_sync"] = config.score_sync if collectives else "norms"
+    if spec.rest and (variant.signing or spec.rest == 1):
+        settings["signs"] = True
     defaults = TapSpec._field_defaults
     return {k: v for k, v in settings.items() if k not in defaults or v != defaults[k]}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grass_fx.ops import SELECT, SQUARED_NORMS
+from grass_fx.ops import SELECT, SIGNS, SQUARED_NORMS
 from grass_fx.passes.averaging import Collective, average
 
 
@@ -24,13 +24,15 @@ class TapSpec(NamedTuple):
     """The option ``scoring``, in a scoring step. None in a regular step, which yields no scores."""
     score_sync: str = "norms"
     """The option ``score_sync``: whether processes score their own or the averaged gradient."""
+    signs: bool = False
+    """Whether the graph yields the signs of the gradient."""
 
 
 class Tap(torch.autograd.Function):
     """Forward: the weight itself. Backward: PᵀG as the gradient of the proxy d, nothing for W.
 
-    In a scoring step the backward also returns s_i = ‖g_i‖² as the gradient of the proxy e, so that
-    the graph mutates no input.
+    In a scoring step the backward also returns s_i = ‖g_i‖² as the gradient of the proxy e, and
+    with ``rest="sign"`` the signs of G as that of the proxy b. So the graph mutates no input.
     """
 
     @staticmethod
@@ -52,9 +54,13 @@ class Tap(torch.autograd.Function):
         block = () if spec.block == 1 else (spec.block,)
         # Select first, so that only the compact gradient is sent.
         gradients = {"d": average(SELECT(g, indices, scale, spec.dim, *block), collectives)}
+        rows, dim = g, spec.dim
+        if g.dim() == 3 and (spec.signs or spec.scoring is not None):
+            # A stack is like one matrix that has the rows of all its matrices.
+            rows, dim = g.flatten(0, 1), 0
+        if spec.signs:
+            gradients["b"] = SIGNS(rows, dim)
         if spec.scoring is not None:
-            # A stack is scored like one matrix that has the rows of all its matrices.
-            rows, dim = (g.flatten(0, 1), 0) if g.dim() == 3 else (g, spec.dim)
             how = () if spec.scoring == "auto" else (spec.scoring,)
             gradients["e"] = SQUARED_NORMS(rows, dim, *how)
         return None, None, None, *(gradients.get(role) for role in ctx.roles)

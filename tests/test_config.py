@@ -30,6 +30,8 @@ def test_defaults_are_those_of_the_method():
         "replacement": False,
         "scoring": "auto",
         "side": "in",
+        "rest": "none",
+        "rest_every": 1,
         "include": None,
         "exclude": (),
         "seed": 0,
@@ -142,9 +144,9 @@ def test_messages_of_unknown_options():
 grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
   options={"inductor": {...}}.
 grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
-  'replacement', 'scoring', 'side', 'include', 'exclude', 'seed', 'process_group', 'score_sync',
-  'compiler', 'mode', 'inductor', 'dump_dir', 'disable_passes'. Options of Inductor go into
-  options={"inductor": {...}}.
+  'replacement', 'scoring', 'side', 'rest', 'rest_every', 'include', 'exclude', 'seed',
+  'process_group', 'score_sync', 'compiler', 'mode', 'inductor', 'dump_dir', 'disable_passes'.
+  Options of Inductor go into options={"inductor": {...}}.
 """,
     )
 

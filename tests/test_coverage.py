@@ -104,6 +104,30 @@ def test_the_compact_gradient_is_the_selection_of_the_full_one(covered):
             check_close(grad.compact, grad.selection.project(full))
 
 
+@pytest.mark.slow
+@every_model
+def test_the_bits_are_the_signs_of_the_full_gradient(name):
+    """Of every element that is not lost in rounding; of more than one call a majority."""
+    if name in FROM_TRANSFORMERS:
+        transformers()
+    covered, taken = model_coverage.covered(name, rest="sign"), 0
+    for weight in covered.weights:
+        if not weight.taken:
+            continue
+        grad, full = covered.gradients[weight.name], covered.plain[weight.name]
+        if len(grad.votes.planes) > 1:  # several graphs, or calls of one, have each had a vote
+            continue
+        taken += 1
+        full = full.reshape(-1, full.shape[-1])
+        full = full if grad.selection.dim == 1 else full.t()
+        every = grad.votes.parts(len(full))
+        signs = torch.cat([grad.votes.majority(k, *full.shape, torch.float64) for k in every])
+        clear = full.abs() > RELATIVE[full.dtype] * full.abs().max()
+        assert torch.equal(signs[clear], full[clear].sign().double()), weight.name
+        assert not signs[:, (full == 0).all(0)].any(), weight.name
+    assert taken or not any(weight.taken for weight in covered.weights)
+
+
 @every_model
 def test_all_other_gradients_are_unchanged(covered):
     taken = {weight.parameter for weight in covered.weights if weight.taken}

@@ -9,8 +9,9 @@ from torch import nn
 import grass_fx
 from grass_fx.compile import lowering
 from grass_fx.config import GrassConfig
-from grass_fx.ops import SELECTED_MM
+from grass_fx.ops import MM_SIGNS, SELECTED_MM
 from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.transfers import STAGED, reading, send, to_device
 from grass_fx.testing.reference import Reference
 from helpers import mlp
@@ -37,6 +38,27 @@ def test_selected_products_are_those_of_float64(dtype, dim, block, b, m, n, r, m
     want = (d.double().t() @ x.double()).index_select(dim, indices)
     want = want * (scale.double()[:, None] if dim == 0 else scale.double())
     assert (got - want).norm() < TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize(("b", "m", "n"), [(512, 256, 384), (1000, 264, 136), (77, 40, 2048)])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_signs_are_those_of_float64_where_these_are_clear(dtype, dim, b, m, n):
+    lowering.register()
+    d, x = (torch.randn(b, k, device="cuda", dtype=dtype) for k in (m, n))
+    (d, x)[dim][:, 20] = 0  # a column of what is packed, all of which has no sign
+    indices = torch.arange(0, (m, n)[dim], 4, device="cuda")
+    run = torch.compile(lambda d, x: MM_SIGNS(d.t(), x, indices, None, dim))
+    compact, bits = run(d, x)
+    exact = d.double().t() @ x.double()
+    assert (compact.double() - exact.index_select(dim, indices)).norm() < (
+        TOLERANCE[dtype] * exact.norm()
+    )
+    exact = exact if dim == 1 else exact.t()
+    votes = Votes((bits,))
+    got = torch.cat([votes.majority(k, *exact.shape, torch.float64) for k in votes.parts(128)])
+    clear = (exact.abs() > TOLERANCE[dtype] * exact.abs().max()) | (exact == 0)
+    assert torch.equal(got[clear], exact[clear].sign()) and clear.float().mean() > 0.9
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

@@ -65,7 +65,7 @@ def test_uuid_follows_every_source_file_of_the_package(tmp_path):
         "grass_fx.passes.__spec__.submodule_search_locations[:] = [str(root / 'passes')]\n"
         "hashes = [p.source_hash()]\n"
         "lowering = 'grass_fx/compile/lowering/__init__.py'\n"
-        "names = 'grass_fx/ops.py', lowering, 'passes/push_selection.py'\n"
+        "names = 'grass_fx/ops/__init__.py', lowering, 'passes/push_selection.py'\n"
         "for name in names:\n"
         "    (root / name).write_text((root / name).read_text() + '# changed\\n')\n"
         "    p.source_hash.cache_clear()\n"

@@ -5,6 +5,7 @@ import torch
 from expecttest import assert_expected_inline
 from test_push_selection import B, M, N, count, products, traced
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
 from grass_fx.passes.facts import JointFacts
@@ -172,8 +173,7 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.seen.add((func, tuple(out.shape)))
+        self.seen |= {(func, tuple(t.shape)) for t in tree_leaves(out) if torch.is_tensor(t)}
         return out
 
 

@@ -19,12 +19,19 @@ from grass_fx._torch_compat import (
     running_ddp,
 )
 from grass_fx.compile.buckets import Arrived, buckets
-from grass_fx.errors import CompactGradError, DistributedError, SelectionChangedError, warn
+from grass_fx.errors import (
+    CompactGradError,
+    DistributedError,
+    OptionError,
+    SelectionChangedError,
+    warn,
+)  # fmt: skip
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.signature import Signature, Variant
 from grass_fx.state.fsdp2 import accumulate, adopted, check_call, owner_of
 from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.registry import Demand, Left, registry
 from grass_fx.state.selection import Selection
 from grass_fx.state.subspace import Subspace, graph_inputs
@@ -63,15 +70,19 @@ class _Delivery:
     gathered: Sequence[FSDPWeight | None] | None
     """Those of the weights that FSDP2 gathers; None if there are none."""
 
-    def grad(self, k: int, compact: Tensor, scores: Tensor | None, shape: Any) -> CompactGrad:
+    def grad(
+        self, k: int, compact: Tensor, scores: Tensor | None, signs: Tensor | None, shape: Any
+    ) -> CompactGrad:
         """The gradient of the k-th weight."""
         subspace = self.subspaces[k]
         if subspace.sharding is not None:
             compact = subspace.sharding.whole(compact)
         averaged = self.averaged and self.signature.weights[k].spec.group is not None
+        votes = None if signs is None else Votes((signs,))
         return CompactGrad(
-            compact, self.selections[k], shape, scores, local=not averaged, owner=subspace
-        )
+            compact, self.selections[k], shape, scores, local=not averaged, owner=subspace,
+            votes=votes,
+        )  # fmt: skip
 
 
 class DeliverGradients(torch.autograd.Function):
@@ -102,21 +113,23 @@ class DeliverGradients(torch.autograd.Function):
                 "not compiled."
             )
         backward = current_backward()
-        found: list[tuple[Tensor, Tensor | None] | None] = []
+        found: list[Found | None] = []
         for k, places in enumerate(delivery.signature.proxy_places):
             subspace, compact = delivery.subspaces[k], grads[places["d"]]
             if compact is None:
                 found.append(None)
                 continue
             # Contiguous, as autograd keeps gradients, because optimizer steps read it in order.
+            signs = grads[places["b"]] if "b" in places and subspace.signs_due else None
             if delivery.copies:
                 compact = compact.clone(memory_format=torch.contiguous_format)
+                signs = signs if signs is None else signs.clone()
             else:
                 compact = compact.contiguous()
             _note_arrival(subspace, delivery.selections[k], backward)
             # A graph scores all its weights if one is due; the others' scores are dropped.
             scores = grads[places["e"]] if "e" in places and subspace.scoring_due else None
-            found.append((compact, scores))
+            found.append((compact, scores, signs))
         if delivery.gathered is not None:
             found = _apart(delivery, delivery.gathered, found, ctx.shapes)
         return (
@@ -141,23 +154,27 @@ def _note_arrival(subspace: Subspace, selection: Selection, backward: int) -> No
             _warn_unfinished(subspace.name)
 
 
+Found = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""What a backward has brought for one weight: C, scores and signs."""
+
+
 def _apart(
     delivery: _Delivery,
     gathered: Sequence[FSDPWeight | None],
-    found: Sequence[tuple[Tensor, Tensor | None] | None],
+    found: Sequence[Found | None],
     shapes: Sequence[Any],
-) -> list[tuple[Tensor, Tensor | None] | None]:
+) -> list[Found | None]:
     """Send FSDP2's weights to be reduced over processes, and return the others."""
 
     def deliver(k: int, weight: FSDPWeight, compact: Tensor, scores: Tensor | None) -> None:
-        accumulate(weight.sharded, delivery.grad(k, compact, scores, shapes[k]))
+        accumulate(weight.sharded, delivery.grad(k, compact, scores, None, shapes[k]))
 
     arrived = [
         Arrived(
             weight,
             delivery.subspaces[k],
             delivery.selections[k],
-            *each,
+            *each[:2],
             partial(deliver, k, weight),
         )
         for k, (weight, each) in enumerate(zip(gathered, found, strict=True))
@@ -216,6 +233,8 @@ class GrassCallable:
         self.signature, self.graphs = signature, dict(graphs)
         self.found, self.report, self.cuda_graphs = found, report, cuda_graphs
         self._averages_some = any(variant.local for variant in graphs)
+        self._signs_some = any(variant.signing for variant in graphs)
+        self._has_signs = any(weight.spec.rest for weight in signature.weights)
         specs, names = [w.spec for w in signature.weights], [w.name for w in signature.weights]
         self._demand = Demand(registry, specs, names)
         self._left = LeftWeights(found) if found.left else None
@@ -225,6 +244,12 @@ class GrassCallable:
 
     def __call__(self, *args: Any) -> Any:
         signature = self.signature
+        if self._has_signs and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            raise OptionError(
+                f'{signature.weights[0].name}: rest="sign" and detect_anomaly: signs leave the '
+                "backward as bits of floats, of which some look like NaN. Use "
+                'detect_anomaly(check_nan=False), or rest="none".'
+            )
         values = [args[weight.position] for weight in signature.weights]
         params, gathered = values, fsdp_weights(values)
         if gathered is not None:
@@ -265,7 +290,9 @@ class GrassCallable:
         with torch.enable_grad():  # the graph may turn gradients on itself
             # FSDP2's weights are given as they are gathered: autograd brings these no gradient.
             proxies = DeliverGradients.apply(delivery, *values)
-        graph = self.graphs[Variant(scoring, local=self._averages_some and not averaged)]
+        local = self._averages_some and not averaged
+        signing = self._signs_some and any(s.signs_due for s in subspaces)
+        graph = self.graphs[Variant(scoring, local, signing)]
         return graph(*args, *signature.added(proxies, inputs))
 
     def _check_ddp(self, params: Sequence[Tensor], subspaces: Sequence[Subspace]) -> None:

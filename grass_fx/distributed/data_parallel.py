@@ -30,7 +30,8 @@ BUCKET_BYTES = 25 << 20
 
 _SAME_BATCHES = (
     "Every process must run as many micro-batches, and get gradients of the same parameters. Give "
-    "each as many batches, for example by drop_last=True."
+    'each as many batches, for example by drop_last=True. With rest="sign" each must also call '
+    "compiled layers as often."
 )
 
 
@@ -180,7 +181,8 @@ class ModelReplicas(GroupReplicas):
         pending = {name: p for name, p in self._pending.items() if p.grad is not None}
         count, self._micro_batches, self._pending = self._micro_batches, 0, {}
         names = sorted(pending)
-        summary = [f"{count} micro-batches", *names]
+        held = [name + _votes(pending[name], count) for name in names]
+        summary = [f"{count} micro-batches", *held]
         self._averaged += 1
         self._log.update("\n".join(summary).encode())
         # A comparison waits for a GPU. There, later differences show in the log's hash, which is
@@ -212,3 +214,14 @@ class ModelReplicas(GroupReplicas):
         for tensors in (bucket for lists in buckets.values() for bucket in lists):
             for tensor, total in zip(tensors, self.total(tensors), strict=True):
                 tensor.copy_(total.div_(self.ranks))
+
+
+def _votes(p: Tensor, micro_batches: int) -> str:
+    """How many votes p's gradient holds; processes send them to each other as that many bits.
+
+    A process may leave a weight out of some micro-batches, and then has fewer than the others.
+    """
+    if not isinstance(p.grad, CompactGrad) or p.grad.votes is None:
+        return ""
+    p.grad.vote(p.grad.votes.up_to(micro_batches))
+    return f" with the signs of {p.grad.votes.most} gradients"

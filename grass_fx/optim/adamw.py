@@ -16,7 +16,7 @@ from grass_fx.optim.decay import keep
 from grass_fx.optim.dense import Rounded, count_as_torch, rounded_operations, step_as_torch
 from grass_fx.optim.entries import Kept
 from grass_fx.optim.layout import Plan
-from grass_fx.optim.options import check_ranges, is_least_zero, rounds, scale_of
+from grass_fx.optim.options import REST, check_ranges, is_least_zero, rounds, scale_of
 from grass_fx.optim.rounding import rounding_seed
 from grass_fx.optim.stepping import Operation
 from grass_fx.optim.telemetry import adam_update_norm
@@ -49,6 +49,8 @@ class AdamW(SubspaceOptimizer):
         stochastic_rounding: round updated bfloat16 parameters, compact and dense, up or down at
             random, without bias. None is True; False rounds to nearest, by which most small
             changes are lost. Other dtypes are not affected.
+        rest_scale: of gradients with signs (the backend's option ``rest="sign"``): rows that are
+            not selected move by rest_scale * lr against them. None is 0.25.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
         maximize: go up the gradient, compact and dense.
         amsgrad, capturable, differentiable: as arguments of ``torch.optim.AdamW``, False or None
@@ -88,6 +90,7 @@ class AdamW(SubspaceOptimizer):
         fused: bool | None = None,
         compile: bool | None = None,
         seed: int = 0,
+        rest_scale: float | None = None,
         amsgrad: bool | None = False,
         capturable: bool | None = False,
         differentiable: bool | None = False,
@@ -107,6 +110,7 @@ class AdamW(SubspaceOptimizer):
             "fused": fused,
             "compile": compile,
             "seed": seed,
+            REST: rest_scale,
             "amsgrad": amsgrad,
             "capturable": capturable,
             "differentiable": differentiable,

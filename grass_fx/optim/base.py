@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grass_fx.errors import OptionError, SelectionChangedError, StateError, warn
-from grass_fx.optim.agreement import check_selections, check_synchronised, with_common_scores
-from grass_fx.optim.checkpoint import CheckpointedOptimizer
+from grass_fx.optim.agreement import (
+    check_selections,
+    check_synchronised,
+    share_votes,
+    with_common_scores,
+)
 from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
-from grass_fx.optim.decay import PENDING, is_due, nothing, passes, pending
+from grass_fx.optim.decay import PENDING, nothing
 from grass_fx.optim.layout import Plan, is_layout_step, layout_plan
 from grass_fx.optim.loading import selection_entries
-from grass_fx.optim.options import ROUNDING, check_ranges, is_scale
-from grass_fx.optim.rounding import rounding_seed
+from grass_fx.optim.options import REST, ROUNDING, check_ranges, is_least_zero, is_scale
 from grass_fx.optim.stepping import Operation, Step
 from grass_fx.optim.telemetry import stats_of
+from grass_fx.optim.unselected import UnselectedRows
 from grass_fx.state.gradient import CompactGrad
-from grass_fx.state.refresh import Finished, finish_steps, may_refresh, scores_on_host
+from grass_fx.state.refresh import Finished, finish_steps, scores_on_host
 from grass_fx.state.registry import registry
-from grass_fx.state.selection import Selection, matrix
+from grass_fx.state.selection import Selection
 from grass_fx.state.sharding import local
 from grass_fx.state.subspace import Subspace
 
@@ -30,7 +34,7 @@ MOST = 8
 """The largest number of weights that an error names."""
 
 
-class SubspaceOptimizer(CheckpointedOptimizer):
+class SubspaceOptimizer(UnselectedRows):
     """Base of ``grass_fx.AdamW`` and of ``grass_fx.subspace(...)``.
 
     A subclass says how to carry out a :data:`Plan`. The state of a taken weight has ``age`` (r,),
@@ -70,6 +74,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
             ("scale", group["scale"], is_scale(group["scale"])),
             ("warmup_steps", group["warmup_steps"], group["warmup_steps"] >= 0),
             (ROUNDING, group.get(ROUNDING), isinstance(group.get(ROUNDING), bool | None)),
+            (REST, group[REST], group[REST] is None or is_least_zero(group[REST])),
         )
         if group["on_refresh"] not in ("carry", "reset"):
             value = group["on_refresh"]
@@ -131,7 +136,8 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         """Prepare the next step. Errors that users can cause are raised here: see :meth:`_plan`."""
         check_synchronised(self._parameters())
         plan = self._plan([p for p in self._parameters() if p not in self._early])
-        operations = [*self._prepare(plan), *self._decays(plan)]
+        share_votes(plan)
+        operations = [*self._prepare(plan), *self._of_the_rest(plan)]
         finished = self._finished(plan)
         for earlier in self._early.values():
             finished += earlier
@@ -153,7 +159,7 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.step_early)(p)
         plan = self._plan([p])
-        operations = [*self._prepare(plan), *self._decays(plan)]
+        operations = [*self._prepare(plan), *self._of_the_rest(plan)]
         finished = self._finished(plan)
         Step(operations, lambda: None, self._used).apply()
         self._early = {**self._early, p: finished}
@@ -318,57 +324,6 @@ class SubspaceOptimizer(CheckpointedOptimizer):
         self.state[p].pop("scale", None)
         self.state[p].update(selection_entries(selection))
         self.state[p].setdefault(PENDING, nothing())
-
-    def _left_selection(
-        self, p: Tensor, new: Selection, group: Mapping[str, Any]
-    ) -> Selection | None:
-        """Return the selection that p's state leaves for ``new``, or None if it is the same.
-
-        Pending weight decay is applied, if a selection changes at another time than a period's end.
-        """
-        state = self.state[p]
-        draw = int(state["generation"])
-        old = Selection(state["indices"], state.get("scale"), new.dim, -1, new.name, draw)
-        if old.draw == new.draw and old.same_rows(new):
-            return None
-        if (left := pending(state)) != 1:
-            for run in self._decay_passes(p, old, group, left):
-                run()
-        return old
-
-    # --- weight decay of rows that are not selected -----------------------------------------------
-
-    def _decay_factor(self, group: Mapping[str, Any]) -> float:
-        """1 − lr · λ, by which decoupled weight decay multiplies a weight in one step."""
-        raise NotImplementedError
-
-    def _decays(self, plan: Plan) -> Iterator[Operation]:
-        """Yield operations that apply pending weight decay where it will be due after the step."""
-        for group, entries in zip(self.param_groups, plan, strict=True):
-            taken = [(p, grad) for p, grad in entries if grad is not None]
-            factor = self._decay_factor(group) if taken else 1.0
-            for p, grad in taken:
-                subspace = grad.owner or registry.get(p)
-                ends = subspace is not None and may_refresh(subspace)
-                left = pending(self.state[p]) * factor
-                if is_due(left, ends):
-                    for run in self._decay_passes(p, grad.selection, group, left):
-                        yield Operation(run)
-
-    def _decay_passes(
-        self, p: Tensor, selection: Selection, group: Mapping[str, Any], left: float
-    ) -> Iterator[Callable[[], Any]]:
-        """Multiply the rows that are not selected by what is ``left``; then nothing is pending."""
-        w, seed = matrix(local(p)), self._seed(p, group, "decay")
-        of = w, selection.dim, selection.indices, left, seed, group.get("compile", False)
-        yield from passes(*of)
-        yield lambda: self.state[p].update({PENDING: nothing()})
-
-    def _seed(self, p: Tensor, group: Mapping[str, Any], purpose: str = "rounding") -> Tensor:
-        """The seed of the noise with which a taken weight is rounded in this step."""
-        subspace = registry.get(p)
-        step = 0 if subspace is None else subspace.step
-        return rounding_seed(group.get("seed", 0), registry.key_of(p), step, purpose)
 
     # --- telemetry --------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grass_fx.compile.sources import source_hash
-from grass_fx.ops import ADD_ROWS, along, rounded
+from grass_fx.ops import ADD_ROWS, DROPPED, along, rounded
+from grass_fx.ops.bits import WORD
 from grass_fx.optim.rounding import noise
 from grass_fx.state.transfers import send
 from grass_fx.state.units import run_length
@@ -135,6 +136,38 @@ def _scaling(layouts: tuple[Layout, ...]) -> Callable[..., Any]:
         w.copy_(rounded(w.float() * factors, noise(seed, w.shape), w.dtype))
 
     return _generated(scale, layouts)
+
+
+def move_rest_(
+    w: Tensor, factors: Tensor, rates: Tensor, live: Tensor, seed: Tensor, planes: Sequence[Tensor]
+) -> None:
+    """W = ``factors`` · W + ``rates`` · sign of the ``planes``, where ``live``: see rest.py."""
+    inputs = [w.detach(), factors, rates, live, send(seed, w.device), *planes]
+    layouts = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+    with torch.no_grad():
+        _moving(layouts)(*inputs)
+
+
+@lru_cache(maxsize=FUNCTIONS)
+def _moving(layouts: tuple[Layout, ...]) -> Callable[..., Any]:
+    return _generated(move_rest, layouts)
+
+
+def move_rest(
+    w: Tensor, factors: Tensor, rates: Tensor, live: Tensor, seed: Tensor, *planes: Tensor
+) -> None:
+    """What :func:`move_rest_` compiles: one loop that reads W and writes it."""
+    (m, n), places = w.shape, torch.arange(WORD, dtype=torch.int32, device=w.device)
+    votes = torch.zeros((), dtype=torch.int32, device=w.device)
+    for power, plane in enumerate(planes):
+        bits = ((plane.view(torch.int32).unsqueeze(-1) >> places) & 1).flatten(-2)[..., :n]
+        votes = votes + bits * 2**power
+    ahead = 2 * votes[:, :-1] - votes[:, -1:]
+    signs = ahead.reshape(-1, n)[:m].sign() * live.repeat_interleave(n // live.shape[1], 1)
+    moved = w.to(factors.dtype) * factors + signs * rates
+    if w.dtype in DROPPED:
+        moved = rounded(moved, noise(seed, w.shape), w.dtype)
+    w.copy_(moved)
 
 
 def rates(

@@ -14,6 +14,9 @@ from grass_fx.errors import OptionError
 from grass_fx.state.selection import Selection, matrix
 from grass_fx.state.sharding import local
 
+REST = "rest_scale"
+"""The option by which rows that are not selected move in gradients' signs; None is a default."""
+
 ROUNDING = "stochastic_rounding"
 """The option by which bfloat16 parameters are rounded stochastically; None is True."""
 

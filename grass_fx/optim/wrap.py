@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS
+from grass_fx.config import ON_REFRESH, REST_SCALE, SCALE, WARMUP_STEPS
 from grass_fx.errors import OptionError
 from grass_fx.optim import probe, wrappable
 from grass_fx.optim.base import SubspaceOptimizer
@@ -26,7 +26,7 @@ from grass_fx.optim.decay import PENDING, keep, nothing
 from grass_fx.optim.entries import Asked, Kept
 from grass_fx.optim.layout import Plan
 from grass_fx.optim.loading import OWN, selection_entries
-from grass_fx.optim.options import ROUNDING, rounds, scale_of
+from grass_fx.optim.options import REST, ROUNDING, rounds, scale_of
 from grass_fx.optim.rowwise import (
     Cohorts,
     State,
@@ -55,11 +55,12 @@ def subspace(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     """A subclass of ``optimizer_class`` that steps taken weights in their subspace.
 
     Its constructor takes the arguments of ``optimizer_class`` and, like ``grass_fx.AdamW``,
-    ``scale``, ``warmup_steps``, ``on_refresh`` and ``stochastic_rounding``, which here is about the
-    taken weights. Dense parameters are stepped as ``optimizer_class`` does. All state of a taken
-    weight has compact shapes. Decoupled weight decay reaches the whole weight if X has a rate lr:
-    selected rows as they move, all others once a period. L2 decay is part of the gradient, so it
-    reaches the selected rows.
+    ``scale``, ``warmup_steps``, ``on_refresh``, ``rest_scale`` (which has no default where X's
+    steps grow with gradients) and ``stochastic_rounding``, which here is about the taken weights.
+    Dense parameters are stepped as ``optimizer_class`` does. All state of a taken weight has
+    compact shapes. Decoupled weight decay reaches the whole weight if X has a rate lr: selected
+    rows as they move, all others once a period. L2 decay is part of the gradient, so it reaches the
+    selected rows.
 
     At a refresh with ``on_refresh="carry"``, rows that stay keep their floating-point state of C's
     shape; new rows start it from zero, or from PᵀW if it holds weights. If the optimizer counts
@@ -103,9 +104,11 @@ class _Wrapped(SubspaceOptimizer):
         warmup_steps: int = WARMUP_STEPS,
         on_refresh: str = ON_REFRESH,
         stochastic_rounding: bool | None = None,
+        rest_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         self._own = {"scale": scale, "warmup_steps": warmup_steps, "on_refresh": on_refresh}
+        self._own[REST] = rest_scale
         if not wrappable.takes(self._inner, ROUNDING):
             self._own[ROUNDING] = stochastic_rounding
         elif stochastic_rounding is not None:
@@ -179,6 +182,10 @@ class _Wrapped(SubspaceOptimizer):
 
     def _decay_factor(self, group: Mapping[str, Any]) -> float:
         return self._x.shrink(group)
+
+    def _rest_scale(self, group: Mapping[str, Any]) -> float:
+        wrappable.check_rest_scale(self._x.ask(probe.keeps_its_size, group), self._kind)
+        return REST_SCALE
 
     def _check_shards(self, subspace: Subspace) -> None:
         if self._steps_shards:

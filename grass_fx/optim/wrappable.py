@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from grass_fx.config import SUBSPACE_DEFAULTS
 from grass_fx.errors import OptionError, warn
 from grass_fx.optim.base import SubspaceOptimizer
+from grass_fx.optim.options import REST
 from grass_fx.optim.probe import Entry, unhooked
 
 
@@ -145,3 +146,13 @@ def on_stand_ins(method: Callable[..., Any]) -> Callable[..., Any]:
         return self._call(lambda twin: method(twin, *args, **kwargs))
 
     return call
+
+
+def check_rest_scale(keeps_its_size: bool, kind: str) -> None:
+    """Raise OptionError if lr does not say how far the rows that are not selected should move."""
+    if not keeps_its_size:
+        raise OptionError(
+            f"subspace({kind}): its steps grow with gradients, so lr does not say how far signs "
+            f"should go. Give {REST}: then {REST} * lr is what an element moves in a step. Or "
+            'compile with rest="none".'
+        )

@@ -31,6 +31,9 @@ class Replicas(Protocol):
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sum each tensor over the processes; all tensors have one dtype and device."""
 
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, which have one shape and dtype, by rank."""
+
 
 class GroupReplicas:
     """The processes of ``group``, which train one model; torch's FSDP2 averages its gradients."""
@@ -51,6 +54,13 @@ class GroupReplicas:
             dist.all_reduce(flat, group=self.group)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, which have one shape and dtype, by rank."""
+        everyones = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        with self._explained():
+            dist.all_gather(everyones, tensor, group=self.group)
+        return everyones
 
     def agree(self, what: str, mine: Sequence[Any], remedy: str) -> None:
         """Raise DistributedError on every process unless all processes have the same values.

@@ -44,6 +44,8 @@ class SubspaceSpec:
     """The number of equal parts of sharded rows; equally many rows are selected in each part."""
     stack: int | None = None
     """The number of matrices in a stacked weight, each with r rows of its own; else None."""
+    rest: int = 0
+    """In every so many steps gradients have signs, for rows that are not selected; 0: never."""
 
     @classmethod
     def of(
@@ -52,7 +54,7 @@ class SubspaceSpec:
         """Return the subspace that ``config`` demands along a dimension of ``size``."""
         rank, block = config.rank_of(size), config.block
         schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
-        return cls(size, dim, side, rank, block, *schedule, stack=stack)
+        return cls(size, dim, side, rank, block, *schedule, stack=stack, rest=config.signs_every)
 
     @property
     def indices_shape(self) -> tuple[int, ...]:

@@ -111,6 +111,11 @@ class Subspace:
             return False
         return self._retry or self.at_period_end(self.step)
 
+    @property
+    def signs_due(self) -> bool:
+        """Whether this step's gradients must have signs, for the rows that are not selected."""
+        return self.spec.rest > 0 and self.step % self.spec.rest == 0
+
     def at_period_end(self, step: int) -> bool:
         if self.spec.refresh_every == math.inf:
             return step == 0

@@ -1,7 +1,5 @@
 """Grass as the equations say: full gradients, explicit projections, plain loops, no compiler.
-
-It is slow and short on purpose. It shares only random streams with the library (docs/method.md).
-"""
+It is slow and short on purpose. It shares only random streams with the library (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grass_fx.config import ON_REFRESH, SCALE, WARMUP_STEPS, GrassConfig
+from grass_fx.config import ON_REFRESH, REST_SCALE, SCALE, WARMUP_STEPS, GrassConfig
 from grass_fx.state.rules import stream
 from grass_fx.testing import rules
 from grass_fx.testing.weight import Weight
@@ -21,8 +19,7 @@ from grass_fx.testing.weight import Weight
 class Reference:
     """Trains ``model`` as if it were compiled with grass and stepped by grass_fx.AdamW.
 
-    ``taken`` maps parameter names to the selected tensor dimension. ``torch.optim.AdamW`` steps all
-    other parameters. ``weights`` holds C and s of the last step.
+    ``taken``: the selected dimension by parameter name. ``torch.optim.AdamW`` steps all others.
     """
 
     model: nn.Module
@@ -36,25 +33,24 @@ class Reference:
     warmup_steps: int = WARMUP_STEPS
     on_refresh: str = ON_REFRESH
     maximize: bool = False
+    rest_scale: float = REST_SCALE
 
     def __post_init__(self) -> None:
         self.t, self.weights = 0, dict[str, Weight]()
         for key, (name, p) in enumerate(self.model.named_parameters()):
             if name in self.taken:
-                dim = self.taken[name]
-                rank = self.config.rank_of(p.shape[dim])
+                rank = self.config.rank_of(p.shape[dim := self.taken[name]])
                 self.weights[name] = Weight(p, dim, key, rank, self.config.block)
                 self.refresh(self.weights[name], None)
         self.dense = [p for n, p in self.model.named_parameters() if n not in self.weights]
-        options = (self.lr, self.betas, self.eps, self.weight_decay)
-        up = self.maximize
-        self.adamw = torch.optim.AdamW(self.dense, *options, maximize=up) if self.dense else None
+        settings = {k: getattr(self, k) for k in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        self.adamw = torch.optim.AdamW(self.dense, **settings) if self.dense else None
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
         """Make one optimizer step on the sum of ``losses``, with one backward for each loss."""
         self.model.zero_grad()
         for weight in self.weights.values():
-            weight.compact = weight.scores = None
+            weight.compact = weight.scores = weight.signs = None
         for loss in losses:
             for weight in self.weights.values():
                 weight.w.grad = None
@@ -75,6 +71,7 @@ class Reference:
         g = weight.turned(weight.w.grad)
         c = weight.p().T @ g
         weight.compact = c if weight.compact is None else weight.compact + c
+        weight.signs = g.sign() if weight.signs is None else weight.signs + g.sign()
         due = weight.retry or self.t % self.config.refresh_every == 0
         if self.config.needs_scores and due and not weight.frozen:
             s = g.double().square().sum(1).float()
@@ -104,9 +101,12 @@ class Reference:
         weight.pending *= decay
         due = self.t % self.config.refresh_every == 0
         ends = weight.scores is not None if self.config.needs_scores else due
-        if ends or weight.pending < 1 - 2**-6:
+        signs = self.config.signs_every and (self.t - 1) % self.config.signs_every == 0
+        if ends or signs or weight.pending < 1 - 2**-6:
             w[rest] *= weight.pending
             weight.pending = 1.0
+        if signs:
+            weight.move_rest((-1 if self.maximize else 1) * self.lr * self.rest_scale)
 
     def finish(self, weight: Weight) -> None:
         """Refresh if a period ends; called between two steps, when ``t`` is already the next."""

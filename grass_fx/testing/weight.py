@@ -28,6 +28,8 @@ class Weight:
     compact: Tensor | None = None
     scores: Tensor | None = None
     pending: float = 1.0
+    signs: Tensor | None = None
+    """With rest="sign": over the losses of a step, the sum of the signs of G."""
 
     def turned(self, matrix: Tensor) -> Tensor:
         """``matrix``, or its transpose if ``dim`` is 1; turning twice gives the original."""
@@ -39,6 +41,14 @@ class Weight:
         for j, (row, rho) in enumerate(zip(self.rows, self.rho, strict=True)):
             p[row, j] = rho
         return p
+
+    def move_rest(self, rate: float) -> None:
+        """W[rest] ← W[rest] − rate · the sign of most gradients; not where they are all 0."""
+        assert self.signs is not None
+        w = self.turned(self.w)
+        for row in range(len(w)):
+            if row not in self.rows:
+                w[row] -= rate * self.signs[row].sign()
 
     def carry(
         self, rows: list[int], rho: list[float], age: list[int], old: list[Tensor], keep: bool

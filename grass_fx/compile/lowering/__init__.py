@@ -5,6 +5,8 @@
     add_rows.py           the optimizers' update of rows: gather, sum, round and scatter in one loop
     squared_norms.py      the scores of a scoring step
     mm_squared_norms.py.jinja  the Triton kernel that computes scores without a full gradient
+    signs.py              the signs of gradients, for rows that are not selected
+    mm_signs.py.jinja     the Triton kernel that makes them without a full gradient
 
 ``select`` becomes an ordinary indexing node, which Inductor may fuse with its input.
 """
@@ -21,8 +23,17 @@ from torch import Tensor
 from grass_fx import _torch_compat as compat
 from grass_fx.compile.lowering import selected_mm as rule
 from grass_fx.compile.lowering.add_rows import lower_add_rows
+from grass_fx.compile.lowering.signs import lower_mm_signs, lower_signs
 from grass_fx.compile.lowering.squared_norms import lower_mm_squared_norms, lower_squared_norms
-from grass_fx.ops import ADD_ROWS, MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
+from grass_fx.ops import (
+    ADD_ROWS,
+    MM_SIGNS,
+    MM_SQUARED_NORMS,
+    SELECT,
+    SELECTED_MM,
+    SIGNS,
+    SQUARED_NORMS,
+)  # fmt: skip
 from grass_fx.state.units import run_length
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -36,6 +47,8 @@ def register() -> None:
     compat.register_inductor_lowering(ADD_ROWS, lower_add_rows)
     compat.register_inductor_lowering(SQUARED_NORMS, lower_squared_norms)
     compat.register_inductor_lowering(MM_SQUARED_NORMS, lower_mm_squared_norms)
+    compat.register_inductor_lowering(SIGNS, lower_signs)
+    compat.register_inductor_lowering(MM_SIGNS, lower_mm_signs)
     compat.extern_kernel(gather_then_mm)  # code from the cache calls it by name
 
 

@@ -38,6 +38,8 @@ WIDE = Tile(64, 256, 3, 8)
 TALL = Tile(256, 64, 3, 8)
 SMALL = Tile(64, 64, 6, 4)
 TILES = (LARGE, WIDE, TALL, SMALL)
+SIGNING_TILE = LARGE
+"""For signs: as high as a block of ``grass_fx.ops.bits`` has rows, and whole words wide."""
 
 
 GATHER, TEMPLATE, MEASURED = "gather + mm", "triton template", "autotuned"

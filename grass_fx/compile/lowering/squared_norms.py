@@ -34,7 +34,7 @@ def lower_squared_norms(call: Any, g: Any, dim: int, scoring: str = "auto") -> A
 def lower_mm_squared_norms(call: Any, a: Any, b: Any, dim: int) -> Any:
     """Lower ``mm_squared_norms`` to the kernel on a GPU, and to torch's operator elsewhere."""
     dtype = a.get_dtype()
-    m, n = (_known_size(x, d) for x, d in ((a, 0), (b, 1)))
+    m, n = (known_size(x, d) for x, d in ((a, 0), (b, 1)))
     if a.get_device().type != "cuda" or dtype.itemsize > 4 or m is None or n is None:
         return compat.library_call(MM_SQUARED_NORMS, a, b, dim)
     inputs = compat.realized(a, b)
@@ -62,7 +62,7 @@ def _source() -> str:
     return Path(__file__).with_name("mm_squared_norms.py.jinja").read_text(encoding="utf-8")
 
 
-def _known_size(value: Any, dim: int) -> int | None:
+def known_size(value: Any, dim: int) -> int | None:
     """A size of an IR value; None if it depends on a symbol."""
     try:
         return int(value.get_size()[dim])

@@ -8,7 +8,8 @@ Two compact gradients with the same selection add up. With different selections:
     used by a step       another           the right one: a step has done what the left one is for
     another              another           a SelectionChangedError
 
-A dense gradient that is added to a compact one is projected. If autograd adds a compact gradient in
+A dense gradient that is added to a compact one is projected; if the compact one has signs, its
+signs count as one vote. If autograd adds a compact gradient in
 place to a dense one, which cannot change its type, it adds a dense tensor whose projection is the
 compact gradient.
 """
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from grass_fx.errors import CompactGradError, SelectionChangedError, warn
+from grass_fx.ops import signs
 from grass_fx.state.gradient.compact import CompactGrad, Used, bare, handles, times
 from grass_fx.state.gradient.copies import copied
+from grass_fx.state.gradient.votes import Votes
 
 aten = torch.ops.aten
 
@@ -95,6 +98,9 @@ def _add_dense(grad: CompactGrad, dense: Tensor, alpha: Any) -> CompactGrad:
     """C += PᵀG."""
     cell = grad._cell
     cell.compact.add_(cell.selection.project(dense), alpha=alpha)
+    if cell.votes is not None:
+        own = Votes((signs(dense.reshape(-1, dense.shape[-1]), cell.selection.dim),)).times(alpha)
+        cell.votes = cell.votes.plus(own)
     cell.zeroed, cell.local, cell.projected = False, True, True
     return grad
 
@@ -109,6 +115,8 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
         more = times(right.scores, alpha)
         if more is not None:
             left.scores = more if left.scores is None else left.scores + more
+        if (votes := right.votes and right.votes.times(alpha)) is not None:
+            left.votes = votes if left.votes is None else left.votes.plus(votes)
         # A zeroed gradient counts as neither local nor averaged.
         left.local = (left.local and not left.zeroed) or (right.local and not right.zeroed)
         left.projected = left.projected or right.projected
@@ -128,7 +136,7 @@ def _add_compact(grad: CompactGrad, other: CompactGrad, alpha: Any) -> CompactGr
         )
     left.compact = (right.compact * alpha).to(grad.dtype)
     left.scores, left.selection = times(right.scores, alpha), right.selection
-    left.owner = right.owner
+    left.owner, left.votes = right.owner, right.votes and right.votes.times(alpha)
     left.zeroed, left.local, left.projected = right.zeroed, right.local, right.projected
     left.used = None
     return grad

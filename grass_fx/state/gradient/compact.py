@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grass_fx.errors import CompactGradError
+from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.selection import Selection
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -73,10 +74,11 @@ class Cell:
     projected: bool = False
     owner: Owner | None = None
     used: Used | None = None
+    votes: Votes | None = None
 
     def empty(self) -> None:
         """Mark the gradient as zeros that belong to no selection, process or step in particular."""
-        self.scores, self.used = None, None
+        self.scores = self.used = self.votes = None
         self.zeroed, self.projected = True, False
 
 
@@ -95,6 +97,7 @@ class CompactGrad(Tensor):
         owner: the Subspace whose step ends when an optimizer steps with this gradient, on whichever
             parameter it is; None if that has been deleted.
         used: an optimizer has stepped with it.
+        votes: with ``rest="sign"`` the signs of the gradient of the whole weight, else None.
     """
 
     _cell: Cell
@@ -110,9 +113,11 @@ class CompactGrad(Tensor):
         local: bool = True,
         projected: bool = False,
         owner: Any = None,
+        votes: Votes | None = None,
     ) -> CompactGrad:
         by = None if owner is None else owner.owner
-        return wrap(Cell(compact, selection, scores, zeroed, local, projected, by), shape)
+        cell = Cell(compact, selection, scores, zeroed, local, projected, by, None, votes)
+        return wrap(cell, shape)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -127,6 +132,10 @@ class CompactGrad(Tensor):
     @property
     def scores(self) -> Tensor | None:
         return self._cell.scores
+
+    @property
+    def votes(self) -> Votes | None:
+        return self._cell.votes
 
     @property
     def zeroed(self) -> bool:
@@ -151,6 +160,10 @@ class CompactGrad(Tensor):
     def mark_used(self, by: Used) -> None:
         """Note that an optimizer has stepped with it: zero it before the next backward."""
         self._cell.used = by
+
+    def vote(self, votes: Votes) -> None:
+        """Replace its votes by those of all processes."""
+        self._cell.votes = votes
 
     def mark_averaged(self) -> None:
         """Note that it now holds the average over all processes."""
@@ -186,8 +199,8 @@ class CompactGrad(Tensor):
         ]
         if self.device.type != "cpu":
             parts.append(f"device='{self.device}'")
-        if self.scores is not None:
-            parts.append("with scores")
+        parts += ["with scores"] if self.scores is not None else []
+        parts += ["with signs"] if self.votes is not None else []
         return f"CompactGrad({', '.join(parts)})"
 
     __format__ = object.__format__
@@ -212,7 +225,9 @@ class CompactGrad(Tensor):
         s, c = self.selection, self._cell
         state = (c.compact, s.indices, s.scale, s.dim, s.generation, s.name)
         marks = (c.zeroed, c.local, c.projected)
-        return _rebuild, (*state, tuple(self.shape), c.scores, *marks, s.draw)
+        v = Votes(()) if c.votes is None else c.votes
+        votes = v.planes, v.factor, v.most, v.common
+        return _rebuild, (*state, tuple(self.shape), c.scores, *marks, s.draw, *votes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactGrad:
         # The copy belongs to a copy of the weight, which gets a subspace of its own.
@@ -325,9 +340,14 @@ def _rebuild(
     local: bool = True,
     projected: bool = False,
     draw: int = 0,
+    planes: tuple[Tensor, ...] = (),
+    factor: Tensor | float = 1.0,
+    most: int = 1,
+    common: bool = False,
 ) -> CompactGrad:
     selection = Selection(indices, scale, dim, generation, name, draw)
-    return CompactGrad(compact, selection, shape, scores, zeroed, local, projected)
+    votes = Votes(planes, factor, most, common) if planes else None
+    return CompactGrad(compact, selection, shape, scores, zeroed, local, projected, votes=votes)
 
 
 torch.serialization.add_safe_globals([CompactGrad, _rebuild])

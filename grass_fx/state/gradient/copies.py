@@ -42,7 +42,8 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     grad = args[0]
     compact = func(grad.compact, **kwargs)
     scores = None if grad.scores is None else grad.scores.to(compact.device)
-    return grad.derived(compact, scores, selection=grad.selection.to(compact.device))
+    votes = grad.votes and grad.votes.to(compact.device)
+    return grad.derived(compact, scores, selection=grad.selection.to(compact.device), votes=votes)
 
 
 @handles(aten._pin_memory)
@@ -106,6 +107,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     cell, other = into._cell, source._cell
     cell.compact = other.compact.to(into.device, into.dtype, copy=True)
     cell.scores = None if other.scores is None else other.scores.to(into.device, copy=True)
+    cell.votes = other.votes and other.votes.to(into.device)
     cell.selection, cell.owner = other.selection.to(into.device), other.owner
     cell.zeroed, cell.local, cell.projected = other.zeroed, other.local, other.projected
     cell.used = None

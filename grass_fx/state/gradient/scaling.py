@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from grass_fx.errors import CompactGradError
 from grass_fx.ops import select
 from grass_fx.state.gradient.compact import CompactGrad, bare, handles, is_factor, times
 
@@ -26,7 +27,8 @@ def _scale(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(factor, Tensor) and factor.numel() != 1:
         return grad.derived(func(*_in_order(args, grad, factor)), grad.scores)
-    return grad.derived(func(*bare(args)), times(grad.scores, factor, power))
+    votes = grad.votes and grad.votes.times(factor)
+    return grad.derived(func(*bare(args)), times(grad.scores, factor, power), votes=votes)
 
 
 @handles(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.neg_)
@@ -39,6 +41,7 @@ def _scale_(func: Any, args: Any, kwargs: Any) -> Any:
         return grad
     func(*bare(args))
     grad._cell.scores = times(grad.scores, factor, power)
+    grad._cell.votes = grad.votes and grad.votes.times(factor)
     return grad
 
 
@@ -55,7 +58,20 @@ def _factor(func: Any, args: Any) -> tuple[CompactGrad | None, Any, int]:
         return None, None, 0
     if is_factor(factor):
         return grad, factor, -1 if divides else 1
-    return (grad, masked, 1) if (masked := rows_of(factor, grad)) is not None else (None, None, 0)
+    if (masked := rows_of(factor, grad)) is None:
+        return None, None, 0
+    _check_mask(grad)
+    return grad, masked, 1
+
+
+def _check_mask(grad: CompactGrad) -> None:
+    """Raise CompactGradError if a mask would leave the steps by signs as they are."""
+    if grad.votes is not None:
+        raise CompactGradError(
+            f'{grad.selection.name}: with rest="sign" a mask would reach the selected rows of the '
+            "gradient alone, and all others would still move by their signs. Compile with "
+            'rest="none", or keep a copy of what is not to move and put it back after the step.'
+        )
 
 
 def rows_of(other: Any, grad: CompactGrad) -> Tensor | None:
@@ -98,7 +114,10 @@ def _masked_fill_(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _filled(grad: Any, mask: Any, value: Any) -> Tensor | None:
     """The mask at C's places; None unless a gradient is filled, and with zeros."""
-    return rows_of(mask, grad) if isinstance(grad, CompactGrad) and value == 0 else None
+    if not isinstance(grad, CompactGrad) or value != 0:
+        return None
+    _check_mask(grad)
+    return rows_of(mask, grad)
 
 
 @handles(aten.clamp, aten.clamp_min.default, aten.clamp_max.default)

@@ -2,16 +2,19 @@
 
 In the notation of docs/method.md: ``select`` computes PᵀG from a full G, and ``selected_mm``
 computes the same numbers from the two factors of G, without G. ``squared_norms`` computes the
-scores from a full G, and ``mm_squared_norms`` from its factors. None is differentiable, because
-they occur only in backward graphs.
+scores from a full G, and ``mm_squared_norms`` from its factors; ``signs`` and ``mm_signs`` do the
+same for the signs. None is differentiable, because they occur only in backward graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from grass_fx.ops.bits import pack, packed_shape, put_signs, rows_of_block
 
 torch.library.define(
     "grass::select", "(Tensor g, Tensor indices, Tensor? scale, int dim, int block=1) -> Tensor"
@@ -22,9 +25,17 @@ torch.library.define(
 )
 torch.library.define("grass::squared_norms", "(Tensor g, int dim, str scoring='auto') -> Tensor")
 torch.library.define("grass::mm_squared_norms", "(Tensor a, Tensor b, int dim) -> Tensor")
+torch.library.define("grass::signs", "(Tensor g, int dim=1) -> Tensor")
+torch.library.define(
+    "grass::mm_signs",
+    "(Tensor a, Tensor b, Tensor indices, Tensor? scale, int dim, int block=1) -> (Tensor, Tensor)",
+)
 
 PART = 1 << 18
 """How many elements of G ``mm_squared_norms`` holds at a time outside its GPU kernel."""
+
+SIGNS_PART = 1 << 20
+"""The same for ``mm_signs``, in every step: smaller products would be slower."""
 
 
 def along(values: Tensor, dim: int, ndim: int) -> Tensor:
@@ -103,10 +114,49 @@ def mm_squared_norms(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return torch.cat(parts)
 
 
+def signs(g: Tensor, dim: int = 1) -> Tensor:
+    """The signs of a full G, (m, n), as packed bits (``grass_fx.ops.bits``), if columns are
+    selected (``dim`` 1), else those of Gᵀ.
+    """
+    return pack(g if dim == 1 else g.t())
+
+
+def mm_signs(
+    a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``select(a @ b, ...)`` and ``signs(a @ b)``, with only a part of the product in memory.
+
+    ``a``: (m, b), ``b``: (b, n); the others as for :func:`select`, (r,). On a CPU both are taken
+    from one product, some rows of G at a time (columns, for ``dim`` 0).
+    """
+    if dim == 0:
+        compact, bits = mm_signs(b.t(), a.t(), indices, scale, 1, block)
+        return compact.t().contiguous(), bits
+    m, n = a.shape[0], b.shape[1]
+    words = torch.zeros(packed_shape(m, n), dtype=torch.int32, device=a.device)
+    height = rows_of_block(m)
+    blocks = -(-m // max(1, height))
+    most = max(1, min(SIGNS_PART // max(1, n * height), -(-blocks // 2)))  # never all of G
+    step = -(-blocks // max(1, -(-blocks // most))) * height  # parts of about one size
+    parts = []
+    for start in range(0, m, max(1, step)):
+        part = a[start : start + step] @ b
+        put_signs(words, start // height, part)
+        parts.append(part.index_select(1, indices))
+    compact = torch.cat(parts) if parts else a.new_empty(_compact_shape(m, n, indices, dim))
+    return _scaled(compact, scale, dim), words.view(torch.float32)
+
+
+def _compact_shape(m: Any, n: Any, indices: Tensor, dim: int) -> tuple[Any, Any]:
+    return (indices.shape[0], n) if dim == 0 else (m, indices.shape[0])
+
+
 torch.library.impl("grass::select", "CompositeExplicitAutograd", func=select)
 torch.library.impl("grass::selected_mm", "CompositeExplicitAutograd", func=selected_mm)
 torch.library.impl("grass::squared_norms", "CompositeExplicitAutograd", func=squared_norms)
 torch.library.impl("grass::mm_squared_norms", "CompositeExplicitAutograd", func=mm_squared_norms)
+torch.library.impl("grass::signs", "CompositeExplicitAutograd", func=signs)
+torch.library.impl("grass::mm_signs", "CompositeExplicitAutograd", func=mm_signs)
 
 
 def _fake_select(
@@ -136,15 +186,33 @@ def _fake_mm_squared_norms(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return a.new_empty((a.shape[0] if dim == 0 else b.shape[1],), dtype=torch.float32)
 
 
+def _fake_signs(g: Tensor, dim: int = 1) -> Tensor:
+    m, n = g.shape if dim == 1 else reversed(g.shape)
+    return g.new_empty(packed_shape(m, n), dtype=torch.float32)
+
+
+def _fake_mm_signs(
+    a: Tensor, b: Tensor, indices: Tensor, scale: Tensor | None, dim: int, block: int = 1
+) -> tuple[Tensor, Tensor]:
+    m, n = a.shape[0], b.shape[1]
+    shape = packed_shape(m, n) if dim == 1 else packed_shape(n, m)
+    words = a.new_empty(shape, dtype=torch.float32)
+    return a.new_empty(_compact_shape(m, n, indices, dim)), words
+
+
 torch.library.register_fake("grass::select", _fake_select)
 torch.library.register_fake("grass::selected_mm", _fake_selected_mm)
 torch.library.register_fake("grass::squared_norms", _fake_squared_norms)
 torch.library.register_fake("grass::mm_squared_norms", _fake_mm_squared_norms)
+torch.library.register_fake("grass::signs", _fake_signs)
+torch.library.register_fake("grass::mm_signs", _fake_mm_signs)
 
 SELECT = torch.ops.grass.select.default
 SELECTED_MM = torch.ops.grass.selected_mm.default
 SQUARED_NORMS = torch.ops.grass.squared_norms.default
 MM_SQUARED_NORMS = torch.ops.grass.mm_squared_norms.default
+SIGNS = torch.ops.grass.signs.default
+MM_SIGNS = torch.ops.grass.mm_signs.default
 
 # --- the optimizers' operator ---------------------------------------------------------------------
 

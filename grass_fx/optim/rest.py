@@ -1,0 +1,82 @@
+"""Moves the rows that are not selected, by the signs of their gradients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_fx.ops import DROPPED, PART
+from grass_fx.optim import compiled
+from grass_fx.optim.rounding import round_stochastically
+from grass_fx.state.gradient import CompactGrad
+from grass_fx.state.gradient.votes import Votes
+
+
+def rest_passes(
+    w: Tensor,
+    grad: CompactGrad,
+    rate: float,
+    factor: float,
+    seed: Tensor,
+    compile: bool | None = False,
+) -> Iterator[Callable[[], Any]]:
+    """W = ``factor`` · W − ``rate`` · sign(G), W (m, n), but for the rows that ``grad`` selects.
+
+    Where as many gradients were above 0 as below, nothing moves, nor where all of C says that there
+    was no gradient: in a row of W of which C is 0 (if rows are selected: of Wᵀ). Yields
+    functions that do it part by part, each of which changes nothing if it fails. A W of 16 bits is
+    rounded stochastically, always: to nearest, most of these steps would be lost. ``seed``: of the
+    noise. ``compile``: as :class:`~grass_fx.AdamW`'s.
+    """
+    assert grad.votes is not None
+    w = w if grad.selection.dim == 1 else w.t()  # below, columns are selected
+    selected = grad.selection.indices
+    dtype = w.dtype if w.dtype not in DROPPED else torch.float32
+    factors, rates = (
+        torch.full((w.shape[1],), value, dtype=dtype, device=w.device) for value in (factor, -rate)
+    )
+    factors.index_fill_(0, selected, 1)
+    rates.index_fill_(0, selected, 0)
+    factors, rates = factors.unsqueeze(0), rates.unsqueeze(0)
+    live = live_rows(grad)
+    if compiled.compiles(compile, w.device):
+        direction = torch.as_tensor(grad.votes.factor, device=w.device).sign().to(dtype)
+        tensors = w, factors, rates * direction, live, seed, grad.votes.planes
+        yield partial(compiled.move_rest_, *tensors)
+        return
+    for part in grad.votes.parts(max(1, PART // max(1, w.shape[1]))):
+        yield partial(_move_part, w, part, grad.votes, factors, rates, live, seed)
+
+
+def live_rows(grad: CompactGrad) -> Tensor:
+    """Return where C is not 0: (m, 1) if columns of W are selected, (n, 1) for rows, (n, e) for
+    those of a stack.
+    """
+    some = grad.compact != 0
+    if grad.compact.dim() == 3:
+        return some.any(1).t()
+    return some.any(grad.selection.dim).unsqueeze(1)
+
+
+def _move_part(
+    w: Tensor,
+    part: slice,
+    votes: Votes,
+    factors: Tensor,
+    rates: Tensor,
+    live: Tensor,
+    seed: Tensor,
+) -> None:
+    m, n = w.shape
+    part = slice(part.start, min(part.stop, m))
+    change = votes.majority(part, m, n, factors.dtype)
+    change.unflatten(1, (live.shape[1], -1)).mul_(live[part].unsqueeze(2))
+    old = w[part]
+    new = change.mul_(rates).addcmul_(old.to(factors.dtype), factors)
+    if w.dtype in DROPPED:
+        new = round_stochastically(new, seed, w.dtype, part.start)
+    old.copy_(new)

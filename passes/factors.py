@@ -1,0 +1,51 @@
+"""Finds the two factors of a weight gradient, for operators that need all of it but not at once."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from grass_fx.ops import SELECT, SIGNS
+from grass_fx.passes.push_rules import CONVERSIONS, COPIES, RESHAPES, dim_below_reshape
+
+aten = torch.ops.aten
+
+SHARING = (SELECT, SIGNS)
+"""What may use a gradient besides, since passes of its own move it to the factors."""
+
+
+def product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """The factors of G, and what ``dim`` is in their product; None if G is no plain product, or
+    if others than ``user`` and the operators of ``SHARING`` use it, so that it is formed anyway.
+    """
+    while g.op == "call_function" and all(u is user or u.target in SHARING for u in g.users):
+        args = cast("tuple[Any, ...]", g.args)
+        if g.target is aten.mm.default:
+            return args[0], args[1], dim
+        if g.target is aten.bmm.default and g.meta["val"].shape[0] == 1 and dim > 0:
+            return args[0], args[1], dim - 1
+        if g.target is aten.permute.default:
+            dim = args[1][dim]
+        elif g.target is aten.t.default:
+            dim = 1 - dim
+        elif g.target in RESHAPES:
+            below = dim_below_reshape(args[0].meta["val"].shape, g.meta["val"].shape, dim)
+            if below is None:
+                return None
+            dim = below
+        elif g.target not in (*CONVERSIONS, *COPIES):
+            return None
+        g, user = args[0], g
+    return None
+
+
+def matrix_of(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """A factor as a matrix, without the batch dimension of size 1 that einsum adds."""
+    value = x.meta["val"]
+    if value.dim() == 2:
+        return x
+    matrix = graph.call_function(aten.squeeze.dim, (x, 0))
+    matrix.meta["val"] = value.squeeze(0)
+    return matrix
