@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass_fx.config import RULES, SCORINGS, SIDES, GrassConfig
+from grass_fx.config import RESTS, RULES, SCORINGS, SIDES, GrassConfig
 from grass_fx.errors import GrassError, OptionError
 from grass_fx.inspect.cost import LLAMA, MOMENTS
 from grass_fx.inspect.explain import explain
@@ -37,17 +37,23 @@ def _dtype(text: str) -> torch.dtype:
     return dtype
 
 
+CHOSEN = ("selection", "scoring", "block", "side", "rest", "rest_every", "exclude")
+"""Options of the backend that both commands take."""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add options of the backend, with its defaults."""
 
     def add(name: str, text: str, **settings: Any) -> None:
-        default = getattr(DEFAULTS, name)
+        default = getattr(DEFAULTS, name.replace("-", "_"))
         parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **settings)
 
     add("selection", "the rule", choices=[*RULES])
     add("scoring", "of rules that look at norms", choices=SCORINGS)
     add("block", "how many are selected together", type=int)
     add("side", "which features are selected", choices=SIDES)
+    add("rest", "what becomes of all others", choices=RESTS)
+    add("rest-every", "with --rest sign: in every so many steps", type=int)
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN",
         help="weights that stay dense")  # fmt: skip
 
@@ -72,8 +78,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    chosen = ("selection", "scoring", "block", "side", "exclude")
-    options = {name: getattr(args, name) for name in chosen}
+    options = {name: getattr(args, name) for name in CHOSEN}
     found = plan(
         args.shape,
         args.memory,
@@ -128,8 +133,7 @@ def _explain(args: argparse.Namespace) -> int:
             inputs = [_input(text) for text in args.inputs]
         elif inputs is None:
             inputs = [_input_for(model)]
-    names = ("rank", "refresh_every", "selection", "scoring", "block", "side", "exclude")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ("rank", "refresh_every", *CHOSEN)}
     named = inputs if isinstance(inputs, Mapping) else {}
     several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
     report = explain(model, *several, **named, options=options, dynamic=args.dynamic or None)

@@ -1,6 +1,7 @@
 """The cost model against counted FLOPs and real bytes, and plans against their own arithmetic."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_the_flops_of_a_linear_layer_are_those_counted():
     of = LinearCost(m=32, n=48, r=8, b=20)
     assert counted(lambda: layer(x)) == of.forward_flops
     assert counted(lambda: layer(x).sum().backward()) == of.full_step_flops
+
+
+@pytest.mark.parametrize("shape", [(5461, 2048), (2048, 5461), (7, 33), (3, 128, 64), (3, 130, 40)])
+def test_signs_have_the_bytes_of_their_words(shape):
+    *stack, m, n = shape
+    weight = LinearCost(m, n, 1, signs_every=1, matrices=math.prod(stack))
+    assert weight.sign_bytes == ops.pack(torch.randn(math.prod(stack) * m, n)).nbytes
+    assert LinearCost(m, n, 1).sign_bytes == 0
+    if m % 128 == n % 32 == 0:
+        formula = LinearCost(signs_every=1).sign_bytes
+        assert weight.sign_bytes == math.prod(stack) * formula.subs({"m": m, "n": n})
 
 
 @pytest.mark.parametrize("side", ["out", "in"])

@@ -7,10 +7,13 @@ over a model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
+
+from grass_fx.ops.bits import packed_shape
 
 b, m, n, r, K, e, p = sympy.symbols("b m n r K e p")
 """Tokens, output features, input features, rank, steps between refreshes, bytes per number, and
@@ -60,6 +63,8 @@ class LinearCost:
     """Number of processes in an all-reduce."""
     matrices: int = 1
     """E for a stack (E, m, n); b is then the number of tokens for each matrix."""
+    signs_every: int = 0
+    """In every so many steps the backward yields the signs of G (``rest="sign"``); 0: never."""
 
     @property
     def selected(self) -> Any:
@@ -123,8 +128,14 @@ class LinearCost:
 
     @property
     def step_flops(self) -> Any:
-        """The three products, scoring averaged over K steps; (2 + r/n) · 2bmn without scores."""
+        """The three products, scoring averaged over K steps; (2 + r/n) · 2bmn without scores.
+
+        With signs 6bmn, averaged likewise. A GPU computes C beside them, 2brm more.
+        """
         products = self.forward_flops + self.input_gradient_flops + self.compact_gradient_flops
+        if self.signs_every:  # C comes from the same product
+            more = self.full_gradient_flops - self.compact_gradient_flops
+            products += more / self.signs_every
         return products + self.refresh_flops if self.scoring else products
 
     # --- traffic ----------------------------------------------------------------------------------
@@ -186,6 +197,11 @@ class LinearCost:
         """
         return self._ring(self.gradient_bytes)
 
+    @property
+    def votes_bytes(self) -> Any:
+        """Bytes each process sends of its signs to all others, once in a step: p − 1 times."""
+        return (self.ranks - 1) * self.sign_bytes
+
     def _ring(self, size: Any) -> Any:
         return 2 * (self.ranks - 1) * size / self.ranks
 
@@ -210,6 +226,17 @@ class LinearCost:
     def gradient_bytes(self) -> Any:
         """C in weight.grad: rm numbers ("What follows from the equations")."""
         return self.compact_size * self.itemsize
+
+    @property
+    def sign_bytes(self) -> Any:
+        """The signs of G in weight.grad: a bit for each element, and n bits more for 128 rows."""
+        if not self.signs_every:
+            return 0
+        rows = self.n if self.side == "out" else self.m
+        columns = self.matrices * self.selected
+        if isinstance(rows, int) and isinstance(columns, int):
+            return 4 * math.prod(packed_shape(rows, columns))
+        return rows * columns * sympy.Rational(129, 1024)
 
     @property
     def state_bytes(self) -> Any:

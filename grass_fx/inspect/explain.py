@@ -220,7 +220,7 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
     spec, stack = found.taken.spec, found.taken.spec.stack or 1
     compact = replace(
         full, m=count // (stack * spec.size), n=spec.size, r=spec.rank, matrices=stack,
-        replacement=spec.replacement,
+        replacement=spec.replacement, signs_every=spec.rest,
     )  # fmt: skip
     taken = next(traced for traced in found.traced if traced.taken is not None)
     return replace(
@@ -232,9 +232,9 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
         pictures=taken.pictures,
         after=replace(
             after,
-            gradient=compact.gradient_bytes,
+            gradient=compact.gradient_bytes + compact.sign_bytes,
             state=compact.state_bytes,
-            all_reduce=int(compact.all_reduce_bytes),
+            all_reduce=int(compact.all_reduce_bytes + compact.votes_bytes),
         ),
     )
 

@@ -162,6 +162,7 @@ class _Parameter:
         return LinearCost(
             rows, columns, rows if side == "out" else columns, 0, config.scoring_period,
             self.itemsize, side, scoring, config.replacement, moments, matrices=math.prod(stack),
+            signs_every=config.signs_every,
         )  # fmt: skip
 
     @property
@@ -210,7 +211,7 @@ def _measure(
 ) -> tuple[dict[str, int], dict[str, LinearCost]]:
     """The bytes of each part, without buffers and activations, and the taken weights' costs."""
     taken: dict[str, LinearCost] = {}
-    compact, dense = 0, 0
+    compact, dense, signs = 0, 0, 0
     together: Counter[str] = Counter()
     compact_state = dense_state = inputs = weights = 0
     for p in parameters:
@@ -220,7 +221,8 @@ def _measure(
         if p.candidate and rank <= cost.selected:
             cost = taken[p.name] = replace(cost, r=rank)
             compact += cost.gradient_bytes
-            together[_layer(p.name)] += cost.gradient_bytes
+            together[_layer(p.name)] += cost.gradient_bytes + cost.sign_bytes
+            signs += cost.sign_bytes
             compact_state += cost.state_bytes
             inputs += cost.graph_input_bytes
         elif p.trains:
@@ -231,6 +233,8 @@ def _measure(
         gradients = {"gradients of a layer": max(together.values(), default=0)}
     else:
         gradients = {"compact gradients": compact, "dense gradients": dense}
+        if config.signs_every:
+            gradients["signs"] = signs
     parts = {
         "weights": weights,
         **gradients,

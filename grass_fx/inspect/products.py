@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from grass_fx import _torch_compat as compat
 from grass_fx.inspect.sizes import size_expression
-from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.ops import MM_SIGNS, SELECT, SELECTED_MM
 from grass_fx.passes.push import SPLITS
 from grass_fx.passes.push_rules import CONVERSIONS, RESHAPES
 from grass_fx.passes.push_rules import COPIES as SAME
@@ -30,7 +30,7 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2), aten._grouped_mm.default: (0, 1), SELECTED_MM: (0, 1),
-    aten.mul.Tensor: (0, 1),
+    aten.mul.Tensor: (0, 1), MM_SIGNS: (0, 1),
 }  # fmt: skip
 VIEWS = {
     *RESHAPES, *SPLITS, aten.permute.default, aten.t.default, aten.transpose.int,
@@ -68,7 +68,10 @@ class Product:
     @property
     def flops(self) -> Any:
         """FLOPs; a multiplication and its addition count as two."""
-        a, _ = self.factors
+        a, b = self.factors
+        if self.node.target == MM_SIGNS:  # a GPU computes C beside the signs
+            beside = _numel(self.output[0].shape) if a.device.type == "cuda" else 0
+            return self._of(2 * _numel([a.shape[1]]) * (_numel([a.shape[0], b.shape[1]]) + beside))
         # In a grouped product (m, b) x (b, n), each token takes part in only one of the products.
         grouped = self.node.target == aten._grouped_mm.default and self.output.dim() == 3
         sizes = self.output.shape[1:] if grouped else self.output.shape
@@ -87,11 +90,12 @@ class Product:
             dim = cast(int, self.node.args[4])
             kept, other = self.output.shape[dim], (a, b)[dim].shape[1 - dim]
             sizes[dim] = _numel((kept, other)) * a.element_size()
-        return self._of(sum(sizes) + _nbytes(self.output))
+        written = self.output if isinstance(self.output, tuple) else (self.output,)
+        return self._of(sum(sizes) + sum(map(_nbytes, written)))
 
     @property
     def output(self) -> Any:
-        """The result, as a fake tensor."""
+        """The result, as a fake tensor; C and the signs of a product that yields both."""
         return self.node.meta["val"]
 
     @property
@@ -192,6 +196,9 @@ def _makers(
 
     Every node on the way is added to ``path``.
     """
+    if node.target is operator.getitem and is_product(node.all_input_nodes[0]):
+        path[node] = None
+        node = node.all_input_nodes[0]  # a product with two results
     if is_product(node):
         path[node] = None
         yield Product(node, share)

@@ -18,15 +18,16 @@ from grass_fx.inspect.excerpts import draw
 from grass_fx.inspect.findings import Cost, GraphNode
 from grass_fx.inspect.products import Product, WeightProducts, weight_products
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
-from grass_fx.ops import SELECTED_MM
+from grass_fx.ops import MM_SIGNS, SELECTED_MM
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.pipeline import AOT, Event, GrassPasses, tapped
 from grass_fx.passes.push_norms import wants_tiles
-from grass_fx.passes.signature import REGULAR, LinearWeight, Signature
+from grass_fx.passes.signature import LinearWeight, Signature, Variant
 
 FIRST_ALL = "mm, then gather"
+BOTH = "tiles, with signs"
 UNREACHED = "no gradient reaches it in this graph"
 ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
 
@@ -83,7 +84,7 @@ class TracedGraph:
 def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> TracedGraph | None:
     """Trace a graph at full rank and as rewritten; None if it is no training graph.
 
-    Only the regular variant is traced. The costs of scoring are computed from it.
+    Only one variant is traced, without scores. The costs of scoring are computed from it.
     """
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
@@ -96,7 +97,8 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
     signature = Signature(found.taken, len(inputs), config.needs_scores)
-    taps, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
+    variant = Variant(signing=config.signs_every > 1)  # which holds the most
+    taps, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
     tracer = _Tracer(config, found, signature, inputs)
     passes = GrassPasses(JointFacts.of(config), [tracer])
     compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
@@ -183,6 +185,8 @@ class _Tracer:
 
     def _way(self, product: Product) -> str:
         """How the backend computes a product of the weight gradient."""
+        if product.node.target == MM_SIGNS:
+            return BOTH
         if product.node.target != SELECTED_MM:
             return GATHER
         dim = cast("int", product.node.args[4])
@@ -212,10 +216,19 @@ class _Tracer:
                     traced.kernel = FIRST_ALL
                 elif after.ways:
                     traced.kernel = ", ".join(after.ways)
+                if self.config.signs_every > 1:
+                    self._average_signs(traced, weight)
                 if self.config.needs_scores:
                     self._add_scoring(traced, value)
             answer[place] = traced
         return answer
+
+    def _average_signs(self, traced: TracedWeight, weight: LinearWeight) -> None:
+        """Average FLOPs over the steps, of which one in ``rest_every`` makes the full product."""
+        compact = traced.before.weight_gradient_flops * weight.spec.rank / weight.spec.size
+        with_signs, every = traced.after.weight_gradient_flops, self.config.signs_every
+        mean = compact + (with_signs - compact) / every
+        traced.after = replace(traced.after, weight_gradient_flops=mean)
 
     def _add_scoring(self, traced: TracedWeight, weight: Tensor) -> None:
         """Add scoring: one step in K forms the full gradient, or C and tiles of the full one."""
