@@ -82,6 +82,10 @@ PLAN = (
         "step-1b-quarter", 60, "regular 0.86", f"{LAYERS_1B} --rank 0.25",
     ),
     Measurement(
+        "step-1b-signs", 60, "signs 1.02 to 1.06 of full rank's step",
+        f"{LAYERS_1B} --variants full regular signs",
+    ),
+    Measurement(
         "step-1b-graphs", 60, "regular 0.81, scoring 1.05 to 1.08",
         f"{LAYERS_1B} --mode reduce-overhead --variants full regular scoring eager",
     ),

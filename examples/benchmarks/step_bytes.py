@@ -9,7 +9,8 @@ H100 that is not there. Each load and store in its code is counted: of C, both m
 belongs to a column, the whole tensor once; of W, the sectors of 32 bytes in which the columns of a
 drawn selection lie, in every row. Unlike in a measurement, caches hold nothing but a sector that is
 in use. `before` is a step that multiplies the whole W by 1 - lr * decay beside that kernel, as
-grass_fx.AdamW did before `pending_decay`. Needs triton.
+grass_fx.AdamW did before `pending_decay`. `signs` is what rest="sign" adds: a kernel that moves
+all other columns. Needs triton.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from environment import as_line, environment
 
 from grass_fx import _torch_compat as compat
 from grass_fx.config import GrassConfig
+from grass_fx.ops.bits import packed_shape
 from grass_fx.optim import compiled
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
@@ -66,19 +68,38 @@ def count(rows: compiled.Rows) -> Counter[str]:
     function = compiled.update_function([rows.key[:2]], True)
     layouts = compiled.layouts([rows.key], torch.float32, True)
     patches = compat.combined_kernels(compiled.TOGETHER)
-    module = generate_in_place(function, layouts, patches)
-    if module.buffers or module.extern_calls or len(module.kernels) != 1:
-        raise AssertionError("the step is more than one kernel")
-    sizes = {f"arg{k}_1": shape.numel() * dtype.itemsize for k, (shape, _, dtype, _) in
-             enumerate(layouts)}  # fmt: skip
+    code, sizes = one_kernel(function, layouts, patches)
     found: Counter[str] = Counter()
-    for kind, name, index in accesses(module.code):
+    for kind, name, index in accesses(code):
         if name == "arg0_1":
             touched = (rows.indices * rows.w.itemsize // SECTOR).unique().numel()
             found[f"W, {kind}"] += touched * SECTOR * rows.w.shape[0]
         elif not index.isdigit():  # one number for all
             found["C and moments"] += sizes[name]
     return found
+
+
+def one_kernel(function, layouts, patches) -> tuple[str, dict[str, int]]:
+    """The generated code, and the bytes of each of its inputs."""
+    module = generate_in_place(function, layouts, patches)
+    if module.buffers or module.extern_calls or len(module.kernels) != 1:
+        raise AssertionError("the step is more than one kernel")
+    return module.code, {
+        f"arg{k}_1": shape.numel() * dtype.itemsize
+        for k, (shape, _, dtype, _) in enumerate(layouts)
+    }
+
+
+def count_signs(m: int, n: int) -> int:
+    """The bytes by which all columns move that are not selected: W twice, and one bit each."""
+    kinds = [((m, n), torch.bfloat16), *[((1, n), torch.float32)] * 2, ((m, 1), torch.bool)]
+    kinds += [((2,), torch.int32), (packed_shape(m, n), torch.float32)]
+    layouts = [
+        (torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype, torch.device("cpu"))
+        for shape, dtype in kinds
+    ]
+    code, sizes = one_kernel(compiled.move_rest, layouts, {})
+    return sum(sizes[name] for _, name in {(kind, name) for kind, name, _ in accesses(code)})
 
 
 def main() -> None:
@@ -97,8 +118,9 @@ def main() -> None:
     shapes = Counter(tuple(p.shape) for p in matrices)
     taken = sum(m * n * times for (m, n), times in shapes.items())
     print(f"{size}, r = {args.rank}, bfloat16: {taken / 1e9:.3g} billion parameters taken.\n")
-    print("| block | C and moments, GB | W, load | W, store | sum | before |")
-    print("|---|---|---|---|---|---|")
+    signs = sum(count_signs(*shape) * times for shape, times in shapes.items())
+    print("| block | C and moments, GB | W, load | W, store | sum | before | signs, more |")
+    print("|---|---|---|---|---|---|---|")
     for block in args.blocks:
         config = GrassConfig(rank=args.rank, block=block)
         total: Counter[str] = Counter()
@@ -107,7 +129,7 @@ def main() -> None:
                 total[name] += size * times
         parts = [total[name] for name in ("C and moments", "W, load", "W, store")]
         before = sum(parts) + 2 * taken * 2
-        shown = " | ".join(f"{size / 1e9:.2f}" for size in (*parts, sum(parts), before))
+        shown = " | ".join(f"{size / 1e9:.2f}" for size in (*parts, sum(parts), before, signs))
         print(f"| {block} | {shown} |")
 
 

@@ -14,6 +14,7 @@ are medians, quartiles and ratios. Every linear weight is taken, the output head
     regular   grass with the default rule, never refreshed: what nearly every step costs
     scoring   grass with a rule that needs scores, refreshed after every step: the worst case,
               which at refresh_every=K is one step in K
+    signs     (--variants) as regular, and all other columns move by signs (rest="sign")
     eager     (--variants) the model as it is, with full's optimizer
 
 --mode is Inductor's, for all of them. With --peers, as far as they are installed, on the same model
@@ -159,6 +160,7 @@ def set_up(name: str, args: argparse.Namespace) -> Variant:
     rule = {
         "regular": {"refresh_every": NEVER},
         "scoring": {"refresh_every": 1, "selection": args.scoring_rule},
+        "signs": {"refresh_every": NEVER, "rest": "sign"},
     }[name]
     options = {"rank": args.rank, "side": args.side, "block": args.block, "mode": args.mode, **rule}
     compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
@@ -383,8 +385,8 @@ def parse() -> argparse.Namespace:
     add("--weight-decay", type=float, default=1e-2, help="both optimizers' default: 0.01")
     add("--rounds", type=int, default=20, help="timed steps of each variant (default: 20)")
     add("--warmup", type=int, default=3, help="steps before that, compiling among them (3)")
-    known = (*VARIANTS, "eager")
-    add("--variants", nargs="+", default=VARIANTS, choices=known, help="default: all but eager")
+    known = (*VARIANTS, "signs", "eager")
+    add("--variants", nargs="+", default=VARIANTS, choices=known, help="default: the first three")
     add("--peers", action="store_true", help="GaLore and 8-bit AdamW, too, where installed")
     add("--svd-rounds", type=int, default=3, help="rounds with GaLore's SVD, at least 2 (3)")
     add("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
