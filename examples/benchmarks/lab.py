@@ -35,7 +35,13 @@ from environment import environment
 
 import lab_plan as plans
 from lab_model import SIZES
-from lab_report import rates_table, repeats_table, roundings_table
+from lab_report import (
+    rates_table,
+    repeats_table,
+    resting_table,
+    roundings_table,
+    varied_table,
+)
 from lab_train import Job, compare, text_of, train
 
 DATA = "/usr/share/perl/5.36:pm,pod"
@@ -160,13 +166,14 @@ def main(given: list[str] | None = None) -> None:
         for name in (args.data, args.prose):
             text = text_of(args.data, name, SIZES[base.size].vocab, args.out / "texts")
             print(json.dumps(text.facts()))
-        first = replace(base, rank=0.25, scale=4.0, refresh_every=20)
+        first = replace(base, rank=0.25, scale=4.0, refresh_every=20, rest_scale=plans.REST)
         work(planner, first, args.out, time.monotonic() + 60 * args.minutes)
     elif args.command == "save":
         save(args.json, args.out, [args.data, args.prose])
     else:
         plan = found(args.json, args.smoke)
-        print("\n\n".join((rates_table(plan), repeats_table(plan), roundings_table(plan))))
+        tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
+        print("\n\n".join(table(plan) for table in tables))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from torch.optim import Optimizer
 import grass_fx
 from grass_fx import CompactGrad
 from grass_fx.config import GrassConfig
+from grass_fx.ops import pack
 from grass_fx.optim.rounding import round_stochastically, rounding_seed
+from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.registry import registry
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
@@ -39,6 +41,8 @@ class Rates:
     linear: float
     scale: float
     """Of the compact update, whose rate is `scale` times the linear one."""
+    rest: float = 0.0
+    """Of other columns, whose rate is this times the linear one."""
 
 
 def adamw(linear: Parameters, dense: Parameters, rates: Rates, grass: bool) -> list[Optimizer]:
@@ -48,9 +52,11 @@ def adamw(linear: Parameters, dense: Parameters, rates: Rates, grass: bool) -> l
     ]
     settings = {"lr": rates.dense, "weight_decay": 0.0}
     if next(iter(dense.values())).dtype == torch.bfloat16:  # rounds the dense step as well
-        return [grass_fx.AdamW(groups, **settings, scale=rates.scale, stochastic_rounding=True)]
+        grassy = {"scale": rates.scale, "rest_scale": rates.rest}
+        return [grass_fx.AdamW(groups, **settings, **grassy, stochastic_rounding=True)]
     if grass:
-        return [grass_fx.AdamW(groups, **settings, scale=rates.scale, fused=True)]
+        grassy = {"scale": rates.scale, "rest_scale": rates.rest}
+        return [grass_fx.AdamW(groups, **settings, **grassy, fused=True)]
     return [torch.optim.AdamW(groups, **settings, fused=True)]
 
 
@@ -81,7 +87,9 @@ def subspaces(linear: Parameters, config: GrassConfig) -> dict[str, Subspace]:
     return dict(zip(linear, found, strict=True))
 
 
-def give(read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None) -> None:
+def give(
+    read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None, votes: Votes | None
+) -> None:
     """Give the parameter that is stepped its gradient: a compact one, as of a grass graph, within a
     subspace. `read` may be the same parameter."""
     full, dtype = read.grad, stepped.dtype
@@ -93,27 +101,46 @@ def give(read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None) -
     scores = full.square().sum(0) if subspace.scoring_due else None
     compact = selection.project(full).to(dtype)
     stepped.grad = None
-    stepped.grad = CompactGrad(compact, selection, stepped.shape, scores, owner=subspace)
+    more = {"owner": subspace, "votes": votes}
+    stepped.grad = CompactGrad(compact, selection, stepped.shape, scores, **more)
     subspace.delivered = True
 
 
 class Rest:
-    """Moves the columns that are not selected against the signs of their gradients."""
+    """What tells of the columns that are not selected.
 
-    def __init__(self, within: Mapping[str, Subspace]) -> None:
-        self.within, self.signs = within, dict[str, Tensor]()
+    ""      the signs that most micro-batches have; grass_fx.AdamW steps by them
+    last    the signs of the last micro-batch; likewise
+    rms     the gradient over its column's root mean square, as 8 bits could carry it; by simulation
+    """
+
+    def __init__(self, within: Mapping[str, Subspace], kind: str) -> None:
+        self.within, self.kind = within, kind
+        self.so_far, self.changes = dict[str, Tensor](), dict[str, Tensor]()
+        self.votes = dict[str, Votes]()
 
     def keep(self, read: Parameters) -> None:
-        """Before an optimizer's step."""
-        for name, subspace in self.within.items():
-            self.signs[name] = read[name].grad.sign()
-            self.signs[name][:, subspace.selection.indices] = 0
+        """After each backward of a step: gradients are sums."""
+        for name in self.within:
+            total = read[name].grad.clone()
+            own = total - self.so_far.get(name, 0)
+            self.so_far[name] = total
+            if self.kind == "rms":
+                rms = total.square().mean(0, keepdim=True).sqrt()
+                self.changes[name] = total / (rms + 1e-12)
+                continue
+            votes = Votes((pack(own),))
+            if self.kind != "last" and name in self.votes:
+                votes = self.votes[name].plus(votes)
+            self.votes[name] = votes
 
     @torch.no_grad()
-    def step(self, stepped: Parameters, rate: float) -> None:
-        for name, signs in self.signs.items():
-            stepped[name].sub_(signs, alpha=rate)
-        self.signs.clear()
+    def step(self, stepped: Parameters, rate: float, selected: Mapping[str, Tensor]) -> None:
+        """After an optimizer's step with the selections ``selected``."""
+        for name, change in self.changes.items():
+            stepped[name].sub_(change.index_fill(1, selected[name], 0), alpha=rate)
+        for kept in (self.so_far, self.changes, self.votes):
+            kept.clear()
 
 
 class Rounding:

@@ -48,6 +48,8 @@ class Plan:
     resting: list[list[Job]] = field(default_factory=list)
     """Runs of one length and seed: full gradients, then by ranks without and with a step of the
     columns that are not selected."""
+    varied: list[Job] = field(default_factory=list)
+    """Runs with such a step, around which its settings were varied one by one."""
     repeats: list[list[Job]] = field(default_factory=list)
     """Runs that differ in their seed alone, those that are complete."""
 
@@ -134,31 +136,35 @@ def everything(base: Job, small: Job, prose: str, results: Results, moves: int =
     if full:
         roundings(plan, full, RANKS[1], (0, 1, 2))
     if small_full:
-        resting(plan, small_full, RANKS[:2], (1000, 2000), (0,))
+        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
     if full:
-        resting(plan, full, RANKS[:2], (1000, 2000), (0,))
+        rest_rates(plan, full, RANKS[1])
+    plan.sweep(base.size, base, RANKS[2:])
+    plan.sweep(base.size, base, RANKS[:2], (50, 200))
     if small_full:
-        rest_rates(plan, small_full)
-        resting(plan, small_full, (1 / 4, 1 / 8, 1 / 16), (1000, 2000, 4000), (0, 1))
+        of_others(plan, small_full)
+        rest_varied(plan, small_full, RANKS[1])
+        other = replace(small_full, text=prose)
+        resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
+    if full:
+        resting(plan, full, RANKS[1:2], LENGTHS[:2], (0,))
     if small_full:
+        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
         tuned = finetuning(plan, small_full, prose)
     plan.sweep(small.size, small, RANKS[:2], (50, 200))
     if small_full:
-        for method, rate in (("sgd", 0.25), ("muon", 1e-3)):
-            steps = small.steps // 2
-            start = replace(small_full, method=method, linear_lr=rate, steps=steps)
-            plan.sweep(f"{small.size}, {method}", start, RANKS[1:2], (50,), ("linear_lr",))
         roundings(plan, small_full, RANKS[1], (0,))
     if tuned:
+        resting(plan, tuned, RANKS[:2], (1,), (0, 1))
         roundings(plan, tuned, RANKS[1], (0, 1))
-    plan.sweep(base.size, base, RANKS[2:])
     if small_full:
         repeats(plan, small_full, RANKS[:2], (0, 1, 2))
         roundings(plan, small_full, RANKS[1], (1, 2))
-    plan.sweep(base.size, base, RANKS[:2], (50, 200))
     plan.sweep(small.size, small, RANKS[2:], (50, 200))
+    if full:
+        resting(plan, full, RESTING, LENGTHS, (0, 1))
     return plan
 
 
@@ -181,30 +187,56 @@ def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
     return plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
 
 
-REST = 0.125
+REST = 0.25
 """The part of the linear rate by which columns move that are not selected."""
+
+RESTING = (1 / 4, 1 / 8, 1 / 16)
+LENGTHS = (5 / 3, 10 / 3, 20 / 3)
+"""Of runs that ask what becomes of the gap, over those of the sweeps: 1,000 steps, and so on."""
+
+
+def of_others(plan: Plan, full: Job) -> None:
+    """Other optimizers than AdamW in the subspace."""
+    for method, rate in (("sgd", 0.25), ("muon", 1e-3)):
+        start = replace(full, method=method, linear_lr=rate, steps=full.steps // 2)
+        plan.sweep(f"{full.size}, {method}", start, RANKS[1:2], (50,), ("linear_lr",))
 
 
 def resting(
-    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """What it brings that columns which are not selected move, too, by the length of a run."""
     for seed in seeds:
-        for steps in lengths:
-            base = replace(full, steps=steps, seed=seed)
+        for length in lengths:
+            base = replace(full, steps=round(length * full.steps), seed=seed)
             grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
             jobs = [base, *grass, *(replace(each, rest_scale=REST) for each in grass)]
             if plan.want(jobs):
                 plan.resting.append(jobs)
 
 
-def rest_rates(plan: Plan, full: Job) -> None:
-    """The rate of such columns, and how often they move, at two lengths."""
-    for steps in (1000, 2000):
-        grass = replace(full, steps=steps, rank=1 / 8, scale=8.0, rest_scale=REST)
+def rest_rates(plan: Plan, full: Job, rank: float) -> None:
+    """The rate of such columns in a larger model, in wide steps."""
+    grass = replace(full, steps=round(LENGTHS[0] * full.steps), rank=rank, scale=1 / rank)
+    jobs = [replace(grass, rest_scale=REST * factor) for factor in (1, 2, 8, 1 / 2)]
+    if plan.want(jobs):
+        plan.varied.append(jobs[0])
+
+
+def rest_varied(plan: Plan, full: Job, rank: float) -> None:
+    """The rate of such columns at two lengths; and how often they move, by what, and K."""
+    for length in LENGTHS[:2]:
+        grass = replace(
+            full, steps=round(length * full.steps), rank=rank, scale=1 / rank, rest_scale=REST
+        )
         plan.bracket(grass, ("rest_scale",))
-        if steps == 1000:
-            plan.want([replace(grass, rest_every=j) for j in (2, 4, 8)])
+        plan.varied.append(grass)
+        if length == LENGTHS[0]:
+            other = [replace(grass, rest_every=j) for j in (2, 4, 8)]
+            other += [replace(grass, rest_kind="rms"), replace(grass, micro_batches=4)]
+            other += [replace(grass, micro_batches=4, rest_kind="last")]
+            other += [replace(grass, refresh_every=k) for k in (50, 200, 400)]
+            plan.want(other)
 
 
 def repeats(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from dataclasses import replace
+from typing import Any
 
 from lab_plan import Cell, Plan
 from lab_train import Job
@@ -142,3 +144,59 @@ def repeats_table(plan: Plan) -> str:
         mean = statistics.fmean(losses)
         lines.append(f"| {first.size} | {rank} | {scale} | {by_seed} | {mean:.3f} | {difference} |")
     return "\n".join(lines) if plan.repeats else "Nothing is repeated yet."
+
+
+def resting_table(plan: Plan) -> str:
+    """By length and seed: full gradients, and grass without and with a step of other columns."""
+    lines = [
+        "| model | text | steps | seed | full | r | none | over full | signs | over full |",
+        "|---" * 10 + "|",
+    ]
+    for full, *grass in plan.resting:
+        reference, count = plan.loss(full), len(grass) // 2
+        of = f"{full.size}{', fine-tuning' if full.start else ''}"
+        text = "the other" if full.text and not full.start else "the first"
+        for still, moving in zip(grass[:count], grass[count:], strict=True):
+            cells = [of, text, str(full.steps), str(full.seed), f"{reference:.3f}"]
+            cells.append(fraction(still.rank))
+            for job in (still, moving):
+                loss = plan.loss(job)
+                cells += [f"{loss:.3f}", f"{100 * (loss / reference - 1):+.1f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines = [*dict.fromkeys(lines)]  # two questions may share runs
+    return "\n".join(lines) if plan.resting else "Nothing is known of signs yet."
+
+
+def varied_table(plan: Plan) -> str:
+    """Around a run with such a step: one setting after the other."""
+    lines = ["| model | steps | r | varied | losses, by value |", "|---" * 5 + "|"]
+    for job in plan.varied:
+        rates = plan.along("rest_scale", job) | _at(plan, replace(job, rest_scale=0.0), 0.0)
+        tried = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
+        for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", (50, 100, 200, 400))):
+            changed = {x: replace(job, **{name: x}) for x in values}
+            tried[name] = _known(plan, changed)
+        in_parts = replace(job, micro_batches=4)
+        tried["by what"] = _known(
+            plan,
+            {
+                "signs": job,
+                "8 bits of G over its column's root mean square": replace(job, rest_kind="rms"),
+                "four micro-batches, majority": in_parts,
+                "four micro-batches, the last one's": replace(in_parts, rest_kind="last"),
+            },
+        )
+        for name, losses in tried.items():
+            if len(losses) > 1:
+                shown = ", ".join(f"{x}: {loss:.3f}" for x, loss in losses.items())
+                size, r = job.size, fraction(job.rank)
+                lines.append(f"| {size} | {job.steps} | {r} | {name} | {shown} |")
+    return "\n".join(lines) if plan.varied else "No such step is varied yet."
+
+
+def _at(plan: Plan, job: Job, value: float) -> dict[float, float]:
+    return {value: plan.loss(job)} if job.key in plan.results else {}
+
+
+def _known(plan: Plan, jobs: dict[Any, Job]) -> dict[Any, float]:
+    return {x: plan.loss(job) for x, job in jobs.items() if job.key in plan.results}

@@ -54,6 +54,10 @@ class Job:
     """Columns that are not selected move by this times the linear rate, against their signs."""
     rest_every: int = 1
     """In every so many steps."""
+    rest_kind: str = ""
+    """By what: see lab_methods.Rest."""
+    micro_batches: int = 1
+    """In so many parts a batch is read, where rest_kind is about them."""
     products: str = "float32"
     """What matrices are multiplied in; "bfloat16" is autocast's, and slow on older processors."""
     dtype: str = "float32"
@@ -111,20 +115,23 @@ class Training:
             self.stepped = {name: nn.Parameter(p.to(self.dtype)) for name, p in self.read.items()}
             self.read_again()
         linear, dense = split(self.stepped)
-        rates = methods.Rates(job.lr, job.linear_lr, job.scale)
+        rates = methods.Rates(job.lr, job.linear_lr, job.scale, job.rest_scale)
         self.optimizers = methods.METHODS[job.method](linear, dense, rates, job.rank > 0)
         self.groups = [group for each in self.optimizers for group in each.param_groups]
         self.rates = [group["lr"] for group in self.groups]
         self.within: dict[str, Subspace] = {}
         if real:
             options = {**job.subspace, "exclude": ["head*"], "compiler": job.compiler}
+            options["rest"] = "sign" if job.rest_scale else "none"
             given = {"backend": "grass", "options": options}
         else:
             given = {"backend": job.compiler}
             if job.rank:
                 self.within = methods.subspaces(linear, GrassConfig(**job.subspace))
         self.compiled = torch.compile(self.model, **given, dynamic=False)
-        self.rest = methods.Rest(self.within) if job.rest_scale else None
+        self.rest = (
+            methods.Rest(self.within, job.rest_kind) if job.rest_scale and not real else None
+        )
         self.rounding = None
         if job.rounding:
             self.rounding = methods.Rounding(job.rounding, self.stepped, job.seed)
@@ -138,12 +145,17 @@ class Training:
         factor = schedule(number, self.job.steps)
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        loss = self.loss(*next(self.batches))
-        loss.backward()
-        if self.rest and number % self.job.rest_every == 0:
-            self.rest.keep(self.read)
+        due = self.rest and number % self.job.rest_every == 0
+        loss, count = 0.0, self.job.micro_batches
+        for part in zip(*(t.chunk(count) for t in next(self.batches)), strict=True):
+            own = self.loss(*part) / count
+            own.backward()
+            loss += own.item()
+            if due:
+                self.rest.keep(self.read)
+        votes = self.rest.votes if self.rest else {}
         for name, p in self.read.items():
-            methods.give(p, self.stepped[name], self.within.get(name))
+            methods.give(p, self.stepped[name], self.within.get(name), votes.get(name))
         before = {name: subspace.selection.indices for name, subspace in self.within.items()}
         with warnings.catch_warnings():
             if not self.job.rank:  # grass_fx.AdamW steps full gradients where it is to round
@@ -151,13 +163,14 @@ class Training:
             for optimizer in self.optimizers:
                 optimizer.step()
         if self.rest:
-            self.rest.step(self.stepped, self.job.rest_scale * self.job.linear_lr * factor)
+            rate = self.job.rest_scale * self.job.linear_lr * factor
+            self.rest.step(self.stepped, rate, before)
         if self.rounding:
             self.rounding.step(before, self.within)
         self.read_again()
         for p in (*self.read.values(), *self.stepped.values()):
             p.grad = None
-        return loss.item()
+        return loss
 
     @torch.no_grad()
     def read_again(self) -> None:
