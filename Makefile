@@ -62,7 +62,6 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/memory.py --smoke
 	$(BIN)/python examples/benchmarks/traffic.py --smoke --ways ddp data
 	$(BIN)/python examples/benchmarks/scaling.py --smoke
-	$(BIN)/python examples/benchmarks/lab.py --smoke
 
 ## The wheel works in an empty environment, outside the checkout.
 wheel: setup

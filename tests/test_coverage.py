@@ -154,8 +154,8 @@ def test_the_page_has_the_line_of_every_model(name, covered):
     assert model_coverage.row(name) in model_coverage.PAGE.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.slow
 def test_the_page_is_up_to_date():
+    """Here all models have run already."""
     transformers()
     assert model_coverage.PAGE.read_text(encoding="utf-8") == model_coverage.page()
 
