@@ -55,15 +55,22 @@ def test_the_flops_of_a_linear_layer_are_those_counted():
     assert counted(lambda: layer(x).sum().backward()) == of.full_step_flops
 
 
-@pytest.mark.parametrize("shape", [(5461, 2048), (2048, 5461), (7, 33), (3, 128, 64), (3, 130, 40)])
-def test_signs_have_the_bytes_of_their_words(shape):
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("shape", [(5461, 2048), (2048, 5461), (7, 33), (3, 130, 40)])
+def test_signs_have_the_bytes_of_their_words(shape, side):
+    """Of G where columns are selected, of its transpose where rows are, as in a stack."""
     *stack, m, n = shape
-    weight = LinearCost(m, n, 1, signs_every=1, matrices=math.prod(stack))
-    assert weight.sign_bytes == ops.pack(torch.randn(math.prod(stack) * m, n)).nbytes
+    side, count = "out" if stack else side, math.prod(stack)
+    weight = LinearCost(m, n, 1, signs_every=1, matrices=count, side=side)
+    g = torch.randn(count * m, n)
+    assert weight.sign_bytes == ops.signs(g, 1 if side == "in" else 0).nbytes
     assert LinearCost(m, n, 1).sign_bytes == 0
-    if m % 128 == n % 32 == 0:
-        formula = LinearCost(signs_every=1).sign_bytes
-        assert weight.sign_bytes == math.prod(stack) * formula.subs({"m": m, "n": n})
+
+
+def test_signs_are_one_bit_an_element_and_a_128th_more():
+    formula = LinearCost(signs_every=1).sign_bytes
+    exact = LinearCost(2048, 4096, 1, signs_every=1).sign_bytes
+    assert exact == formula.subs({"m": 2048, "n": 4096}) == 2048 * 4096 // 8 * 129 // 128
 
 
 @pytest.mark.parametrize("side", ["out", "in"])

@@ -89,17 +89,19 @@ CHAINS = {
 }
 
 
+def by_chain(name, d, x):
+    """A gradient, behind what changes no number."""
+    if CHAINS[name] is not None:
+        return CHAINS[name](aten.mm.default(aten.permute.default(d, [1, 0]), x))
+    a, b = (aten.unsqueeze.default(t, 0) for t in (aten.t.default(d), x))
+    return aten.view.default(aten.bmm.default(a, b), [M, N])
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", CHAINS)
 def test_norms_move_below_what_changes_no_value(name, dim):
-    chain = CHAINS[name]
-
     def gradient(d, x, indices):
-        if chain is None:
-            a, b = (aten.unsqueeze.default(t, 0) for t in (aten.t.default(d), x))
-            g = aten.view.default(aten.bmm.default(a, b), [M, N])
-        else:
-            g = chain(aten.mm.default(aten.permute.default(d, [1, 0]), x))
+        g = by_chain(name, d, x)
         return SELECT(g, indices, None, dim), SQUARED_NORMS(g, dim, "tiles")
 
     d, x, *_ = products()
@@ -117,11 +119,15 @@ STAYS = {
 }
 
 
+def no_plain_product(name, *pairs):
+    """A gradient whose factors no pass finds."""
+    return STAYS[name](*(aten.mm.default(aten.permute.default(d, [1, 0]), x) for d, x in pairs))
+
+
 @pytest.mark.parametrize("name", STAYS)
 def test_other_gradients_are_formed_once_for_both(name):
     def gradient(d, x, d2, x2, indices):
-        g, g2 = (aten.mm.default(aten.permute.default(u, [1, 0]), v) for u, v in ((d, x), (d2, x2)))
-        g = STAYS[name](g, g2)
+        g = no_plain_product(name, (d, x), (d2, x2))
         return SELECT(g, indices, None, 0), SQUARED_NORMS(g, 0, "tiles")
 
     graph, moved = pushed(gradient, *products(), ROWS)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_push_norms import Shapes
+from test_push_norms import CHAINS, STAYS, Shapes, by_chain, no_plain_product
 from test_push_selection import B, M, N, count, products, traced
 
 from grass_fx.ops import MM_SIGNS, SELECT, SELECTED_MM, SIGNS, SQUARED_NORMS, mm_signs, signs
@@ -68,27 +68,10 @@ def forward(self, d_1, x_1, indices_1):
     assert [node.name for node in result.rewritten] == ["indices_1"]
 
 
-CHAINS = {
-    "nothing": lambda g: g,
-    "t": lambda g: aten.t.default(aten.t.default(g)),
-    "permute": lambda g: aten.permute.default(aten.permute.default(g, [1, 0]), [1, 0]),
-    "view": lambda g: aten.view.default(aten.view.default(g, [M, N, 1]), [M, N]),
-    "convert": lambda g: prims.convert_element_type.default(g, torch.float64),
-    "clone": lambda g: aten.alias.default(aten.clone.default(g)),
-    "bmm": None,
-}
-
-
 @pytest.mark.parametrize("name", CHAINS)
 def test_signs_move_below_what_changes_no_sign(name):
-    chain = CHAINS[name]
-
     def gradient(d, x, indices):
-        if chain is None:
-            a, b = (aten.unsqueeze.default(t, 0) for t in (aten.t.default(d), x))
-            g = aten.view.default(aten.bmm.default(a, b), [M, N])
-        else:
-            g = chain(aten.mm.default(aten.permute.default(d, [1, 0]), x))
+        g = by_chain(name, d, x)
         return SELECT(g, indices, None, 0), SIGNS(g, 0)
 
     d, x, *_ = products()
@@ -98,18 +81,10 @@ def test_signs_move_below_what_changes_no_sign(name):
     assert not [v for v in values if isinstance(v, torch.Tensor) and v.numel() == M * N]
 
 
-STAYS = {
-    "scaled": lambda g, g2: aten.mul.Tensor(g, -2.0),
-    "a weight used twice": lambda g, g2: aten.add.Tensor(g, g2),
-    "merged dimensions": lambda g, g2: aten.view.default(aten.view.default(g, [M * N]), [M, N]),
-}
-
-
 @pytest.mark.parametrize("name", STAYS)
 def test_other_gradients_are_formed(name):
     def gradient(d, x, d2, x2, indices):
-        g, g2 = (aten.mm.default(aten.permute.default(u, [1, 0]), v) for u, v in ((d, x), (d2, x2)))
-        g = STAYS[name](g, g2)
+        g = no_plain_product(name, (d, x), (d2, x2))
         return SELECT(g, indices, None, 0), SIGNS(g, 0)
 
     graph, result = pushed(gradient, *products(), ROWS)

@@ -25,7 +25,7 @@ from grass_fx.errors import (
     OptionError,
     SelectionChangedError,
     warn,
-)  # fmt: skip
+)
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PushReport
 from grass_fx.passes.signature import Signature, Variant

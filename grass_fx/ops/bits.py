@@ -72,12 +72,16 @@ def _table(dtype: torch.dtype) -> Tensor:
     return ((byte >> torch.arange(8, device="cpu")) & 1).to(dtype)
 
 
+def shifted(words: Tensor, n: int) -> Tensor:
+    """Unpack words (..., w) into int32 0 and 1, (..., n), by shifts, which a GPU fuses."""
+    places = torch.arange(WORD, dtype=torch.int32, device=words.device)
+    return ((words.view(torch.int32).unsqueeze(-1) >> places) & 1).flatten(-2)[..., :n]
+
+
 def bits_of(words: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Unpack words (..., w) into 0 and 1: (..., n) of ``dtype``."""
     if words.device.type != "cpu":
-        places = torch.arange(WORD, dtype=torch.int32, device=words.device)
-        bits = (words.view(torch.int32).unsqueeze(-1) >> places) & 1
-        return bits.flatten(-2)[..., :n].to(dtype)
+        return shifted(words, n).to(dtype)
     eight = words.contiguous().view(torch.uint8).int()
     bits = torch.nn.functional.embedding(eight, _table(dtype))
     return bits.flatten(-2)[..., :n]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grass_fx.compile.sources import source_hash
 from grass_fx.ops import ADD_ROWS, DROPPED, along, rounded
-from grass_fx.ops.bits import WORD
+from grass_fx.ops.bits import shifted
 from grass_fx.optim.rounding import noise
 from grass_fx.state.transfers import send
 from grass_fx.state.units import run_length
@@ -157,11 +157,10 @@ def move_rest(
     w: Tensor, factors: Tensor, rates: Tensor, live: Tensor, seed: Tensor, *planes: Tensor
 ) -> None:
     """What :func:`move_rest_` compiles: one loop that reads W and writes it."""
-    (m, n), places = w.shape, torch.arange(WORD, dtype=torch.int32, device=w.device)
+    m, n = w.shape
     votes = torch.zeros((), dtype=torch.int32, device=w.device)
     for power, plane in enumerate(planes):
-        bits = ((plane.view(torch.int32).unsqueeze(-1) >> places) & 1).flatten(-2)[..., :n]
-        votes = votes + bits * 2**power
+        votes = votes + shifted(plane, n) * 2**power
     ahead = 2 * votes[:, :-1] - votes[:, -1:]
     signs = ahead.reshape(-1, n)[:m].sign() * live.repeat_interleave(n // live.shape[1], 1)
     moved = w.to(factors.dtype) * factors + signs * rates

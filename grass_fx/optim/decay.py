@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_fx.ops import DROPPED, along
+from grass_fx.ops import DROPPED
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import parts_of, round_stochastically
+from grass_fx.optim.rows import per_row
 
 PENDING = "pending_decay"
 """The entry of a weight's state: W without its selected rows is still to be multiplied by this.
@@ -62,13 +63,8 @@ def passes(
     bits is rounded stochastically, always: to nearest, a small decay would change nothing.
     ``seed``: of the noise. ``compile``: as :class:`~grass_fx.AdamW`'s.
     """
-    exact = w.dtype not in DROPPED
-    factors = torch.full(
-        (w.shape[dim],), factor, dtype=w.dtype if exact else torch.float32, device=w.device
-    )
-    factors.index_fill_(0, selected, 1)  # a product with 1 is exact, and its rounding too
-    each = along(factors, dim, 2)
-    if exact:
+    each = per_row(w, dim, selected, own=1, others=factor)  # a product with 1 is exact, rounded too
+    if w.dtype not in DROPPED:
         yield partial(w.mul_, each)
     elif compiled.compiles(compile, w.device):
         yield partial(compiled.scale_, w, each, seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from grass_fx.ops import DROPPED, PART
 from grass_fx.optim import compiled
 from grass_fx.optim.rounding import round_stochastically
+from grass_fx.optim.rows import per_row
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.gradient.votes import Votes
 
@@ -34,17 +35,11 @@ def rest_passes(
     """
     assert grad.votes is not None
     w = w if grad.selection.dim == 1 else w.t()  # below, columns are selected
-    selected = grad.selection.indices
-    dtype = w.dtype if w.dtype not in DROPPED else torch.float32
-    factors, rates = (
-        torch.full((w.shape[1],), value, dtype=dtype, device=w.device) for value in (factor, -rate)
-    )
-    factors.index_fill_(0, selected, 1)
-    rates.index_fill_(0, selected, 0)
-    factors, rates = factors.unsqueeze(0), rates.unsqueeze(0)
+    of = w, 1, grad.selection.indices
+    factors, rates = per_row(*of, own=1, others=factor), per_row(*of, own=0, others=-rate)
     live = live_rows(grad)
     if compiled.compiles(compile, w.device):
-        direction = torch.as_tensor(grad.votes.factor, device=w.device).sign().to(dtype)
+        direction = torch.as_tensor(grad.votes.factor, device=w.device).sign().to(rates.dtype)
         tensors = w, factors, rates * direction, live, seed, grad.votes.planes
         yield partial(compiled.move_rest_, *tensors)
         return

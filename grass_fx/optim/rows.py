@@ -10,10 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grass_fx.ops import DROPPED, along
 from grass_fx.optim.rounding import round_stochastically
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers as wide as a floating-point number of so many bytes."""
+
+
+def per_row(w: Tensor, dim: int, selected: Tensor, own: float, others: float) -> Tensor:
+    """Return ``own`` for the ``selected`` rows of W (m, n) along ``dim`` and ``others`` for all
+    others: (1, n) or (m, 1), in the dtype in which W is computed with.
+    """
+    dtype = torch.float32 if w.dtype in DROPPED else w.dtype
+    values = torch.full((w.shape[dim],), others, dtype=dtype, device=w.device)
+    return along(values.index_fill_(0, selected, own), dim, 2)
 
 
 def rows_of(matrix: Tensor, indices: Tensor, dim: int) -> Tensor:

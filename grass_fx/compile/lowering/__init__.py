@@ -4,6 +4,7 @@
     selected_mm.py.jinja  the Triton kernel: gather, product and any work Inductor fuses after it
     add_rows.py           the optimizers' update of rows: gather, sum, round and scatter in one loop
     squared_norms.py      the scores of a scoring step
+    product_tile.py.jinja  the beginning of the two below: a tile of a product in registers
     mm_squared_norms.py.jinja  the Triton kernel that computes scores without a full gradient
     signs.py              the signs of gradients, for rows that are not selected
     mm_signs.py.jinja     the Triton kernel that makes them without a full gradient
@@ -33,7 +34,7 @@ from grass_fx.ops import (
     SELECTED_MM,
     SIGNS,
     SQUARED_NORMS,
-)  # fmt: skip
+)
 from grass_fx.state.units import run_length
 
 aten, prims = torch.ops.aten, torch.ops.prims

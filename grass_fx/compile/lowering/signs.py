@@ -8,37 +8,34 @@ which computes G part by part.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from grass_fx import _torch_compat as compat
 from grass_fx.compile.lowering.selected_mm import SIGNING_TILE, options_of
-from grass_fx.compile.lowering.squared_norms import known_size
+from grass_fx.compile.lowering.squared_norms import known_size, of_tiles
 from grass_fx.ops import MM_SIGNS, SELECTED_MM, SIGNS
 from grass_fx.ops.bits import ROWS, WORD, packed_shape
 
 
-def lower_signs(call: Any, g: Any, *dim: int) -> Any:
+def lower_signs(call: Any, g: Any, dim: int = 1) -> Any:
     """Lower ``signs`` to torch's operator: a full gradient is in memory."""
-    return compat.library_call(SIGNS, g, *dim)
+    return compat.library_call(SIGNS, g, dim)
 
 
-def lower_mm_signs(call: Any, a: Any, b: Any, indices: Any, *how: Any) -> Any:
+def lower_mm_signs(
+    call: Any, a: Any, b: Any, indices: Any, scale: Any, dim: int, block: int = 1
+) -> Any:
     """Lower ``mm_signs`` to a kernel and a selected product on a GPU, else to torch's operator."""
     dtype = a.get_dtype()
-    rows, columns = (a, 0), (b, 1)
-    if how[1] == 0:  # the signs of the transposed gradient
-        rows, columns = columns, rows
-    m, n = known_size(*rows), known_size(*columns)
+    m, n = known_size(a, 0), known_size(b, 1)
+    m, n = (m, n) if dim == 1 else (n, m)  # of the matrix whose signs are packed
     if a.get_device().type != "cuda" or dtype.itemsize > 4 or m is None or n is None or m < ROWS:
-        return compat.library_call(MM_SIGNS, a, b, indices, *how)
-    compact = call(SELECTED_MM, a, b, indices, *how)
-    if how[1] == 0:
-        permute = torch.ops.aten.permute.default
-        a, b = call(permute, b, [1, 0]), call(permute, a, [1, 0])
+        return compat.library_call(MM_SIGNS, a, b, indices, scale, dim, block)
+    compact = call(SELECTED_MM, a, b, indices, scale, dim, block)
+    if dim == 0:
+        a, b = (call(torch.ops.aten.permute.default, x, [1, 0]) for x in (b, a))
     inputs = compat.realized(a, b)
     tile = SIGNING_TILE
     options = options_of(
@@ -50,14 +47,9 @@ def lower_mm_signs(call: Any, a: Any, b: Any, indices: Any, *how: Any) -> Any:
         EVEN_K=compat.is_multiple(a.get_size()[1], tile.k(dtype.itemsize)),
         WORDS=-(-n // WORD),
     )
-    template = compat.triton_template("grass_mm_signs", _source())
+    template = compat.triton_template("grass_mm_signs", of_tiles("mm_signs"))
     shape = packed_shape(m, n)
     signs = compat.choose_kernel(
         "grass_mm_signs", inputs, shape, torch.float32, [(template, options)], grid=(m, n)
     )
     return compact, signs
-
-
-@cache
-def _source() -> str:
-    return Path(__file__).with_name("mm_signs.py.jinja").read_text(encoding="utf-8")

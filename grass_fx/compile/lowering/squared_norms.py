@@ -49,7 +49,7 @@ def lower_mm_squared_norms(call: Any, a: Any, b: Any, dim: int) -> Any:
         EVEN_N=n % tile.n == 0,
         EVEN_K=compat.is_multiple(k, tile.k(dtype.itemsize)),
     )
-    template = compat.triton_template("grass_mm_squared_norms", _source())
+    template = compat.triton_template("grass_mm_squared_norms", of_tiles("mm_squared_norms"))
     shape = [-(-n // tile.n), m] if dim == 0 else [-(-m // tile.m), n]
     sums = compat.choose_kernel(
         "grass_mm_squared_norms", inputs, shape, torch.float32, [(template, options)], grid=(m, n)
@@ -58,8 +58,10 @@ def lower_mm_squared_norms(call: Any, a: Any, b: Any, dim: int) -> Any:
 
 
 @cache
-def _source() -> str:
-    return Path(__file__).with_name("mm_squared_norms.py.jinja").read_text(encoding="utf-8")
+def of_tiles(name: str) -> str:
+    """The source of a template that makes tiles of a product, and keeps something else of them."""
+    files = (Path(__file__).with_name(f"{each}.py.jinja") for each in ("product_tile", name))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def known_size(value: Any, dim: int) -> int | None:
