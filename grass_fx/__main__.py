@@ -26,7 +26,10 @@ def _tokens(text: str) -> int:
     return math.prod(int(size) for size in text.split("x"))
 
 
-def _rank(text: str) -> int | float:
+def _rank(text: str) -> int | float | dict[str, int | float]:
+    if text.startswith("{"):
+        ranks: dict[str, int | float] = json.loads(text)
+        return ranks
     return float(text) if "." in text else int(text)
 
 
@@ -37,7 +40,7 @@ def _dtype(text: str) -> torch.dtype:
     return dtype
 
 
-CHOSEN = ("selection", "scoring", "block", "side", "rest", "rest_every", "exclude")
+CHOSEN = ("selection", "scoring", "block", "side", "lookups", "rest", "rest_every", "exclude")
 """Options of the backend that both commands take."""
 
 
@@ -52,6 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("scoring", "of rules that look at norms", choices=SCORINGS)
     add("block", "how many are selected together", type=int)
     add("side", "which features are selected", choices=SIDES)
+    add("lookups", "also take embeddings", action="store_true")
     add("rest", "what becomes of all others", choices=RESTS)
     add("rest-every", "with --rest sign: in every so many steps", type=int)
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN",
@@ -66,7 +70,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--memory", required=True, help='such as "40GB" (decimal) or "24GiB" (binary)')
     add("--shape", required=True, choices=[*LLAMA], help="the model")
-    add("--rank", type=_rank, help="this rank, a number or a fraction, instead of the largest")
+    add("--rank", type=_rank, help="this rank, a number or a fraction, instead of the largest; "
+        'or by names, as JSON: {"*.mlp.*": 0.125, "*": 0.25}')  # fmt: skip
     add("--tokens", type=_tokens, metavar="BxT", help="of one step, for the FLOPs: 8x2048")
     add("--dtype", type=_dtype, default=torch.bfloat16, help="of all parameters (bfloat16)")
     add("--optimizer", choices=[*MOMENTS], default="adamw", help="(adamw)")
@@ -112,7 +117,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     add("--dtype", type=_dtype, help="of the model's parameters (as they are made)")
     add("--dynamic", action="store_true", help="with symbolic sizes")
     add("--rank", type=_rank, default=DEFAULTS.rank,
-        help="a number, or a fraction of the selected dimension (%(default)s)")  # fmt: skip
+        help="a number, a fraction of the selected dimension, or these by names, as JSON: "
+        '{"*.mlp.*": 0.125, "*": 0.25} (%(default)s)')  # fmt: skip
     add("--refresh-every", type=int, default=DEFAULTS.refresh_every, metavar="K",
         help="optimizer steps (%(default)s)")  # fmt: skip
     _add_options(parser)

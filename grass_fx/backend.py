@@ -267,7 +267,7 @@ class _Compiler:
         A process group doubles their number, because gradients of micro-batches are averaged later.
         All variants are compiled here, since Dynamo fixes its guards when the backend returns.
         """
-        signature = Signature(found.taken, len(inputs), self.config.needs_scores)
+        signature = Signature(found.taken, len(inputs))
         dump = Dump(self.config, name)
         source = dump.write("dynamo", gm.graph, "Dynamo", None, {})
         indices = {signature.places(w)["indices"]: w for w in found.taken}
@@ -277,7 +277,7 @@ class _Compiler:
         variants = [
             Variant(scoring, local, signing)
             for local in ((False, True) if averages else (False,))
-            for scoring in ((False, True) if self.config.needs_scores else (False,))
+            for scoring in ((False, True) if signature.with_scores else (False,))
             for signing in ((False, True) if self.config.signs_every > 1 else (False,))
         ]
         graphs: dict[Variant, Callable[..., Any]] = {}

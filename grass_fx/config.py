@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,10 @@ MODES = (
 )
 
 
-PASSES = ("push_norms", "push_signs", "push_selection", "keep_selected")
+BY_NAME = ("rank", "refresh_every", "selection", "block", "side")
+"""The options that may also be given by names of weights, as ``{pattern: value}``."""
+
+PASSES = ("push_norms", "push_signs", "push_selection", "accumulate_lookups", "keep_selected")
 """The passes that ``disable_passes`` may name: those on the joint graph. No gradient depends on
 them."""
 
@@ -79,6 +82,21 @@ def nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
     """The end of an error message: the closest valid name, or all of them if none is close."""
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(map(repr, words))}."
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a pattern matches any of these names."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def check_matched(matched: Mapping[tuple[str, str], bool], names: Iterable[str]) -> None:
+    """Raise OptionError if a pattern of :meth:`GrassConfig.matched` matches no parameter, with the
+    nearest of these names."""
+    for (option, pattern), found in matched.items():
+        if not found:
+            near = difflib.get_close_matches(pattern, [*names], n=1, cutoff=0.0)
+            remedy = f"; the nearest is {near[0]!r}" if near else ""
+            raise OptionError(f"{option}: {pattern!r} matches no parameter{remedy}.")
 
 
 def _is_int(value: object) -> bool:
@@ -90,12 +108,17 @@ class GrassConfig:
     """Validated options of the "grass" backend.
 
     An impossible option raises :class:`~grass_fx.errors.OptionError`, which names the option and
-    the remedy.
+    the remedy. The options of :data:`BY_NAME` may be ``{pattern: value}``: :meth:`of` then has
+    those of one weight.
     """
 
     rank: int | float = 0.25
     """How many columns (with side "out": rows) of each weight get a gradient: r. Give a number, or
-    a fraction in (0, 1) of the selected dimension."""
+    a fraction in (0, 1) of the selected dimension. Or give one for each kind of weight, as
+    {pattern: value} with patterns of names like those of ``include``: the first one that matches
+    counts, and a weight that none matches has the default. A pattern that matches no parameter is
+    an error at the first step. ``refresh_every``, ``selection``, ``block`` and ``side`` can be
+    given like this, too."""
     refresh_every: int | float = 100
     """K, the number of optimizer steps between two selections. ``math.inf`` keeps the first
     selection."""
@@ -118,6 +141,9 @@ class GrassConfig:
     only the selected columns of a layer's input are saved for backward if nothing else needs that
     input. In a stack of matrices (experts), rows of each matrix are selected, regardless of this
     option."""
+    lookups: bool = False
+    """Also take weights that rows are looked up in: embeddings, tied to a head or not. Their width
+    is selected (``side`` "in"), so that a row that occurs moves in r of its columns."""
     rest: str = "none"
     """What becomes of the columns (rows) that are not selected. "none": they stand still. "sign":
     they move against the signs of their gradients, which leave the backward as one bit for each
@@ -157,8 +183,8 @@ class GrassConfig:
     """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
-    "push_norms", "push_signs", "push_selection" and "keep_selected". Gradients stay the same;
-    memory and time change."""
+    "push_norms", "push_signs", "push_selection", "accumulate_lookups" and "keep_selected".
+    Gradients stay the same; memory and time change."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -169,6 +195,9 @@ class GrassConfig:
                 raise OptionError(f"dump_dir={self.dump_dir!r} must be the path of a directory.")
             object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
         object.__setattr__(self, "disable_passes", self._passes())
+        if self._mapped:
+            self._check_mapped()
+            return
         self._check_rank()
         if self.refresh_every != math.inf and not (
             _is_int(self.refresh_every) and self.refresh_every >= 1
@@ -193,8 +222,9 @@ class GrassConfig:
                 f"process_group={self.process_group!r} must be a process group of "
                 "torch.distributed, or None for that of grass_fx.distributed.data_parallel."
             )
-        if not isinstance(self.replacement, bool):
-            raise OptionError(f"replacement={self.replacement!r} must be True or False.")
+        for name in ("replacement", "lookups"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.replacement and not RULES[self.selection].replacement:
             able = [name for name, rule in RULES.items() if rule.replacement]
             raise OptionError(
@@ -208,6 +238,58 @@ class GrassConfig:
         if self.mode not in MODES:
             modes = [m for m in MODES if m is not None]
             raise OptionError(f"mode={self.mode!r} is not known: {nearest(self.mode, modes)}")
+
+    @property
+    def _mapped(self) -> list[str]:
+        """The options that are given by names."""
+        return [name for name in BY_NAME if isinstance(getattr(self, name), Mapping)]
+
+    def _check_mapped(self) -> None:
+        """Check each value by itself; :meth:`of` checks those that meet at one weight."""
+        first = {}
+        for name in self._mapped:
+            values = dict(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values or not all(isinstance(pattern, str) for pattern in values):
+                raise OptionError(
+                    f"{name}={values!r} must have patterns of parameter names, such as "
+                    f'{{"*.mlp.*": ..., "*": ...}}.'
+                )
+            first[name] = next(iter(values.values()))
+        if len(first.keys() & {"rank", "block"}) == 2:  # which of these meet is not known yet
+            first["rank"], first["block"] = type(self).rank, 1
+        for name in first:
+            for value in getattr(self, name).values():
+                if isinstance(value, Mapping):
+                    raise OptionError(f"{name}: {value!r} must not be by names again.")
+                dataclasses.replace(self, **{**first, name: value})
+
+    def of(self, *names: str) -> GrassConfig:
+        """The options of the weight with these names, in its graph and in its optimizer.
+
+        Raises:
+            OptionError: what patterns give this weight does not fit together.
+        """
+        if not self._mapped:
+            return self
+        chosen = {}
+        for option in self._mapped:
+            default = getattr(type(self), option)
+            values = getattr(self, option).items()
+            chosen[option] = next((v for k, v in values if matches(k, names)), default)
+        try:
+            return dataclasses.replace(self, **chosen)
+        except OptionError as error:
+            raise OptionError(f"{names[0]}: {error}") from None
+
+    def matched(self, names: Iterable[str]) -> dict[tuple[str, str], bool]:
+        """Return (option, pattern) -> whether it matches any of these names, for all patterns."""
+        known = [*names]
+        return {
+            (option, pattern): matches(pattern, known)
+            for option in self._mapped
+            for pattern in getattr(self, option)
+        }
 
     def _patterns(self, name: str) -> tuple[str, ...] | None:
         value = getattr(self, name)
@@ -268,18 +350,15 @@ class GrassConfig:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the rule uses gradient norms, so that a scoring variant is compiled."""
-        return RULES[self.selection].needs_scores
+        """Whether a rule uses gradient norms, so that a scoring variant is compiled."""
+        rules: Any = self.selection
+        rules = rules.values() if isinstance(rules, Mapping) else (rules,)
+        return any(RULES[rule].needs_scores for rule in rules)
 
     @property
     def signs_every(self) -> int:
         """In every so many steps gradients need signs; 0: never."""
         return self.rest_every if self.rest == "sign" else 0
-
-    @property
-    def scoring_period(self) -> int | float:
-        """Steps per scoring step in a long run; infinite for a rule that freezes its selection."""
-        return math.inf if RULES[self.selection].freezes else self.refresh_every
 
     def wants(self, *names: str) -> str | None:
         """None if ``include`` and ``exclude`` admit the parameter, else the reason why not.
@@ -287,13 +366,10 @@ class GrassConfig:
         A pattern may match any of the parameter's names: in the graph, or in its optimizer.
         """
 
-        def match(pattern: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
         for pattern in self.exclude:
-            if match(pattern):
+            if matches(pattern, names):
                 return f"excluded by {pattern!r}"
-        if self.include is not None and not any(map(match, self.include)):
+        if self.include is not None and not any(matches(p, names) for p in self.include):
             return "not in include"
         return None
 

@@ -40,11 +40,14 @@ class JointFacts:
     """The option ``disable_passes``."""
     with_signs: bool = False
     """Whether the option ``rest`` wants signs."""
+    with_lookups: bool = False
+    """The option ``lookups``."""
 
     @classmethod
     def of(cls, config: GrassConfig) -> JointFacts:
         """The facts of graphs that are compiled with these options."""
-        return cls(config.needs_scores, config.disable_passes, config.rest != "none")
+        signs = config.rest != "none"
+        return cls(config.needs_scores, config.disable_passes, signs, config.lookups)
 
 
 @dataclass

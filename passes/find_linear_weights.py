@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,13 +13,23 @@ from torch.distributed.tensor import DTensor
 from grass_fx._torch_compat import fsdp_weight, managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts, Result
-from grass_fx.passes.linear_uses import NotLinear, output_dims, output_dims_of_stack
+from grass_fx.passes.linear_uses import NotLinear, output_dims_of_stack, uses_of
 from grass_fx.passes.signature import LinearWeight
+from grass_fx.state.by_name import ByName
 from grass_fx.state.fsdp2 import adopted, owner_of
 from grass_fx.state.records import known
 from grass_fx.state.replicas import replicas_of
 from grass_fx.state.sharding import Shards, common_parts, sharding_of
 from grass_fx.state.spec import SubspaceSpec
+
+
+class LookedUp(NotLinear):
+    """A weight whose rows are looked up; ``spec`` is what the option ``lookups`` would give it."""
+
+    def __init__(self, by: str, spec: SubspaceSpec | None) -> None:
+        remedy = "" if spec is None else "; lookups=True takes it"
+        super().__init__(f"used by {by}, which is no matrix product with it{remedy}")
+        self.spec = spec
 
 
 @dataclass
@@ -34,6 +45,10 @@ class FoundWeights(Result):
     """The names in ``left`` that ``include`` or ``exclude`` rules out."""
     unfit: dict[str, str] = field(default_factory=dict)
     """Name -> reason, for parameters that are no candidates: frozen ones and vectors."""
+    by_name: ByName = field(default_factory=ByName)
+    """What the patterns of options by names match."""
+    lookups: dict[str, SubspaceSpec] = field(default_factory=dict)
+    """Name -> spec, for those in ``left`` that the option ``lookups`` would take."""
 
 
 def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeights:
@@ -46,13 +61,18 @@ def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeight
     are also stacks of matrices (e, m, n), used by ``bmm``, ``matmul``, ``baddbmm``, ``einsum``,
     grouped products or one matrix at a time. Each matrix has its own selection, along m.
 
-    Left, with a reason, are parameters that ``include``/``exclude`` rule out, that have other uses
-    (an embedding tied to a head), or that do not fit by size or kind of tensor. The pass looks at
-    what operations compute, never at module names.
+    With the option ``lookups`` rows may be looked up as well, by ``embedding``, ``index_select`` or
+    a tensor of indices, if these rows are not what would be selected.
+
+    Left, with a reason, are parameters that ``include``/``exclude`` rule out, that have other uses,
+    or that do not fit by size or kind of tensor. The pass looks at what operations compute, never
+    at module names.
     """
-    found, config = FoundWeights(), facts.config
+    config = facts.config
     placeholders = graph.find_nodes(op="placeholder")
     names = _unique_names(placeholders)
+    all_names = {node: (name, *_name_in_optimizer(node)) for node, name in names.items()}
+    found = FoundWeights(by_name=ByName(config, [*itertools.chain(*all_names.values())]))
     for position, (node, value) in enumerate(zip(placeholders, facts.inputs, strict=True)):
         if not isinstance(value, torch.nn.Parameter):
             continue
@@ -62,16 +82,20 @@ def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeight
         elif value.dim() < 2:
             found.unfit[name] = f"{value.dim()} dimension, only matrices are taken"
         else:
+            own = all_names[node]
             try:
-                if reason := config.wants(name, *_name_in_optimizer(node)):
+                if reason := config.wants(*own):
                     found.unwanted.add(name)
                     raise NotLinear(reason)
-                spec = _spec(node, value, config)
+                spec = _spec(node, value, config.of(*own))
                 if spec.shards is None:
                     spec = replace(spec, group=_group_of(node, config))
                 found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
+                found.by_name.taken.append(own)
             except NotLinear as reason:
                 found.left[name], found.positions[name] = str(reason), position
+                if isinstance(reason, LookedUp) and reason.spec is not None:
+                    found.lookups[name] = reason.spec
     counts = len(found.taken), len(found.left), len(found.unfit)
     found.note = "{} taken, {} left, {} others".format(*counts)
     return found
@@ -118,37 +142,48 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
             if isinstance(weight, DTensor)
             else f"a tensor subclass, {type(weight).__name__}"
         )
+    shards = None
     if managed_by_fsdp(node):
         known = None if (real := real_value(node)) is None else fsdp_weight(real)
         if known is None:
             raise NotLinear("fsdp2: the parameter that it is gathered from is not known")
         if (reason := known.refusal()) is not None:
             raise NotLinear(f"fsdp2: {reason}")
-        return _spec_of_shards(node, weight, config, sharding_of[adopted(known)].shards)
-    return _fitting(_spec_of_uses(node, weight, config))
+        shards = sharding_of[adopted(known)].shards
+    spec, lookup = _spec_of_uses(node, weight, config)
+    _check_size(spec)
+    if shards is not None:
+        spec = _sharded(spec, weight, shards)
+    if lookup and not config.lookups:
+        raise LookedUp(lookup, spec)
+    return spec
 
 
-def _spec_of_uses(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
-    """The spec of a weight from the uses of its node."""
+def _spec_of_uses(node: fx.Node, weight: Tensor, config: GrassConfig) -> tuple[SubspaceSpec, str]:
+    """The spec of a weight from the uses of its node, and the name of a lookup in it, or ""."""
     if weight.dim() == 3:
-        return _spec_of_stack(node, weight, config)
-    uses = output_dims(node, 0)
+        return _spec_of_stack(node, weight, config), ""
+    uses = uses_of(node, 0)
     if not uses:
         raise NotLinear("not used in a matrix product")
-    out_dim = uses[0]  # a matrix used both ways is named after its first use
+    lookups = [use for use in uses if use.lookup]
+    out_dim = [*lookups, *uses][0].out  # a matrix used both ways is named after its first use
     features = {"out": weight.shape[out_dim], "in": weight.shape[1 - out_dim]}
     side = config.side
     if side == "auto":
         side = "out" if features["out"] <= features["in"] else "in"
     dim = out_dim if side == "out" else 1 - out_dim
-    return SubspaceSpec.of(config, features[side], dim, side)
+    spec = SubspaceSpec.of(config, features[side], dim, side)
+    for use in lookups:
+        if dim == use.out and not config.lookups:
+            raise LookedUp(use.lookup, None)
+        if dim == use.out:
+            raise NotLinear(f"used by {use.lookup}, and side={side!r} would select among its rows")
+    return spec, lookups[0].lookup if lookups else ""
 
 
-def _spec_of_shards(
-    node: fx.Node, weight: Tensor, config: GrassConfig, shards: Shards
-) -> SubspaceSpec:
+def _sharded(spec: SubspaceSpec, weight: Tensor, shards: Shards) -> SubspaceSpec:
     """The spec of a weight sharded along dimension 0: all processes select equally many rows."""
-    spec = _fitting(_spec_of_uses(node, weight, config))
     if weight.shape[0] % shards.ranks:
         raise NotLinear(f"its dimension of {weight.shape[0]} is not alike on {shards.ranks} ranks")
     if weight.dim() == 3 or spec.dim != 0:
@@ -162,12 +197,11 @@ def _spec_of_shards(
     return replace(spec, shards=shards, parts=parts)
 
 
-def _fitting(spec: SubspaceSpec) -> SubspaceSpec:
+def _check_size(spec: SubspaceSpec) -> None:
     if spec.block > spec.size:
         raise NotLinear(f"block {spec.block} exceeds its {spec.size} {spec.side}put features")
     if spec.rank > spec.size:
         raise NotLinear(f"rank {spec.rank} exceeds its {spec.size} {spec.side}put features")
-    return spec
 
 
 def _spec_of_stack(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:

@@ -1,14 +1,14 @@
 """Decides whether the uses of a parameter in a Dynamo graph are linear.
 
 The search looks at what operations compute, never at module names. It passes through transposes,
-conversions and parts until it meets a product. Any other operation raises :class:`NotLinear` with
-the reason.
+conversions and parts until it meets a product or a lookup, which is a product with one-hot rows.
+Any other operation raises :class:`NotLinear` with the reason.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -20,6 +20,15 @@ class NotLinear(Exception):
     """A use of a parameter that is not a matrix product; the message is the reason."""
 
 
+class Use(NamedTuple):
+    """A product or a lookup."""
+
+    out: int
+    """Which dimension of the parameter holds output features; of a lookup, the one of its rows."""
+    lookup: str = ""
+    """The name of a lookup; empty for a product."""
+
+
 # The calls a Dynamo graph may hold: Python functions, names of methods, and ATen packets.
 LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear}
 MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.mm, aten.matmul}
@@ -28,6 +37,14 @@ EINSUM = {torch.einsum, torch.functional.einsum}
 ATTENTION = {torch.nn.functional.multi_head_attention_forward}
 IN_ATTENTION = {5, 11, "in_proj_weight", "out_proj_weight",
                 "q_proj_weight", "k_proj_weight", "v_proj_weight"}  # fmt: skip
+# lookups of rows -> the names of their arguments
+EMBEDDINGS = {
+    torch.nn.functional.embedding: ("indices", "weight", "padding_idx", "max_norm", "norm_type",
+                                    "scale_grad_by_freq", "sparse"),
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+    aten.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+}  # fmt: skip
+INDEX_SELECTS = {torch.index_select, "index_select", aten.index_select}
 PERMUTE = {torch.permute, "permute", aten.permute}
 TRANSPOSE = PERMUTE | {
     torch.t, torch.transpose, torch.swapaxes, torch.swapdims, torch.adjoint,
@@ -46,38 +63,44 @@ SAME = {
 }  # fmt: skip
 
 
-def output_dims(node: fx.Node, flipped: int) -> list[int]:
-    """For each use of ``node``: which dimension of the parameter holds the output features.
+def uses_of(node: fx.Node, flipped: int) -> list[Use]:
+    """The uses of ``node``, which is the parameter, or the transposed one if ``flipped`` is 1.
 
-    ``flipped`` is 1 if ``node`` is the transposed parameter. Raises NotLinear at the first use that
-    is no matrix product.
+    Raises NotLinear at the first one that is no matrix product and no lookup.
     """
-    dims: list[int] = []
+    uses: list[Use] = []
     for user in node.users:
-        dims += _use(node, user, flipped)
-    return dims
+        uses += _uses_by(node, user, flipped)
+    return uses
 
 
-def _use(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
+def _uses_by(node: fx.Node, user: fx.Node, flipped: int) -> list[Use]:
     target, args = _called(user), user.args
     if user.op == "output":
         raise NotLinear("it leaves the compiled graph")
     if target is getattr and args[1] in TRANSPOSE:
-        return output_dims(user, 1 - flipped)
+        return uses_of(user, 1 - flipped)
     if _subgraph(user) is not None:
         return _uses_in_body(node, user, flipped)
     if user.op in ("call_function", "call_method"):
         if target in TRANSPOSE and _first(user) is node:
-            return output_dims(user, flipped ^ _swaps(user))
+            return uses_of(user, flipped ^ _swaps(user))
         if target in SAME and _first(user) is node:
-            return output_dims(user, flipped)
+            return uses_of(user, flipped)
         if _is_part(user, node) or target in WHOLES:
-            return output_dims(user, flipped)
+            return uses_of(user, flipped)
         out = _product_dim(node, user)
         if out is not None:
-            return [out ^ flipped]
-    what = getattr(target, "__name__", str(target))
-    raise NotLinear(f"also used by {what}, which is no matrix product with it")
+            return [Use(out ^ flipped)]
+        rows = _looked_up_dim(node, user)
+        if rows is not None:
+            return [Use(rows ^ flipped, named(target))]
+    raise NotLinear(f"used by {named(target)}, which is no matrix product with it")
+
+
+def named(target: Any) -> str:
+    """What reports call an operation."""
+    return getattr(target, "__name__", str(target))
 
 
 def _is_part(user: fx.Node, node: fx.Node) -> bool:
@@ -130,6 +153,35 @@ def _product_dim(node: fx.Node, user: fx.Node) -> int | None:
     return None
 
 
+def _looked_up_dim(node: fx.Node, user: fx.Node) -> int | None:
+    """The dimension of ``node`` whose rows this call looks up by a tensor of indices, or None."""
+    target = _called(user)
+    if target in EMBEDDINGS:
+        given = dict(zip(EMBEDDINGS[target], user.args, strict=False)) | user.kwargs
+        if given.get("weight") is not node:
+            return None
+        if given.get("max_norm") is not None:
+            raise NotLinear(f"used by {named(target)} with max_norm, which changes it")
+        if given.get("sparse"):
+            raise NotLinear(f"used by {named(target)} with sparse=True, for a sparse gradient")
+        return 0
+    if target in INDEX_SELECTS and _first(user) is node:
+        dim = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else None)
+        return dim % 2 if isinstance(dim, int) else None
+    if target is operator.getitem and user.args[0] is node:
+        index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+        indices = [k for k, i in enumerate(index) if _is_indices(i)]
+        rest = [i for i in index if i is not Ellipsis and i != slice(None)]
+        if len(indices) == len(rest) == 1 and Ellipsis not in index[: indices[0]]:
+            return indices[0]
+    return None
+
+
+def _is_indices(argument: Any) -> bool:
+    value = getattr(argument, "meta", {}).get("example_value")
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
 def _einsum_dim(user: fx.Node, place: int, stacked: bool = False) -> int | None:
     """The weight's output dimension, if this einsum of two operands sums over the other one.
 
@@ -178,7 +230,7 @@ def _subgraph(user: fx.Node) -> fx.GraphModule | None:
     return None
 
 
-def _uses_in_body(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
+def _uses_in_body(node: fx.Node, user: fx.Node, flipped: int) -> list[Use]:
     body = _subgraph(user)
     assert body is not None
     operands = [a for a in user.args if isinstance(a, fx.Node) and a.op != "get_attr"]
@@ -186,11 +238,11 @@ def _uses_in_body(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
     bodies = [a for a in user.args if isinstance(a, fx.Node) and a.op == "get_attr"]
     if len(bodies) != 1 or len(operands) != len(inner):
         raise NotLinear(f"used inside {user.target}, whose body is not understood")
-    dims: list[int] = []
+    uses: list[Use] = []
     for operand, placeholder in zip(operands, inner, strict=True):
         if operand is node:
-            dims += output_dims(placeholder, flipped)
-    return dims
+            uses += uses_of(placeholder, flipped)
+    return uses
 
 
 # --- stacks of matrices, (e, m, n) ----------------------------------------------------------------
@@ -202,7 +254,7 @@ UNBOUND = {torch.unbind, "unbind", aten.unbind}
 
 
 def output_dims_of_stack(node: fx.Node, flipped: int) -> list[int]:
-    """Like :func:`output_dims`, for a stack (e, m, n): 1 or 2 for each use."""
+    """For each use of a stack (e, m, n): which of its dimensions, 1 or 2, holds output features."""
     dims: list[int] = []
     for user in node.users:
         dims += _use_of_stack(node, user, flipped)
@@ -219,16 +271,24 @@ def _use_of_stack(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
         if target in SAME:
             return output_dims_of_stack(user, flipped)
         if target in UNBOUND and not any(args[1:]) and not user.kwargs:
-            return [1 + d for part in user.users for d in output_dims(part, flipped)]
+            return [d for part in user.users for d in _output_dims_of_one(part, flipped)]
         if target is operator.getitem and isinstance(args[1], int):
-            return [1 + d for d in output_dims(user, flipped)]
+            return _output_dims_of_one(user, flipped)
         if target is operator.getitem and isinstance(args[1], fx.Node):
             return output_dims_of_stack(user, flipped)  # indexed by the matrix of each token
     out = _product_dim_of_stack(node, user)
     if out is None:
-        what = getattr(target, "__name__", str(target))
-        raise NotLinear(f"also used by {what}, which is no product with a stack of matrices")
+        raise NotLinear(f"used by {named(target)}, which is no product with a stack of matrices")
     return [3 - out if flipped else out]
+
+
+def _output_dims_of_one(matrix: fx.Node, flipped: int) -> list[int]:
+    """The same for one matrix of the stack."""
+    uses = uses_of(matrix, flipped)
+    for use in uses:
+        if use.lookup:
+            raise NotLinear(f"used by {use.lookup}, which is no product with a stack of matrices")
+    return [1 + use.out for use in uses]
 
 
 def _product_dim_of_stack(node: fx.Node, user: fx.Node) -> int | None:

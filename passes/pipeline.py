@@ -13,6 +13,7 @@ from torch import fx
 
 from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph
 from grass_fx.compile.sources import source_hash
+from grass_fx.passes.accumulate_lookups import accumulate_lookups_pass
 from grass_fx.passes.facts import JointFacts, Result, TapFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
@@ -44,6 +45,7 @@ JOINT = (
     Pass("push_norms", push_norms_pass, makes="normed"),
     Pass("push_signs", push_signs_pass, makes="signed", when=lambda f: f.with_signs),
     Pass("push_selection", push_selection_pass, makes="pushed"),
+    Pass("accumulate_lookups", accumulate_lookups_pass, "accumulated", lambda f: f.with_lookups),
     Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
 )
 """Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` and

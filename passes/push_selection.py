@@ -9,9 +9,11 @@ from torch import fx
 from grass_fx.ops import SELECT
 from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import Planned, Push, emit, erase_unused, make_early
+from grass_fx.passes.push_lookup_rules import LOOKUP_RULES
 from grass_fx.passes.push_rules import COLLECTIVES, RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
+MATRIX_RULES = {**RULES, **LOOKUP_RULES}
 TOO_DEEP = "its gradient is made by more operations than can be followed"
 
 
@@ -30,7 +32,7 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         selected_mm = torch.ops.grass.selected_mm.default(permute, x, indices, scale, 0)
 
     The product stands where its factors are made. ``select`` is linear and moves through the
-    operations of ``push_rules.RULES`` (equations 2 and 3 of docs/method.md). It stops at any other
+    operations of ``MATRIX_RULES`` (equations 2 and 3 of docs/method.md). It stops at any other
     operation, and at a node whose full value is needed anyway (for the scores of a scoring step);
     there it stays, and the reason is reported. Each path down is planned before the graph changes.
     Graphs without a selection, such as those for inference, stay as they are.
@@ -42,7 +44,7 @@ def push_selection_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     for select in graph.find_nodes(op="call_function", target=SELECT):
         g, indices, scale, dim, *block = cast("tuple[Any, ...]", select.args)
         make_early(select)
-        rules = RULES if indices.meta["val"].dim() == 1 else STACK_RULES
+        rules = MATRIX_RULES if indices.meta["val"].dim() == 1 else STACK_RULES
         push = Push(rules, graph, select, indices, scale, block)
         try:
             plan = push.of(g, dim, select)

@@ -39,8 +39,8 @@ class Role(NamedTuple):
     """Makes an input of the right shape, dtype and device from the weight's spec and value."""
     is_proxy: bool = False
     """A proxy only receives a gradient, and is never read. Other inputs hold the selection."""
-    present: Callable[[SubspaceSpec, bool], bool] = lambda spec, with_scores: True
-    """Whether a weight has this input, from its spec and whether the rule needs scores."""
+    present: Callable[[SubspaceSpec], bool] = lambda spec: True
+    """Whether a weight with this spec has this input."""
 
 
 def proxy_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -73,10 +73,10 @@ def _scale(spec: SubspaceSpec, w: Tensor) -> Tensor:
 
 ROLES = (
     Role("d", _compact, is_proxy=True),
-    Role("e", _scores, is_proxy=True, present=lambda spec, with_scores: with_scores),
-    Role("b", _bits, is_proxy=True, present=lambda spec, with_scores: spec.rest > 0),
+    Role("e", _scores, is_proxy=True, present=lambda spec: spec.needs_scores),
+    Role("b", _bits, is_proxy=True, present=lambda spec: spec.rest > 0),
     Role("indices", _indices),
-    Role("scale", _scale, present=lambda spec, with_scores: spec.replacement),
+    Role("scale", _scale, present=lambda spec: spec.replacement),
 )
 """d receives the compact gradient C, e the scores s, and b the signs of G, packed as bits. Then
 come σ and, with replacement, ρ."""
@@ -85,16 +85,16 @@ come σ and, with replacement, ρ."""
 class Signature:
     """The added inputs of a graph, which follow its own ``count`` inputs.
 
-    ``weights`` are the taken ones. ``with_scores`` says whether the selection rule needs scores.
-    Both variants of a graph have the same signature.
+    ``weights`` are the taken ones. Both variants of a graph have the same signature.
     """
 
     ROLES: ClassVar[tuple[Role, ...]] = ROLES
 
-    def __init__(self, weights: Sequence[LinearWeight], count: int, with_scores: bool) -> None:
-        self.weights, self.with_scores = tuple(weights), with_scores
+    def __init__(self, weights: Sequence[LinearWeight], count: int) -> None:
+        self.weights = tuple(weights)
+        self.with_scores = any(weight.spec.needs_scores for weight in self.weights)
         self._roles = {
-            weight.position: [r for r in self.ROLES if r.present(weight.spec, with_scores)]
+            weight.position: [r for r in self.ROLES if r.present(weight.spec)]
             for weight in self.weights
         }
         places = itertools.count(count)
@@ -124,10 +124,10 @@ class Signature:
         all_proxies: list[Tensor] = []
         for weight, w in zip(self.weights, values, strict=True):
             spec = weight.spec
-            alike = (w.shape, w.dtype, w.device, spec.dim, spec.rank, spec.rest)
+            roles = tuple(role for role in self._roles[weight.position] if role.is_proxy)
+            alike = (w.shape, w.dtype, w.device, spec.dim, spec.rank, roles)
             if alike not in shared:
-                proxies = (role for role in self._roles[weight.position] if role.is_proxy)
-                shared[alike] = [role.example(weight.spec, w) for role in proxies]
+                shared[alike] = [role.example(weight.spec, w) for role in roles]
             all_proxies += shared[alike]
         return all_proxies
 

@@ -80,7 +80,7 @@ def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
         "block": spec.run,
         "collectives": tuple(map(tuple, collectives)),
     }
-    if variant.scoring:
+    if variant.scoring and spec.needs_scores:
         settings["scoring"] = config.scoring
         settings["score_sync"] = config.score_sync if collectives else "norms"
     if spec.rest and (variant.signing or spec.rest == 1):

@@ -251,7 +251,7 @@ def test_one_line_is_logged_for_each_compilation(caplog):
 
 
 def test_a_selection_that_is_not_pushed_is_right_and_reported(caplog, monkeypatch):
-    monkeypatch.delitem(push_selection.RULES, torch.ops.aten.mm.default)
+    monkeypatch.delitem(push_selection.MATRIX_RULES, torch.ops.aten.mm.default)
     model, x = mlp(8, 6).double(), torch.randn(4, 8, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, "grass_fx"):
         torch.compile(model, backend=Captured(rank=2))(x).square().sum().backward()

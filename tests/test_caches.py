@@ -195,7 +195,7 @@ def test_gradients_outlive_the_memory_of_a_cuda_graph(cuda_graphs):
     def backend(gm, inputs):
         config = GrassConfig(rank=4)
         found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
-        signature = Signature(found.taken, len(inputs), with_scores=False)
+        signature = Signature(found.taken, len(inputs))
         graph, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
         compiled = compile_aot_eager(graph, extended, GrassPasses(JointFacts()), replayed)
         return GrassCallable(signature, {REGULAR: compiled}, found, PushReport(), cuda_graphs)

@@ -32,6 +32,7 @@ def test_defaults_are_those_of_the_method():
         "side": "in",
         "rest": "none",
         "rest_every": 1,
+        "lookups": False,
         "include": None,
         "exclude": (),
         "seed": 0,
@@ -144,9 +145,9 @@ def test_messages_of_unknown_options():
 grass has no option 'rnak': did you mean 'rank'? Options of Inductor go into
   options={"inductor": {...}}.
 grass has no option 'max_autotune': valid: 'rank', 'refresh_every', 'selection', 'block',
-  'replacement', 'scoring', 'side', 'rest', 'rest_every', 'include', 'exclude', 'seed',
-  'process_group', 'score_sync', 'compiler', 'mode', 'inductor', 'dump_dir', 'disable_passes'.
-  Options of Inductor go into options={"inductor": {...}}.
+  'replacement', 'scoring', 'side', 'lookups', 'rest', 'rest_every', 'include', 'exclude',
+  'seed', 'process_group', 'score_sync', 'compiler', 'mode', 'inductor', 'dump_dir',
+  'disable_passes'. Options of Inductor go into options={"inductor": {...}}.
 """,
     )
 
@@ -181,6 +182,7 @@ def test_messages_of_other_values():
             {"refresh_every": 0},
             {"seed": -1},
             {"replacement": 1},
+            {"lookups": "yes"},
             {"selection": "top", "replacement": True},
             {"include": [1, "head"]},
             {"inductor": "max-autotune"},
@@ -190,6 +192,7 @@ refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to keep th
   selection.
 seed=-1 must be an integer >= 0.
 replacement=1 must be True or False.
+lookups='yes' must be True or False.
 selection='top' cannot draw with replacement: use replacement=False, or one of uniform,
   multinomial_norm, multinomial_norm_sq.
 include=[1, 'head'] must be patterns of parameter names.
@@ -282,6 +285,101 @@ WANTS = [
 @pytest.mark.parametrize(("options", "reason"), WANTS)
 def test_patterns_choose_parameters(options, reason):
     assert GrassConfig(**options).wants(NAME) == reason
+
+
+# --- options by names -----------------------------------------------------------------------------
+
+
+def test_the_first_pattern_that_matches_counts_and_others_have_the_default():
+    patterns = {"*.mlp.*": 8, "*.layers.0.*": 0.5, "model.*.q_proj.*": 16}
+    config = GrassConfig(rank=patterns, side={"head*": "out"}, refresh_every=7)
+    patterns.clear()  # the options hold no dict of the caller
+    for names, rank, side in (
+        (["model.layers.0.mlp.up.weight"], 8, "in"),
+        ([NAME], 0.5, "in"),
+        (["model.layers.1.self_attn.q_proj.weight"], 16, "in"),
+        (["q_proj.weight", "model.layers.1.self_attn.q_proj.weight"], 16, "in"),  # two names of one
+        (["head.weight"], 0.25, "out"),
+        (["MODEL.MLP.up"], 0.25, "in"),
+    ):
+        assert config.of(*names) == GrassConfig(rank=rank, side=side, refresh_every=7)
+    plain = GrassConfig(rank=4)
+    assert plain.of(NAME) is plain and plain.matched([NAME]) == {}
+
+
+def test_what_patterns_match():
+    config = GrassConfig(rank={"*.mlp.*": 8, "*": 4}, selection={"head": "top"})
+    assert config.needs_scores and not GrassConfig(selection={"head": "cyclic"}).needs_scores
+    assert config.matched(["a.mlp.w", "b"]) == {
+        ("rank", "*.mlp.*"): True, ("rank", "*"): True, ("selection", "head"): False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": {"a": 12, "b": 16}, "block": {"a": 4, "b": 8}},  # where they meet, they fit
+        {"rank": {"a": 16, "b": 0.5}, "block": 8, "refresh_every": {"*": math.inf}},
+        {"selection": {"a": "uniform", "*": "top"}, "side": {"a": "auto"}},
+        {"selection": {"*": "uniform"}, "replacement": True},
+    ],
+    ids=str,
+)
+def test_options_by_names_that_fit(options):
+    GrassConfig.from_options(options)
+
+
+def test_messages_of_options_by_names():
+    assert_expected_inline(
+        told(
+            {"rank": {"a": 8, "b": 0}},
+            {"rank": {"a": 1, "b": True}, "block": {"*": 8}},
+            {"block": {"a": 0}},
+            {"rank": {"a": 16, "b": 12}, "block": 8},
+            {"rank": 12, "block": {"a": 4, "b": 8}},
+            {"refresh_every": {"a": 5, "b": 0}},
+            {"selection": {"a": "cyclic", "b": "multinomial"}},
+            {"selection": {"a": "uniform", "b": "top"}, "replacement": True},
+            {"side": {"a": "output"}},
+            {"rank": {}},
+            {"rank": {1: 4}},
+            {"side": {"a": {"b": "in"}}, "rank": {"a": 4}},
+            {"seed": {"a": 1}},
+            {"lookups": {"embed*": True}},
+        ),
+        """\
+rank=0 must be at least 1.
+rank=True must be a number of rows, or a fraction in (0, 1) of each weight's selected dimension.
+block=0 must be a number of rows >= 1.
+block=8 does not divide rank=12: make rank a multiple of block.
+block=8 does not divide rank=12: make rank a multiple of block.
+refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to keep the first
+  selection.
+selection='multinomial' is not known: did you mean 'multinomial_norm'?
+selection='top' cannot draw with replacement: use replacement=False, or one of uniform,
+  multinomial_norm, multinomial_norm_sq.
+side='output' is not known: did you mean 'out'?
+rank={} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
+rank={1: 4} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
+side: {'b': 'in'} must not be by names again.
+seed={'a': 1} must be an integer >= 0.
+lookups={'embed*': True} must be True or False.
+""",
+    )
+
+
+def test_what_meets_at_one_weight_and_does_not_fit_names_the_weight():
+    config = GrassConfig(rank={"*.q_proj.*": 12}, block={"*.layers.*": 8})
+    drawn = GrassConfig(selection={"*.mlp.*": "uniform"}, replacement=True)
+    with pytest.raises(OptionError) as error:
+        config.of("q_proj.weight", NAME)
+    assert str(error.value).startswith("q_proj.weight: block=8 does not divide rank=12")
+    with pytest.raises(OptionError, match=f"{NAME}: selection='cyclic' cannot draw with"):
+        drawn.of(NAME)
+    assert config.of("model.layers.0.mlp.weight").block == 8
+    how = {"backend": "grass", "options": {"rank": {"w*": 12}, "block": {"*": 8}}}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="weight: block=8 does not"):
+        torch.compile(torch.nn.Linear(16, 8), **how)(torch.randn(4, 16))
 
 
 # --- options by a backend's name, or from the environment -----------------------------------------

@@ -15,8 +15,9 @@ from grass_fx import ops
 from grass_fx.__main__ import main
 from grass_fx.errors import OptionError
 from grass_fx.inspect import cost
+from grass_fx.inspect.candidates import llama_shapes
 from grass_fx.inspect.cost import LinearCost
-from grass_fx.inspect.planning import activation_bytes, llama_shapes, parse_memory
+from grass_fx.inspect.planning import activation_bytes, parse_memory
 from helpers import mlp
 from llama import build
 

@@ -74,7 +74,7 @@ def test_with_the_remedy_linear_layers_are_taken_and_the_rest_is_named(kind):
     assert message.startswith(f"grass has taken {1024 / total:.1%} of the matrix elements")
     for name in ("r.weight_ih_l0", "r.weight_hh_l0"):
         shape = tuple(dict(model.named_parameters())[name].shape)
-        assert f"{name} {shape}: also used by " in message
+        assert f"{name} {shape}: used by " in message
     assert "a.weight" not in message and "no graph" not in message
     assert [registry.get(m.weight) is not None for m in (model.a, model.b)] == [True, True]
 
@@ -179,8 +179,8 @@ def test_the_largest_weights_that_are_left_are_named_with_their_reasons():
     assert message.startswith(
         f"grass has taken {taken / total:.1%} of the matrix elements that this optimizer trains, "
         f"{taken} of {total:,}. The largest weights that train dense: "
-        "table.weight (64, 16): also used by embedding, which is no matrix product with it; "
-        "3 x heads.* (16, 4, 4): "
+        "table.weight (64, 16): used by embedding, which is no matrix product with it; "
+        "lookups=True takes it; 3 x heads.* (16, 4, 4): "
     )
     assert "layers" not in message and "option exclude" in message
     assert "torch.compile made no graph" not in message
@@ -264,7 +264,7 @@ def test_one_graph_that_serves_many_layers_tells_of_all_of_them():
             x=X[0, None].repeat(1, 4, 1)[:, :16],
         )
         assert counters["stats"]["unique_graphs"] < len(blocks)
-        assert "4 x *.kernel (16, 16, 3): also used by conv1d" in message
+        assert "4 x *.kernel (16, 16, 3): used by conv1d" in message
 
 
 def test_a_gradient_that_stepped_in_backward_counts():

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import DynamoFacts
 from grass_fx.passes.find_linear_weights import find_linear_weights_pass
-from helpers import Captured, mlp, taken_and_left
+from helpers import Captured, mlp, taken_and_left, uncached
 
 
 class Uses(nn.Module):
@@ -89,14 +89,12 @@ def test_a_linear_use_is_taken_pushed_and_right(name, side):
 
 
 OTHER_USES = {
-    "embedding": (lambda w, x: F.embedding(x.long().abs() % 12, w), X8, "embedding"),
     "tied to an embedding": (
         lambda w, x: F.embedding(x.long().abs() % 12, w) @ w.T, X8, "embedding"
     ),
     "an elementwise function": (lambda w, x: x @ w.sin(), X12, "sin"),
     "normalised": (lambda w, x: x @ F.normalize(w), X12, "no matrix product"),
     "returned": (lambda w, x: (x @ w, w.t()), X12, "leaves the compiled graph"),
-    "one row": (lambda w, x: x @ w + w[0], X12, "getitem"),
 }  # fmt: skip
 
 
@@ -143,7 +141,7 @@ def test_only_trainable_matrices_of_floats_are_considered():
         "conv.bias": "1 dimension, only matrices are taken",
     }
     assert found.left == {
-        "conv.weight": "also used by conv1d, which is no product with a stack of matrices",
+        "conv.weight": "used by conv1d, which is no product with a stack of matrices",
         "complex": "dtype torch.complex64 is not a real floating-point type",
     }
 
@@ -198,3 +196,199 @@ def test_tied_parameters_are_one_weight():
     model[2].weight = model[0].weight
     taken, left = taken_and_left(model, torch.randn(4, 8), rank=2)
     assert len(taken) == 1 and not left
+
+
+# --- lookups --------------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([[1, 3, 3], [0, 11, 3]])
+
+# a use of a (12, 8) table, and the name that reports have for it
+LOOKUPS = {
+    "F.embedding": (lambda w, x: F.embedding(x, w), "embedding"),
+    "F.embedding by keyword": (lambda w, x: F.embedding(input=x, weight=w), "embedding"),
+    "torch.embedding": (lambda w, x: torch.embedding(w, x), "embedding"),
+    "torch.embedding by keyword": (
+        lambda w, x: torch.embedding(indices=x, weight=w, padding_idx=3), "embedding"
+    ),
+    "padding_idx": (lambda w, x: F.embedding(x, w, 3), "embedding"),
+    "scale_grad_by_freq": (
+        lambda w, x: F.embedding(x, w, scale_grad_by_freq=True), "embedding"
+    ),
+    "w[x]": (lambda w, x: w[x], "getitem"),
+    "w[x] of 32 bits": (lambda w, x: w[x.int()], "getitem"),
+    "w[x, :]": (lambda w, x: w[x, :], "getitem"),
+    "w[x, ...]": (lambda w, x: w[x, ...], "getitem"),
+    "w.T[:, x]": (lambda w, x: w.T[:, x], "getitem"),
+    "w.index_select": (lambda w, x: w.index_select(0, x[0]), "index_select"),
+    "w.T.index_select": (lambda w, x: w.T.index_select(-1, x[0]), "index_select"),
+    "torch.index_select by keyword": (
+        lambda w, x: torch.index_select(input=w, dim=-2, index=x[0]), "index_select"
+    ),
+    "some rows": (lambda w, x: F.embedding(x % 5, w[4:9]), "embedding"),
+    "some columns": (lambda w, x: w[:, 2:7][x], "getitem"),
+    "parts": (lambda w, x: torch.cat([part[x % 6] for part in w.chunk(2)]), "getitem"),
+    "concatenated": (lambda w, x: F.embedding(x, torch.cat([w, torch.ones(3, 8)])), "embedding"),
+    "converted": (lambda w, x: F.embedding(x, w.float()), "embedding"),
+    "under checkpoint": (
+        lambda w, x: checkpoint(lambda x: w[x].sin(), x, use_reentrant=False), "getitem"
+    ),
+    "as a factor": (lambda w, x: w[x[0]] @ w[x[1]].T, "getitem"),
+    "twice": (lambda w, x: 4 * w[x] + w[x.flip(-1)], "getitem"),
+    "tied": (lambda w, x: F.embedding(x, w, 3) @ w.T, "embedding"),
+    "tied to x @ w": (lambda w, x: F.linear(w[x], w) @ w, "getitem"),
+    "tied, twice": (lambda w, x: (4 * w[x] + w[x.flip(-1)]).tanh() @ w.T, "getitem"),
+}  # fmt: skip
+IN_INDUCTOR = ["padding_idx", "scale_grad_by_freq", "w.T[:, x]", "parts", "tied", "tied, twice"]
+
+
+class Tables(nn.Module):
+    """A (12, 8) table for each of these uses, of numbers that can be indices as well."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.uses = uses
+        self.tables = nn.ParameterList(3 * torch.rand(12, 8, dtype=torch.float64) for _ in uses)
+
+    def forward(self, x):
+        return [use(w, x) for use, w in zip(self.uses, self.tables, strict=True)]
+
+
+def weighted(results):
+    """A loss to which each element of each result has another gradient."""
+    return sum((y * torch.arange(y.numel()).view(y.shape).cos()).sum() for y in results)
+
+
+def finder(model):
+    """What ``find_linear_weights`` finds in a model that looks up TOKENS, by options."""
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append((gm, inputs))
+        return gm.forward
+
+    torch.compile(model, backend=backend)(TOKENS)
+    ((gm, inputs),) = graphs
+
+    def find(**options):
+        config = GrassConfig(**{"rank": 2, **options})
+        return find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
+
+    return find
+
+
+def fates_of(uses):
+    """The selected dimension for each use, or the reason why it is left, by options."""
+    find = finder(Tables(uses))
+
+    def fates_by(**options):
+        found = find(**options)
+        fates = {weight.name: weight.spec.dim for weight in found.taken} | found.left
+        assert {*found.lookups} == {
+            name for name, why in found.left.items() if "; lookups=True" in why
+        }
+        return [fates[f"tables.{k}"] for k in range(len(uses))]
+
+    return fates_by
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, LOOKUPS),
+        ({"compiler": "inductor"}, IN_INDUCTOR),
+        ({"rank": 4, "block": 2}, IN_INDUCTOR),
+        ({"selection": "uniform", "replacement": True}, IN_INDUCTOR),
+        ({"selection": "top", "scoring": "tiles"}, IN_INDUCTOR),  # whose first step scores
+        ({"side": "auto"}, IN_INDUCTOR),
+    ],
+    ids=lambda given: str(given) if len(given) < 3 else "",
+)
+def test_lookups_are_taken_pushed_and_right(options, names):
+    model = Tables([LOOKUPS[name][0] for name in names])
+    backend = Captured(lookups=True, **{"rank": 3, **options})
+    with uncached():
+        weighted(torch.compile(model, backend=backend)(TOKENS)).backward()
+    assert len(backend.only.report.pushed) == len(names), backend.only.report.stopped
+    fulls = torch.autograd.grad(weighted(model(TOKENS)), [*model.parameters()])
+    for name, w, full in zip(names, model.parameters(), fulls, strict=True):
+        grad, bound = w.grad, 1e-6 if name == "converted" else 1e-13
+        assert (grad.selection.dim, grad.scores is None) == (1, "top" not in options.values())
+        error = (grad.compact - grad.selection.project(full)).abs().max()
+        assert error <= bound * full.abs().max(), name
+
+
+def test_lookups_are_right_under_autocast_and_with_symbolic_sizes():
+    """The product of the head is in bfloat16, and so is its gradient; that of the lookup is not."""
+    names = ["padding_idx", "tied", "tied, twice"]
+    model = Tables([LOOKUPS[name][0] for name in names]).float()
+    compiled = torch.compile(model, backend=Captured(rank=3, lookups=True), dynamic=True)
+    for tokens in (TOKENS, TOKENS.repeat(1, 2), TOKENS[0]):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, want = weighted(compiled(tokens)), weighted(model(tokens))
+        loss.backward()
+        fulls = torch.autograd.grad(want, [*model.parameters()])
+        for w, full in zip(model.parameters(), fulls, strict=True):
+            error = (w.grad.compact - w.grad.selection.project(full)).abs().max()
+            assert error <= 2**-7 * full.abs().max()
+
+
+def test_only_the_option_takes_a_lookup_and_only_for_its_width():
+    find = fates_of([use for use, _ in LOOKUPS.values()])
+    whats = [f"used by {by}, which is no matrix product with it" for _, by in LOOKUPS.values()]
+    assert find(lookups=True) == [1] * len(LOOKUPS)
+    assert find() == [f"{what}; lookups=True takes it" for what in whats]
+    assert find(side="out") == whats
+    assert find(side="out", lookups=True) == [
+        f"used by {by}, and side='out' would select among its rows" for _, by in LOOKUPS.values()
+    ]
+
+
+NO_PRODUCT = "which is no matrix product with it"
+OTHER_LOOKUPS = [
+    (lambda w, x: F.embedding(x, w, None, 1.0), "embedding with max_norm, which changes it"),
+    (lambda w, x: F.embedding(x, w, sparse=True),
+     "embedding with sparse=True, for a sparse gradient"),
+    (lambda w, x: torch.embedding(w, x, -1, False, True),
+     "embedding with sparse=True, for a sparse gradient"),
+    (lambda w, x: w[3], f"getitem, {NO_PRODUCT}"),
+    (lambda w, x: w[x, x % 8], f"getitem, {NO_PRODUCT}"),
+    (lambda w, x: w[x, 0], f"getitem, {NO_PRODUCT}"),
+    (lambda w, x: w[torch.ones(12, dtype=torch.bool)],
+     f"getitem, {NO_PRODUCT}"),
+    (lambda w, x: F.embedding_bag(x, w), f"embedding_bag, {NO_PRODUCT}"),
+    (lambda w, x: F.embedding(x, 2 * w), f"mul, {NO_PRODUCT}"),
+    (lambda w, x: F.embedding(w.to(torch.int64), torch.ones(9, 8)), f"embedding, {NO_PRODUCT}"),
+    (lambda w, x: torch.ones(9, 8)[w.to(torch.int64)], f"getitem, {NO_PRODUCT}"),
+]  # fmt: skip
+
+
+def test_other_lookups_are_left_with_their_reason():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # for the mask
+        find = fates_of([use for use, _ in OTHER_LOOKUPS])
+    reasons = [f"used by {reason}" for _, reason in OTHER_LOOKUPS]
+    assert find() == find(lookups=True) == find(lookups=True, side="out") == reasons
+
+
+def test_the_dimension_of_a_lookup_is_not_selected():
+    """Columns may be looked up as well; where both are, no side fits, and none is promised."""
+    columns, both = (lambda w, x: w[:, x % 8]), (lambda w, x: w[x].sum() + w[:, x % 8])
+    find, what = fates_of([columns, both]), f"used by getitem, {NO_PRODUCT}"
+    assert find() == [f"{what}; lookups=True takes it", what] and find(side="out") == [what] * 2
+    refused = "used by getitem, and side={!r} would select among its rows".format
+    assert find(lookups=True) == [0, refused("in")]
+    assert find(lookups=True, side="out") == [refused("out")] * 2
+
+
+def test_what_does_not_fit_is_promised_to_nobody():
+    left = {"w": "rank 9 exceeds its 8 input features"}
+    find = finder(Uses(lambda w, x: w[x]))
+    for lookups in (False, True):
+        found = find(rank=9, lookups=lookups)
+        assert found.left == left and not found.lookups
+
+
+def test_rows_of_a_stack_are_not_looked_up():
+    find = finder(Uses(lambda w, x: w[1][x], (3, 12, 8)))
+    left = {"w": "used by getitem, which is no product with a stack of matrices"}
+    assert find(lookups=True).left == find().left == left

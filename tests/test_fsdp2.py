@@ -470,6 +470,46 @@ def resumes(rank, folder):
         grass_fx.lay_out_from(torch.optim.SGD(model.parameters()), folder, model)
 
 
+class Tied(nn.Module):
+    """A table of tokens, also the head, and a layer between them."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(vocabulary, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        return torch.tanh(self.layer(self.table(tokens))) @ self.table.weight.T
+
+
+def looks_up(rank):
+    """A table that is tied to the head, looked up in; a vocabulary that does not divide is left."""
+
+    def trained(vocabulary, ranks, steps, **more):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Tied(vocabulary).double()
+        model.compile(**options(**more))
+        if ranks > 1:
+            fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+        optimizer = adamw(model)
+        for step in range(steps):
+            gen = torch.Generator().manual_seed(step)
+            tokens = torch.randint(vocabulary, (8, 5), generator=gen)
+            loss = model(tokens.chunk(ranks)[rank % ranks]).square().mean()
+            loss.backward()
+            optimizer.step()
+            compact = isinstance(model.table.weight.grad, grass_fx.CompactGrad)
+            optimizer.zero_grad()
+        return whole(model), compact, registry.left(model.table.weight)
+
+    want, got = (trained(24, ranks, STEPS, lookups=True, **RULES["top"]) for ranks in (1, RANKS))
+    check(got[0], want[0], "lookups")
+    assert want[1:] == got[1:] == (True, None)
+    for lookups in (False, True):
+        _, compact, left = trained(23, RANKS, 1, lookups=lookups)
+        assert not compact and left.reason == "its dimension of 23 is not alike on 2 ranks"
+
+
 def in_replicas(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     want = alone()
@@ -482,6 +522,7 @@ def in_replicas(rank):
 
 def two(rank, folder):
     in_every_order(rank)
+    looks_up(rank)
     moves_what_is_compact(rank)
     saves(rank, folder)
 

@@ -194,7 +194,7 @@ def test_observers_see_every_graph_of_one_run_and_what_was_left_out():
     def backend(gm, inputs):
         config = GrassConfig(rank=4)
         found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
-        signature = Signature(found.taken, len(inputs), with_scores=False)
+        signature = Signature(found.taken, len(inputs))
         graph, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
         passes = GrassPasses(JointFacts(disabled=("push_norms",)), [observer])
         return GrassCallable(

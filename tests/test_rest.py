@@ -128,6 +128,21 @@ def test_a_weight_that_is_used_twice_forms_its_gradient_and_says_so():
     assert torch.equal(signs_of(model.layer.weight.grad), twin.layer.weight.grad.sign())
 
 
+def test_rows_of_tokens_that_do_not_occur_stand_still():
+    """In a table that is not tied. Rows that occur move in all columns; then only by momentum."""
+    model = torch.nn.Sequential(torch.nn.Embedding(12, 8), torch.nn.Linear(8, 5)).double()
+    compiled = torch.compile(model, backend=Captured(rank=3, rest="sign", lookups=True))
+    optimizer = grass_fx.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    for tokens, seen in (([1, 3, 3, 0], {0, 1, 3}), ([11, 3, 3, 7], {0, 1, 3, 7, 11})):
+        before = model[0].weight.detach().clone()
+        compiled(torch.tensor(tokens)).sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = model[0].weight != before
+        assert {*moved.all(1).nonzero().flatten().tolist()} == {*tokens}
+        assert {*moved.any(1).nonzero().flatten().tolist()} == seen
+
+
 class Experts(torch.nn.Module):
     """Each token goes to one of three experts; the last one gets none."""
 

@@ -18,8 +18,8 @@ from grass_fx.state.spec import SubspaceSpec
 from helpers import mlp
 
 
-def weight(position, **options):
-    config = GrassConfig(rank=2, **options)
+def weight(position, selection="top", **options):
+    config = GrassConfig(rank=2, selection=selection, **options)
     return LinearWeight(position, f"w{position}", (6, 8), SubspaceSpec.of(config, 8, 1, "in"))
 
 
@@ -28,15 +28,24 @@ DRAWN = weight(4, selection="multinomial_norm", replacement=True)
 
 
 def test_places_follow_the_graphs_own_inputs_weight_by_weight():
-    signature = Signature([PLAIN, DRAWN], 5, with_scores=True)
+    signature = Signature([PLAIN, DRAWN], 5)
     assert dict(signature.places(PLAIN)) == {"d": 5, "e": 6, "indices": 7}
     assert dict(signature.places(DRAWN)) == {"d": 8, "e": 9, "indices": 10, "scale": 11}
-    without = Signature([PLAIN], 5, with_scores=False)
-    assert dict(without.places(PLAIN)) == {"d": 5, "indices": 6}
+    assert signature.with_scores
+
+
+def test_only_weights_whose_rule_needs_scores_have_a_place_for_them():
+    cyclic = weight(2, "cyclic")
+    signature = Signature([PLAIN, cyclic], 5)
+    assert dict(signature.places(PLAIN)) == {"d": 5, "e": 6, "indices": 7}
+    assert dict(signature.places(cyclic)) == {"d": 8, "indices": 9}
+    assert signature.with_scores and not Signature([cyclic], 5).with_scores
+    w = torch.randn(6, 8)
+    assert [len(p.shape) for p in signature.proxies([w, w])] == [2, 1, 2]
 
 
 def test_examples_have_the_shapes_of_a_calls_inputs():
-    signature = Signature([DRAWN], 1, with_scores=True)
+    signature = Signature([DRAWN], 1)
     w = torch.randn(6, 8, dtype=torch.bfloat16)
     examples = signature.examples(DRAWN, w)
     assert [*examples] == [*signature.places(DRAWN)]
@@ -50,7 +59,7 @@ def test_examples_have_the_shapes_of_a_calls_inputs():
 
 
 def test_a_call_fills_every_place_and_its_gradients_come_back_by_role():
-    signature = Signature([PLAIN, DRAWN], 0, with_scores=True)
+    signature = Signature([PLAIN, DRAWN], 0)
     w = torch.randn(6, 8)
     proxies = signature.proxies([w, w])
     assert proxies[0] is proxies[2] and proxies[1] is proxies[3]  # alike, and never read
@@ -86,7 +95,7 @@ def test_one_more_role_is_a_change_in_one_place(selection):
 
     def backend(gm, inputs):
         found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
-        signature = WithOneMore(found.taken, len(inputs), config.needs_scores)
+        signature = WithOneMore(found.taken, len(inputs))
         variants = [REGULAR, Variant(scoring=True)][: 1 + config.needs_scores]
         graphs = {}
         for variant in variants:

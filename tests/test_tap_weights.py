@@ -26,7 +26,7 @@ class Tapping:
     def __call__(self, gm, inputs):
         found = find_linear_weights_pass(gm.graph, DynamoFacts(self.config, inputs))
         self.original, self.before = gm, str(gm.code).strip()
-        signature = self.signature(found.taken, len(inputs), self.config.needs_scores)
+        signature = self.signature(found.taken, len(inputs))
         facts = TapFacts(self.config, inputs, signature, Variant(scoring=self.scoring))
         self.tapped, self.inputs = tapped(gm, facts)
         return gm.forward

@@ -38,6 +38,8 @@ VARIANTS = [
 # Every rule, with the sides and blocks in turn; and the same with others.
 SOME_VARIANTS = [VARIANTS[4 * i + i % 4] for i in range(len(RULES))]
 OTHER_VARIANTS = [VARIANTS[4 * i + (i + 2) % 4] for i in range(len(RULES))]
+# Input features, with blocks of one or two, by four of the rules.
+LOOKUP_VARIANTS = [VARIANTS[4 * i + 2 + i % 2] for i in (0, 2, 5, 7)]
 
 
 class Shared(nn.Module):
@@ -84,8 +86,10 @@ def make(name):
     out_dims = {
         f"{path}.weight": 0 for path, m in model.named_modules() if isinstance(m, nn.Linear)
     }
-    if name == "shared":
+    if name in ("shared", "lookups"):
         out_dims["tied"] = 1
+    if name == "lookups":  # the same model, with this option
+        out_dims["embed.weight"] = 0
     return model, loss, out_dims
 
 
@@ -94,6 +98,7 @@ def compare(name, compiler, dtype, options, tolerance, **adamw):
     model, loss, out_dims = make(name)
     model = model.to(dtype)
     twin = copy.deepcopy(model)
+    options = {**options, "lookups": name == "lookups"}
     config = GrassConfig(**options)
     side = {"out": 0, "in": 1}[config.side]
     taken = {n: d if side == 0 else 1 - d for n, d in out_dims.items()}
@@ -145,6 +150,7 @@ def options_of(rule, replacement, side, block):
             ("mlp", VARIANTS),
             ("llama", SOME_VARIANTS),
             ("shared", OTHER_VARIANTS),
+            ("lookups", LOOKUP_VARIANTS),
         )
         for variant in variants
     ],

@@ -196,6 +196,7 @@ class LeftWeights:
             place: Left(name, found.left[name], name in found.unwanted)
             for name, place in found.positions.items()
         }
+        self._by_name = found.by_name
         self._known: set[tuple[int, ...]] = set()
 
     def note(self, args: Sequence[Any]) -> None:
@@ -207,7 +208,9 @@ class LeftWeights:
             self._known.clear()
         self._known.add(ids)
         for place, left in self._left.items():
-            registry.note_left(owner_of(args[place]), left)
+            weight = owner_of(args[place])
+            registry.note_left(weight, left)
+            self._by_name.note(weight)
 
 
 class GrassCallable:
@@ -236,7 +239,7 @@ class GrassCallable:
         self._signs_some = any(variant.signing for variant in graphs)
         self._has_signs = any(weight.spec.rest for weight in signature.weights)
         specs, names = [w.spec for w in signature.weights], [w.name for w in signature.weights]
-        self._demand = Demand(registry, specs, names)
+        self._demand = Demand(registry, specs, names, found.by_name)
         self._left = LeftWeights(found) if found.left else None
         self._ddp: weakref.ref[Any] | None = None
         self._bucketed: set[int] = set()

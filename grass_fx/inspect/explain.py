@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from grass_fx.config import GrassConfig
+from grass_fx.config import GrassConfig, check_matched
 from grass_fx.errors import OptionError
 from grass_fx.inspect.cost import MOMENTS, LinearCost
 from grass_fx.inspect.findings import Cost, GraphNode, Weight
 from grass_fx.inspect.report import Report
+from grass_fx.inspect.text import readable
 
 if TYPE_CHECKING:
     from grass_fx.inspect.tracing import TracedGraph, TracedWeight
@@ -65,7 +66,10 @@ def explain(
         )
     leaves = tree_leaves((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    watcher = _Watcher(model, GrassConfig.from_options(options), inputs)
+    config = GrassConfig.from_options(options)
+    names = [name for name, _ in model.named_parameters()]
+    check_matched(config.matched(names), names)
+    watcher = _Watcher(model, config, inputs)
     from grass_fx._torch_compat import compiled_apart
 
     with _left_as_it_is(model), compiled_apart(_call, watcher, dynamic) as compiled:
@@ -186,7 +190,7 @@ class _Watcher:
                 continue
             found = self.found[parameter]
             weights.append(_weight(name, parameter, found))
-            if found.taken is not None and self.config.needs_scores:
+            if found.taken is not None and found.taken.spec.needs_scores:
                 transient += [traced.scoring_step for traced in found.traced]
                 scores += 4 * found.taken.spec.rows
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -215,13 +219,21 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
         name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), "dense",
         found.reason, before=before, after=after,
     )  # fmt: skip
-    if found.taken is None:
+    lookups = [traced.lookup for traced in found.traced]
+    spec = lookups[0] if lookups and all(lookups) else None
+    if found.taken is not None:
+        spec = found.taken.spec
+    if spec is None:
         return weight
-    spec, stack = found.taken.spec, found.taken.spec.stack or 1
+    stack = spec.stack or 1
     compact = replace(
         full, m=count // (stack * spec.size), n=spec.size, r=spec.rank, matrices=stack,
         replacement=spec.replacement, signs_every=spec.rest,
     )  # fmt: skip
+    if found.taken is None:
+        sizes = before.gradient + before.state, compact.gradient_bytes + compact.state_bytes
+        saving = " -> ".join(readable(size, "bytes") for size in sizes)
+        return replace(weight, reason=f"{weight.reason}, gradient and state {saving}")
     taken = next(traced for traced in found.traced if traced.taken is not None)
     return replace(
         weight,

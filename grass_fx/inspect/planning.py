@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass_fx.config import GrassConfig, nearest
+from grass_fx.config import GrassConfig, check_matched, nearest
 from grass_fx.errors import OptionError
-from grass_fx.inspect.cost import LLAMA, MOMENTS, LinearCost
-
-Shapes = Mapping[str, Sequence[int]]
+from grass_fx.inspect.candidates import Candidate, Shapes, candidates
+from grass_fx.inspect.cost import MOMENTS, LinearCost
+from grass_fx.inspect.text import readable
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Plan:
 
     memory: int
     """The available bytes."""
-    rank: int | float
-    """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or r."""
+    rank: int | float | Mapping[str, int | float]
+    """For ``options={"rank": ...}``: a fraction of each weight's selected dimension, or r, or these
+    by patterns of names."""
     rows: int
-    """r of the weights with the largest selected dimension, ``size``."""
+    """r of the weights with the largest selected dimension, ``size``; if they differ, the largest.
+    """
     size: int
     """The largest selected dimension."""
     parts: dict[str, int]
@@ -58,7 +60,9 @@ class Plan:
 
     def __str__(self) -> str:
         where = f"{self.rows} of {self.size}"
-        rank = where if isinstance(self.rank, int) else f"{self.rank:.6g} ({where})"
+        rank = f"{self.rank:.6g} ({where})" if isinstance(self.rank, float) else where
+        if isinstance(self.rank, Mapping):
+            rank = f"by names, {min(self.taken.values())} to {max(self.taken.values())}"
         rows = [*self.parts.items(), ("sum", self.total), ("memory", self.memory)]
         rows.append(("at full rank", self.full_total))
         width = max(len(name) for name, _ in rows)
@@ -90,27 +94,6 @@ def parse_memory(memory: int | str) -> int:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
-def llama_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of the LLaMA called ``name`` in ``inspect.cost.LLAMA``: name -> shape.
-
-    Raises:
-        OptionError: the name is not known.
-    """
-    if name not in LLAMA:
-        raise OptionError(f"shape {name!r} is not known: {nearest(name, list(LLAMA))}")
-    hidden, ffn, layers, vocabulary = LLAMA[name]
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden)}
-    for k in range(layers):
-        for part in ("wq", "wk", "wv", "wo"):
-            shapes[f"layers.{k}.attention.{part}.weight"] = (hidden, hidden)
-        for part in ("gate", "up"):
-            shapes[f"layers.{k}.mlp.{part}.weight"] = (ffn, hidden)
-        shapes[f"layers.{k}.mlp.down.weight"] = (hidden, ffn)
-        for part in ("attention_norm", "mlp_norm"):
-            shapes[f"layers.{k}.{part}.weight"] = (hidden,)
-    return {**shapes, "norm.weight": (hidden,), "head.weight": (vocabulary, hidden)}
-
-
 def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     """Bytes that autograd saves for the backward of one eager forward, without parameters.
 
@@ -129,77 +112,6 @@ def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
 
 
-# Torch modules that use their matrices in other ways than in a plain matrix product.
-_DENSE_MODULES = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Bilinear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    name: str
-    shape: tuple[int, ...]
-    itemsize: int
-    trains: bool
-    candidate: bool
-
-    def cost(self, config: GrassConfig, moments: int) -> LinearCost:
-        """The parameter's cost at full rank, r = m; a vector counts as a matrix with one row."""
-        *stack, rows, columns = (1, 1, *self.shape) if len(self.shape) < 2 else self.shape
-        side = config.side
-        if side == "auto" or self.stacked:  # a stack always selects rows
-            side = "out" if rows <= columns or self.stacked else "in"
-        scoring = None
-        if config.needs_scores:
-            scoring = "tiles" if config.scoring == "tiles" else "gradient"
-        return LinearCost(
-            rows, columns, rows if side == "out" else columns, 0, config.scoring_period,
-            self.itemsize, side, scoring, config.replacement, moments, matrices=math.prod(stack),
-            signs_every=config.signs_every,
-        )  # fmt: skip
-
-    @property
-    def stacked(self) -> bool:
-        return len(self.shape) == 3
-
-
-def _of_model(model: nn.Module, config: GrassConfig, dtype: torch.dtype | None) -> list[_Parameter]:
-    """All parameters, each once. A weight that is shared with an embedding is not a candidate."""
-    used_otherwise = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, _DENSE_MODULES)
-        for p in module.parameters(recurse=False)
-    }
-    found = []
-    for name, p in model.named_parameters():
-        itemsize = dtype.itemsize if dtype and p.is_floating_point() else p.itemsize
-        fit = p.dim() in (2, 3) and p.is_floating_point() and p.requires_grad
-        candidate = fit and id(p) not in used_otherwise and config.wants(name) is None
-        found.append(_Parameter(name, tuple(p.shape), itemsize, p.requires_grad, candidate))
-    return found
-
-
-def _of_shapes(
-    shapes: Shapes | Iterable[Sequence[int]], config: GrassConfig, dtype: torch.dtype | None
-) -> list[_Parameter]:
-    if not isinstance(shapes, Mapping):
-        shapes = {str(k): shape for k, shape in enumerate(shapes)}
-    itemsize = (dtype or torch.bfloat16).itemsize
-    return [
-        _Parameter(name, (*shape,), itemsize, True,
-                   len(shape) in (2, 3) and config.wants(name) is None)
-        for name, shape in shapes.items()
-    ]  # fmt: skip
-
-
 def _layer(name: str) -> str:
     """A parameter's layer: "layers.3" for "layers.3.mlp.up.weight"; without a number, its name."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
@@ -207,7 +119,7 @@ def _layer(name: str) -> str:
 
 
 def _measure(
-    parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
+    parameters: list[Candidate], config: GrassConfig, moments: int, in_backward: bool
 ) -> tuple[dict[str, int], dict[str, LinearCost]]:
     """The bytes of each part, without buffers and activations, and the taken weights' costs."""
     taken: dict[str, LinearCost] = {}
@@ -217,8 +129,7 @@ def _measure(
     for p in parameters:
         cost = p.cost(config, moments)
         weights += cost.weight_bytes
-        rank = config.rank_of(cost.selected)
-        if p.candidate and rank <= cost.selected:
+        if p.candidate and (rank := config.of(p.name).rank_of(cost.selected)) <= cost.selected:
             cost = taken[p.name] = replace(cost, r=rank)
             compact += cost.gradient_bytes
             together[_layer(p.name)] += cost.gradient_bytes + cost.sign_bytes
@@ -242,14 +153,14 @@ def _measure(
         "dense state": dense_state,
         "selections": inputs,
     }
-    if config.needs_scores:
+    if any(cost.scoring for cost in taken.values()):
         transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
         parts["scoring step"] = transient + sum(cost.score_bytes for cost in taken.values())
     return parts, taken
 
 
 def _full_rank(
-    parameters: list[_Parameter], config: GrassConfig, moments: int, in_backward: bool
+    parameters: list[Candidate], config: GrassConfig, moments: int, in_backward: bool
 ) -> int:
     """The bytes with every parameter dense, and therefore without scoring steps."""
     dense = [replace(p, candidate=False) for p in parameters]
@@ -269,7 +180,7 @@ def plan(
     model: nn.Module | str | Shapes | Iterable[Sequence[int]],
     memory: int | str,
     *,
-    rank: int | float | None = None,
+    rank: int | float | Mapping[str, int | float] | None = None,
     tokens: int | None = None,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
@@ -286,14 +197,15 @@ def plan(
 
     Which weights are taken is an estimate, made without tracing the model. It takes the matrices
     and stacks of matrices that ``include`` and ``exclude`` admit, except those of embeddings (also
-    tied to a head), convolutions and recurrent layers. Name a matrix that the model only adds, such
-    as position embeddings, in ``exclude``.
+    tied to a head; with the option ``lookups`` they count), convolutions and recurrent layers. Name
+    a matrix that the model only adds, such as position embeddings, in ``exclude``.
 
     Args:
         model: a module on any device; on the meta device it needs no memory. Or shapes, as
             {name: (m, n)} or a sequence of (m, n), or a name in ``inspect.cost.LLAMA``.
         memory: bytes, or a string such as "40GB" (decimal) or "24GiB" (binary).
-        rank: plan with this rank instead of the largest; values as for the backend's ``rank``.
+        rank: plan with this rank instead of the largest; values as for the backend's ``rank``,
+            {pattern: value} among them.
         tokens: b, the tokens of one step; needed only for FLOPs.
         dtype: the dtype of the parameters. None keeps their own; for shapes it is bfloat16.
         optimizer: "adamw", "momentum" or "sgd", with 2, 1 or 0 moments.
@@ -316,14 +228,8 @@ def plan(
     config, moments, other = GrassConfig.from_options(options), MOMENTS[optimizer], {}
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     if isinstance(model, nn.Module):
-        parameters = _of_model(model, config, dtype)
         other["buffers"] = sum(buffer.nbytes for buffer in model.buffers())
-    elif isinstance(model, str):
-        listed = llama_shapes(model)
-        config = replace(config, exclude=(*config.exclude, "embed.weight"))  # only looked up in
-        parameters = _of_shapes(listed, config, dtype)
-    else:
-        parameters = _of_shapes(model, config, dtype)
+    parameters = candidates(model, config, dtype)
     if inputs is not None:
         if activations is not None or not isinstance(model, nn.Module):
             raise OptionError("inputs: give them with a module, and without activations.")
@@ -333,16 +239,21 @@ def plan(
         other["activations"] = parse_memory(activations)
     else:
         notes.append("activations are not counted: give activations, or inputs of the model")
+    names = [p.name for p in parameters]
+    asked: Any = config.rank if rank is None else rank
+    check_matched(replace(config, rank=asked).matched(names), names)
     sizes = [p.cost(config, 0).selected for p in parameters if p.candidate]
     if not sizes:
         raise OptionError("there is no linear weight to take: look at include and exclude.")
 
-    def parts_at(rank: int | float) -> dict[str, int]:
-        parts, _ = _measure(parameters, replace(config, rank=rank), moments, in_backward)
+    def parts_at(rank: Any) -> dict[str, int]:
+        ranked = replace(config, rank=rank)
+        parts, _ = _measure(parameters, ranked, moments, in_backward)
         return {**parts, **{name: size for name, size in other.items() if size}}
 
     if rank is None:
-        fractions = _fractions(max(sizes), config.block)
+        blocks = [config.of(p.name).block for p in parameters if p.candidate]
+        fractions = _fractions(max(sizes), max(blocks))
         count = bisect.bisect_right(fractions, available, key=lambda f: sum(parts_at(f).values()))
         if count == 0:
             raise OptionError(
@@ -352,25 +263,36 @@ def plan(
                 "grass_fx.step_in_backward."
             )
         rank = fractions[count - 1]
-    config = replace(config, rank=rank)
+    given: Any = rank
+    config = replace(config, rank=given)
     _, taken = _measure(parameters, config, moments, in_backward)
     if not taken:
         raise OptionError(f"rank={rank} exceeds the selected dimension of every weight.")
     full = _full_rank(parameters, config, moments, in_backward)
     flops = None
     if tokens is not None:
-        costs = [replace(cost, b=tokens) for cost in taken.values()]
+        multiplied = {p.name for p in parameters if p.multiplied}
+        costs = [replace(cost, b=tokens) for name, cost in taken.items() if name in multiplied]
         flops = {
             "full rank": float(sum(cost.full_step_flops for cost in costs)),
             "subspace": float(sum(cost.step_flops for cost in costs)),
         }
         if any(cost.matrices > 1 for cost in costs):
             notes.append("each matrix of a stack is counted with all tokens, as if it met them all")
+    if not config.lookups:
+        both = (config, replace(config, lookups=True))
+        dense, compact = (
+            sum(_measure(candidates(model, each, dtype), each, moments, in_backward)[0].values())
+            for each in both
+        )
+        if (saved := dense - compact) > 0:
+            less = readable(saved, "bytes")
+            notes.append(f"embeddings train dense; lookups=True takes them, {less} less")
     if in_backward:
         notes.append("gradients: as if layers were compiled one by one")
     if config.needs_scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
-    largest = max(taken.values(), key=lambda cost: cost.selected)
+    largest = max(taken.values(), key=lambda cost: (cost.selected, cost.r))
     ranks = {name: cost.r for name, cost in taken.items()}
     sums = full + sum(other.values())
     return Plan(

@@ -1,4 +1,4 @@
-"""Finds the matrix products of each weight in a joint graph, and their costs.
+"""Finds the matrix products and lookups of each weight in a joint graph, and their costs.
 
 A joint graph holds the forward, the products with output gradients, and the gradients of all
 inputs. To find the products that use a weight, the search follows views and conversions from the
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from grass_fx import _torch_compat as compat
 from grass_fx.inspect.sizes import size_expression
 from grass_fx.ops import MM_SIGNS, SELECT, SELECTED_MM
+from grass_fx.passes.accumulate_lookups import ADDITIONS
 from grass_fx.passes.push import SPLITS
 from grass_fx.passes.push_rules import CONVERSIONS, RESHAPES
 from grass_fx.passes.push_rules import COPIES as SAME
@@ -56,6 +57,9 @@ PARTS = {
     aten.slice.Tensor,
     operator.getitem,
 }
+# lookups of rows of a matrix, and what adds up their gradients -> the place of D
+LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default}
+ADDED: dict[Any, int] = {**ADDITIONS, aten.embedding_dense_backward.default: 0}
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,26 @@ class Product:
         return round(amount * self.share) if isinstance(amount, int) else amount * self.share
 
 
+class Lookup(Product):
+    """A lookup of rows, or the addition of rows of D that is its gradient."""
+
+    @property
+    def flops(self) -> Any:
+        """FLOPs: one for each number of D."""
+        return self._of(0 if self.node.target in LOOKUPS else _numel(self._rows.shape))
+
+    @property
+    def bytes(self) -> Any:
+        """Bytes to read and write the rows; of a gradient, to read D and write the result."""
+        return self._of(_nbytes(self._rows) + _nbytes(self.output))
+
+    @property
+    def _rows(self) -> Any:
+        if self.node.target in LOOKUPS:
+            return self.output
+        return cast(fx.Node, self.node.args[ADDED[self.node.target]]).meta["val"]
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a matrix product, or the outer product that stands for one of one token."""
     if node.target != aten.mul.Tensor:
@@ -153,7 +177,7 @@ def weight_products(graph: fx.Graph, weight: int, proxy: int | None) -> WeightPr
         return None
     uses = list(_uses(places[weight], 1.0))
     if not uses and proxy is None:
-        # It may be looked up in or added: then no product in its gradient belongs to it.
+        # It may be added to something: then no product in its gradient belongs to it.
         return WeightProducts([], [], [], [])
     backward = _backward_nodes(graph)
     forward = [use for use in uses if use.node not in backward]
@@ -178,9 +202,11 @@ def _backward_nodes(graph: fx.Graph) -> Collection[fx.Node]:
 
 
 def _uses(node: fx.Node, share: float) -> Iterator[Product]:
-    """The products that use ``node``, each once, even if it uses the node twice."""
+    """The products and lookups that use ``node``, each once, even if it uses the node twice."""
     for user in node.users:
-        if is_product(user):
+        if user.target in LOOKUPS and _is_matrix(node):
+            yield Lookup(user, share)
+        elif is_product(user):
             if node in [user.args[k] for k in PRODUCTS[user.target]]:  # a factor, not a summand
                 yield Product(user, share)
         elif user.target == aten.cat.default:
@@ -192,9 +218,8 @@ def _uses(node: fx.Node, share: float) -> Iterator[Product]:
 def _makers(
     node: fx.Node, share: float, path: dict[fx.Node, None], through: Collection[Any]
 ) -> Iterator[Product]:
-    """The products from which ``node`` is computed by views, copies and operations of ``through``.
-
-    Every node on the way is added to ``path``.
+    """The products and lookups from which ``node`` is computed by views, copies and operations of
+    ``through``. Every node on the way is added to ``path``.
     """
     if node.target is operator.getitem and is_product(node.all_input_nodes[0]):
         path[node] = None
@@ -202,6 +227,12 @@ def _makers(
     if is_product(node):
         path[node] = None
         yield Product(node, share)
+    elif node.target in ADDED and _is_matrix(node):
+        yield Lookup(node, share)
+        base = node.args[0]
+        if node.target in ADDITIONS and isinstance(base, fx.Node) and base.all_input_nodes:
+            yield from _makers(base, share, path, through)  # it adds to another gradient
+        path[node] = None
     elif node.target in VIEWS or node.target in COPIES or node.target in through:
         inputs = node.all_input_nodes
         if node.target in INDEXED:
@@ -213,6 +244,11 @@ def _makers(
             if source.op == "call_function":
                 yield from _makers(source, share, path, through)
         path[node] = None
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """Stacks of matrices are indexed, too, but by the matrix of each token."""
+    return bool(node.meta["val"].dim() == 2)
 
 
 def _whole(part: fx.Node) -> fx.Node:

@@ -16,7 +16,7 @@ from grass_fx.compile.lowering.selected_mm import GATHER, way
 from grass_fx.config import GrassConfig
 from grass_fx.inspect.excerpts import draw
 from grass_fx.inspect.findings import Cost, GraphNode
-from grass_fx.inspect.products import Product, WeightProducts, weight_products
+from grass_fx.inspect.products import Lookup, Product, WeightProducts, weight_products
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
 from grass_fx.ops import MM_SIGNS, SELECTED_MM
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
@@ -25,9 +25,11 @@ from grass_fx.passes.observers import PushReport
 from grass_fx.passes.pipeline import AOT, Event, GrassPasses, tapped
 from grass_fx.passes.push_norms import wants_tiles
 from grass_fx.passes.signature import LinearWeight, Signature, Variant
+from grass_fx.state.spec import SubspaceSpec
 
 FIRST_ALL = "mm, then gather"
 BOTH = "tiles, with signs"
+INDEX_ADD = "index add"
 UNREACHED = "no gradient reaches it in this graph"
 ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
 
@@ -46,6 +48,8 @@ class TracedWeight:
     pictures: dict[str, tuple[GraphNode, ...]] = field(default_factory=dict)
     scoring_step: Any = 0
     """Bytes of the full gradient that a scoring step forms."""
+    lookup: SubspaceSpec | None = None
+    """What the option ``lookups`` would give it."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
 
     plain = compat.copy_dynamo_graph(gm)
     compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
-    signature = Signature(found.taken, len(inputs), config.needs_scores)
+    signature = Signature(found.taken, len(inputs))
     variant = Variant(signing=config.signs_every > 1)  # which holds the most
     taps, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
     tracer = _Tracer(config, found, signature, inputs)
@@ -185,6 +189,8 @@ class _Tracer:
 
     def _way(self, product: Product) -> str:
         """How the backend computes a product of the weight gradient."""
+        if isinstance(product, Lookup):
+            return INDEX_ADD
         if product.node.target == MM_SIGNS:
             return BOTH
         if product.node.target != SELECTED_MM:
@@ -197,19 +203,20 @@ class _Tracer:
     def weights(self) -> dict[int, TracedWeight]:
         """The result for each trainable parameter, by input position."""
         again = {n.name for n in self.parts[1].graph.nodes if n.op == "call_function"}
-        left = iter(self.found.left.values())
+        left = iter(self.found.left.items())
         unfit = iter([r for r in self.found.unfit.values() if r != "frozen"])
         answer: dict[int, TracedWeight] = {}
         for place, value in self.parameters.items():
-            weight = self.taken.get(place)
+            weight, name = self.taken.get(place), ""
             before, after = (at.get(place, _Measured()) for at in (self.before, self.after))
             if weight is None:
-                reason = next(left if value.dim() > 1 else unfit)
+                name, reason = next(left) if value.dim() > 1 else ("", next(unfit))
             else:
                 reason = self.push.stopped.get(f"{place}", "")
                 if not reason and not after.picture:  # the pushed gradient became constant zeros
                     reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
             traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
+            traced.lookup = self.found.lookups.get(name)
             if weight is not None:
                 traced.pictures = {"before": before.picture, "after": after.picture}
                 if f"{place}" in self.push.stopped:
@@ -218,8 +225,8 @@ class _Tracer:
                     traced.kernel = ", ".join(after.ways)
                 if self.config.signs_every > 1:
                     self._average_signs(traced, weight)
-                if self.config.needs_scores:
-                    self._add_scoring(traced, value)
+                if weight.spec.needs_scores:
+                    self._add_scoring(traced, value, weight.spec.scoring_period)
             answer[place] = traced
         return answer
 
@@ -230,18 +237,18 @@ class _Tracer:
         mean = compact + (with_signs - compact) / every
         traced.after = replace(traced.after, weight_gradient_flops=mean)
 
-    def _add_scoring(self, traced: TracedWeight, weight: Tensor) -> None:
+    def _add_scoring(self, traced: TracedWeight, weight: Tensor, period: int | float) -> None:
         """Add scoring: one step in K forms the full gradient, or C and tiles of the full one."""
         tiles = weight.dim() == 2 and wants_tiles(weight, self.config.scoring)
         tiles = tiles and "push_norms" not in self.config.disable_passes
         traced.scoring_step = 0 if tiles else weight.nbytes
-        if self.config.scoring_period == math.inf:
+        if period == math.inf:
             return
         amounts = {}
         for kind in ("weight_gradient_flops", "weight_gradient_bytes"):
             full, compact = (getattr(cost, kind) for cost in (traced.before, traced.after))
             more = full if tiles and not traced.reason else full - compact
-            amounts[kind] = compact + more / self.config.scoring_period
+            amounts[kind] = compact + more / period
         traced.after = replace(traced.after, **amounts)
 
 

@@ -15,7 +15,11 @@ from grass_fx.optim.agreement import (
     share_votes,
     with_common_scores,
 )
-from grass_fx.optim.coverage import warn_if_little_is_taken, warn_if_none_is_taken
+from grass_fx.optim.coverage import (
+    check_patterns,
+    warn_if_little_is_taken,
+    warn_if_none_is_taken,
+)
 from grass_fx.optim.decay import PENDING, nothing
 from grass_fx.optim.layout import Plan, is_layout_step, layout_plan
 from grass_fx.optim.loading import selection_entries
@@ -44,6 +48,7 @@ class SubspaceOptimizer(UnselectedRows):
 
     _kind = "grass_fx"
     _met_compact = _warned_dense = _warned_little = _warned_projected = False
+    _checked = -1  # the registry's version when patterns of names were checked
     _early: Mapping[Tensor, Finished] = {}
     """Parameters that have already stepped, inside backward (in_backward.py)."""
     steps_in_backward = False
@@ -103,7 +108,8 @@ class SubspaceOptimizer(UnselectedRows):
 
         Raises:
             StateError: gradient and state of a weight do not fit; nothing has changed.
-            OptionError: the gradients are on other parameters than those of this optimizer.
+            OptionError: the gradients are on other parameters than those of this optimizer, or a
+                pattern of names among the backend's options has matched no parameter.
             DistributedError: processes that train one model have selected differently.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -195,6 +201,9 @@ class SubspaceOptimizer(UnselectedRows):
                     self._check_place(p, grad)
         if params and not any(plan):
             self._check_whose_gradients()
+        if not self._warned_little and self._checked != registry.version:
+            check_patterns(self)
+            self._checked = registry.version
         return plan
 
     def _compact_grad(self, p: Tensor) -> CompactGrad | None:

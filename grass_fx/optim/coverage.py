@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from grass_fx.config import check_matched, matches
 from grass_fx.errors import warn
 from grass_fx.state.registry import Left, registry
 
@@ -48,6 +49,22 @@ def warn_if_none_is_taken(optimizer: torch.optim.Optimizer) -> None:
             "compiles nothing if the module's class is torch's own, such as nn.Sequential. "
         )
     warn(f"no compact gradient has arrived: every parameter trains dense. {words.rstrip()}")
+
+
+def check_patterns(optimizer: torch.optim.Optimizer) -> None:
+    """Raise OptionError if a pattern of the options has matched no parameter; call this before the
+    optimizer's first step with compact gradients.
+
+    A matrix that no graph has met yet may still be met, so its name counts as well.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    matched = registry.matched(params)
+    if not matched:
+        return
+    later = [p for p in params if p.dim() > 1 and not (registry.get(p) or registry.left(p))]
+    names = [registry.name_of(p, "") for p in later]
+    found = {each: seen or matches(each[1], names) for each, seen in matched.items()}
+    check_matched(found, map(registry.name_of, params))
 
 
 def warn_if_little_is_taken(optimizer: torch.optim.Optimizer) -> None:

@@ -28,6 +28,7 @@ class Record:
     its name in its optimizer. ``saved``: a loaded ``Subspace.state()`` that waits for the first
     compiled graph. ``left``: a registry.Left with the reason why the last graph that used the
     Parameter left it dense. ``replicas``, ``sharding``: how it is spread over processes.
+    ``matched``: (option, pattern) -> whether it matches, in the last graph.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Record:
         self.left: Any = None
         self.replicas: Any = None
         self.sharding: Any = None
+        self.matched: Mapping[tuple[str, str], bool] = {}
 
 
 class Tag:

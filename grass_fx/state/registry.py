@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from grass_fx.errors import OptionError, warn
+from grass_fx.state.by_name import ByName
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.records import (
     Record,
@@ -118,6 +119,18 @@ class Registry:
         held = {id(r.subspace) for optimizer in holders() for r in optimizer.records}
         live = [tag.record.subspace for tag in self._taken]
         return [s.name for s in live if s.delivered and s.backward > after and id(s) not in held]
+
+    def matched(self, weights: Iterable[Tensor]) -> dict[tuple[str, str], bool]:
+        """Return (option, pattern) -> whether it matches a parameter, for patterns of ``weights``.
+
+        The parameters are those of all graphs that the last backward of ``weights`` has met.
+        """
+        own = [record for weight in weights if (record := known(weight)) is not None]
+        met = {record.subspace.backward for record in own if record.subspace is not None}
+        live = [tag.record for tag in self._taken]
+        records = [*own, *(record for record in live if record.subspace.backward in met)]
+        found = {each for record in records for each, seen in record.matched.items() if seen}
+        return {each: each in found for record in own for each in record.matched}
 
     def adopt(self, parameter: Tensor, subspace: Subspace) -> None:
         """Let a parameter that no graph uses step in ``subspace``: it was assigned its gradient.
@@ -255,9 +268,14 @@ class Demand:
     """
 
     def __init__(
-        self, within: Registry, specs: Sequence[SubspaceSpec], names: Sequence[str]
+        self,
+        within: Registry,
+        specs: Sequence[SubspaceSpec],
+        names: Sequence[str],
+        by_name: ByName | None = None,
     ) -> None:
         self._registry, self._specs, self._names = within, specs, names
+        self._by_name = by_name or ByName()
         self._known: dict[tuple[int, ...], list[weakref.ref[Subspace]]] = {}
         self._version = within.version
 
@@ -266,7 +284,10 @@ class Demand:
         ids = tuple(map(id, weights))
         if self._version == self._registry.version and (known := self._known.get(ids)) is not None:
             return [cast(Subspace, subspace()) for subspace in known]
+        self._by_name.check(weights)
         found = self._registry.demand(weights, self._specs, self._names)
+        for weight in weights:
+            self._by_name.note(weight)
         if self._version != self._registry.version:
             self._known.clear()
             self._version = self._registry.version

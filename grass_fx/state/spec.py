@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grass_fx.config import GrassConfig
+from grass_fx.config import RULES, GrassConfig
 from grass_fx.state.sharding import Shards
 from grass_fx.state.units import Units
 
@@ -51,10 +51,20 @@ class SubspaceSpec:
     def of(
         cls, config: GrassConfig, size: int, dim: int, side: str, stack: int | None = None
     ) -> SubspaceSpec:
-        """Return the subspace that ``config`` demands along a dimension of ``size``."""
+        """Return the subspace along a dimension of ``size``; ``config`` is the weight's own."""
         rank, block = config.rank_of(size), config.block
         schedule = (config.selection, config.replacement, config.refresh_every, config.seed)
         return cls(size, dim, side, rank, block, *schedule, stack=stack, rest=config.signs_every)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the rule uses gradient norms."""
+        return RULES[self.selection].needs_scores
+
+    @property
+    def scoring_period(self) -> int | float:
+        """Steps per scoring step in a long run; infinite for a rule that freezes its selection."""
+        return math.inf if RULES[self.selection].freezes else self.refresh_every
 
     @property
     def indices_shape(self) -> tuple[int, ...]:

@@ -328,7 +328,6 @@ def tapped_backward(
     needs scores the result is the backward of a scoring step.
     """
     graph_config = GrassConfig.from_options(options)
-    scores = graph_config.needs_scores
     seen = Backward(fx.GraphModule({}, fx.Graph()), [], [], [])
 
     def on_backward(graph: fx.GraphModule) -> Callable[..., Any]:
@@ -344,7 +343,8 @@ def tapped_backward(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         found = find_linear_weights_pass(gm.graph, DynamoFacts(graph_config, inputs))
         seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
-        variant, signature = Variant(scoring=scores), Signature(found.taken, len(inputs), scores)
+        signature = Signature(found.taken, len(inputs))
+        variant = Variant(scoring=signature.with_scores)
         graph, extended = tapped(gm, TapFacts(graph_config, inputs, signature, variant))
         passes = GrassPasses(JointFacts.of(graph_config))
         compiled = compile_aot_eager(graph, extended, passes, on_backward)
