@@ -72,7 +72,7 @@ def _transformers(
             if case.get("checkpointing"):
                 made.gradient_checkpointing_enable({"use_reentrant": False})
             more = {k: v for k, v in case.items() if k != "checkpointing"}
-            return Case(made, inputs(), loss_of, **more)
+            return Case(made, inputs(), **{"loss": loss_of, **more})
 
         ZOO[name] = build
         FROM_TRANSFORMERS.append(name)
@@ -101,6 +101,16 @@ language_model(
 language_model("mistral", "MistralForCausalLM", "MistralConfig", DECODER, dtype=torch.float32)
 language_model("qwen2", "Qwen2ForCausalLM", "Qwen2Config", DECODER, dtype=torch.float32)
 language_model("gemma", "GemmaForCausalLM", "GemmaConfig", DECODER, dtype=torch.float32)
+SMALL = {**DECODER, "num_hidden_layers": 1}
+language_model(
+    "qwen2, tied head",
+    "Qwen2ForCausalLM",
+    "Qwen2Config",
+    {**SMALL, "tie_word_embeddings": True},
+    dtype=torch.float32,
+)
+language_model("gemma2", "Gemma2ForCausalLM", "Gemma2Config", SMALL, dtype=torch.float32)
+language_model("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", SMALL, dtype=torch.float32)
 MIXTRAL = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
 for how in (None, "eager", "batched_mm"):
     language_model(
@@ -129,6 +139,18 @@ language_model(
         "bos_token_id": 1, "eos_token_id": 2,
     },
     dtype=torch.float32,
+)  # fmt: skip
+language_model(
+    "opt",
+    "OPTForCausalLM",
+    "OPTConfig",
+    {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN,
+        "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "dropout": 0.0,
+        "max_position_embeddings": 32, "use_cache": False,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    loss=lambda output: weighted(output.logits),  # its own is in float32
 )  # fmt: skip
 language_model("bert", "BertForMaskedLM", "BertConfig", ENCODER)
 language_model("roberta", "RobertaForMaskedLM", "RobertaConfig", {**ENCODER, "pad_token_id": 1})

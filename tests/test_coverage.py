@@ -1,5 +1,7 @@
 """Every linear weight of the zoo is taken and pushed, and every gradient of it is right.
 
+With the option ``lookups`` the same holds of every embedding.
+
 To change the page: python examples/model_coverage.py --update, and read the diff.
 """
 
@@ -14,12 +16,16 @@ from grass_fx.state.gradient import CompactGrad
 from helpers import uncached
 from zoo import FROM_TRANSFORMERS, ZOO
 
-TIED = "also used by embedding, which is no matrix product with it"
+TIED = "used by embedding, which is no matrix product with it; lookups=True takes it"
 
 # Of these models these weights stay dense, for these reasons; all others are taken.
 LEFT = {
     "llama, tied head": {"lm_head.weight": TIED},
     "gemma": {"lm_head.weight": TIED},
+    "qwen2, tied head": {"lm_head.weight": TIED},
+    "gemma2": {"lm_head.weight": TIED},
+    "gemma3": {"lm_head.weight": TIED},
+    "opt": {"lm_head.weight": TIED},
     "gpt2": {"lm_head.weight": TIED},
     "bert": {"cls.predictions.decoder.weight": TIED},
     "roberta": {"lm_head.decoder.weight": TIED},
@@ -28,10 +34,14 @@ LEFT = {
     "head tied to an embedding": {"table.weight": TIED},
     # A loop over the experts that tokens were sent to: Dynamo runs it in plain Python.
     "mixtral, eager experts": {"*.experts.*_proj": "in no compiled graph"},
-    # One kernel with both products, both weights and the gates.
-    "nn.LSTMCell": {"it.weight_*": "also used by lstm_cell"},
     "weight norm": {"it.parametrizations.weight.original1": "no matrix product"},
 }
+
+# With the option `lookups` no embedding is left, except one that runs in plain Python, too.
+LEFT_WITH_LOOKUPS = {
+    name: {path: why for path, why in known.items() if why != TIED} for name, known in LEFT.items()
+}
+LEFT_WITH_LOOKUPS["mixtral, eager experts"]["model.embed_tokens.weight"] = "in no compiled graph"
 
 # Each graph decides for itself: the one with the head takes what another one looks rows up in.
 # The gradients of both uses add up to a compact one.
@@ -52,7 +62,27 @@ NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
+PLAIN_TIED = ["head tied to an embedding", "head tied across a graph break"]
+WITH_EMBEDDING = [name for name in FROM_TRANSFORMERS if name != "vit"] + PLAIN_TIED
+# Those that run with `lookups` also where slow tests do not: each looks rows up in another way.
+SOON = [*PLAIN_TIED, "llama, tied head", "mixtral, bfloat16", "opt", "bert", "t5"]
+
 every_model = pytest.mark.parametrize("name", ZOO)
+every_step = pytest.mark.parametrize(
+    ("name", "lookups"),
+    [
+        *(pytest.param(name, False, id=name) for name in ZOO),
+        *(
+            pytest.param(
+                name,
+                True,
+                id=f"{name}, lookups",
+                marks=() if name in SOON else pytest.mark.slow,
+            )
+            for name in WITH_EMBEDDING
+        ),
+    ],
+)
 
 
 def transformers():
@@ -61,10 +91,15 @@ def transformers():
 
 
 @pytest.fixture
-def covered(name):
+def lookups():
+    return False
+
+
+@pytest.fixture
+def covered(name, lookups):
     if name in FROM_TRANSFORMERS:
         transformers()
-    return model_coverage.covered(name)
+    return model_coverage.covered(name, **({"lookups": True} if lookups else {}))
 
 
 def check_close(actual, expected):
@@ -74,11 +109,11 @@ def check_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=relative, atol=bound)
 
 
-@every_model
-def test_every_linear_weight_is_taken_or_left_for_a_known_reason(name, covered):
+@every_step
+def test_every_weight_is_taken_or_left_for_a_known_reason(name, lookups, covered):
     assert covered.weights
     left = {w.name: w.reason for w in covered.weights if not w.taken}
-    known = LEFT.get(name, {})
+    known = (LEFT_WITH_LOOKUPS if lookups else LEFT).get(name, {})
     unknown = {
         path: reason
         for path, reason in left.items()
@@ -89,13 +124,13 @@ def test_every_linear_weight_is_taken_or_left_for_a_known_reason(name, covered):
     assert idle == [], "no longer left: take it off the list"
 
 
-@every_model
-def test_every_taken_weight_is_pushed(name, covered):
+@every_step
+def test_every_taken_weight_is_pushed(name, lookups, covered):
     full = {w.name: w.reason for w in covered.weights if w.taken and not w.pushed}
-    assert full == {**TAKEN_IN_PART, **FULL}.get(name, {})
+    assert full == {**({} if lookups else TAKEN_IN_PART), **FULL}.get(name, {})
 
 
-@every_model
+@every_step
 def test_the_compact_gradient_is_the_selection_of_the_full_one(covered):
     for weight in covered.weights:
         if weight.taken:
@@ -128,7 +163,20 @@ def test_the_bits_are_the_signs_of_the_full_gradient(name):
     assert taken or not any(weight.taken for weight in covered.weights)
 
 
-@every_model
+@every_step
+def test_what_is_said_of_lookups_is_what_they_do(name, lookups, covered):
+    """The second table is made without running a model with ``lookups``."""
+    said = model_coverage.covered(name).fates
+    for path, fate in said.items():
+        taken = fate.with_lookups if lookups else fate.taken
+        assert isinstance(covered.gradients[path], CompactGrad) == taken, path
+    embedding = any(isinstance(m, nn.Embedding) for m in covered.case.model.modules())
+    assert embedding == (name in WITH_EMBEDDING)
+    if not embedding:
+        assert all(fate.with_lookups == fate.taken for fate in said.values())
+
+
+@every_step
 def test_all_other_gradients_are_unchanged(covered):
     taken = {weight.parameter for weight in covered.weights if weight.taken}
     for path, parameter in covered.case.model.named_parameters():
@@ -151,7 +199,10 @@ def test_the_walk_over_the_modules_overlooks_no_matrix(covered):
 
 @every_model
 def test_the_page_has_the_line_of_every_model(name, covered):
-    assert model_coverage.row(name) in model_coverage.PAGE.read_text(encoding="utf-8").splitlines()
+    lines = model_coverage.PAGE.read_text(encoding="utf-8").splitlines()
+    assert model_coverage.row(name) in lines
+    of_parameters = model_coverage.row_of_parameters(name)
+    assert of_parameters is None or of_parameters in lines
 
 
 def test_the_page_is_up_to_date():
@@ -163,7 +214,7 @@ def test_the_page_is_up_to_date():
 @pytest.mark.parametrize("name", ["nn.MultiheadAttention, cross", "linear in a loop"])
 def test_inductor_takes_and_computes_the_same(name):
     with uncached():  # else no pass may run, and none can tell what it pushed
-        by_inductor = model_coverage.covered(name, "inductor")
+        by_inductor = model_coverage.covered(name, compiler="inductor")
     for weight, other in zip(
         by_inductor.weights, model_coverage.covered(name).weights, strict=True
     ):
