@@ -135,6 +135,7 @@ def _explain(args: argparse.Namespace) -> int:
         if not isinstance(model, nn.Module):
             raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
         model = model.to(args.dtype)
+        guessed = inputs is None and not args.inputs
         if args.inputs:
             inputs = [_input(text) for text in args.inputs]
         elif inputs is None:
@@ -142,7 +143,15 @@ def _explain(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("rank", "refresh_every", *CHOSEN)}
     named = inputs if isinstance(inputs, Mapping) else {}
     several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
-    report = explain(model, *several, **named, options=options, dynamic=args.dynamic or None)
+    try:
+        report = explain(model, *several, **named, options=options, dynamic=args.dynamic or None)
+    except (IndexError, RuntimeError, TypeError) as error:
+        if not guessed:
+            raise
+        raise OptionError(
+            f"the model failed on made-up inputs, {type(error).__name__}: {error}. Give --inputs, "
+            "such as 4x32:int64:2000."
+        ) from error
     print(report.to_json() if args.json else report)
     if args.html:
         report.to_html(args.html)

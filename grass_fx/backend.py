@@ -39,7 +39,7 @@ from grass_fx.errors import OptionError, warn
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PassLog, PushReport
-from grass_fx.passes.pipeline import FIND, GrassPasses, Observer, apply, tapped
+from grass_fx.passes.pipeline import GrassPasses, Observer, find, tapped
 from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.taps import tap
 from grass_fx.state.fsdp2 import owner_of
@@ -132,7 +132,7 @@ def grass(
         return compiler.plain(gm, example_inputs)
     start, name = time.perf_counter(), _name_of(gm.graph)
     facts = DynamoFacts(config, example_inputs)
-    found = apply(FIND, gm.graph, facts, [PassLog("", gm.graph)])
+    found = find(gm, facts, [PassLog("", gm.graph)])
     if not found.taken:
         if found.left:
             warn(

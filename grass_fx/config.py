@@ -259,10 +259,15 @@ class GrassConfig:
         if len(first.keys() & {"rank", "block"}) == 2:  # which of these meet is not known yet
             first["rank"], first["block"] = type(self).rank, 1
         for name in first:
-            for value in getattr(self, name).values():
+            for pattern, value in getattr(self, name).items():
                 if isinstance(value, Mapping):
                     raise OptionError(f"{name}: {value!r} must not be by names again.")
-                dataclasses.replace(self, **{**first, name: value})
+                try:
+                    dataclasses.replace(self, **{**first, name: value})
+                except OptionError as error:
+                    if f"{name}={value!r}" not in str(error):
+                        raise  # about another option
+                    raise OptionError(f"{name} of {pattern!r}: {error}") from None
 
     def of(self, *names: str) -> GrassConfig:
         """The options of the weight with these names, in its graph and in its optimizer.

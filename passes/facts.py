@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from grass_fx.config import GrassConfig
+from grass_fx.passes.linear_uses import Use
 from grass_fx.passes.signature import Signature, Variant
 
 
@@ -19,12 +20,35 @@ class DynamoFacts:
     config: GrassConfig
     inputs: Sequence[Any]
     """The graph's example inputs."""
+    answers: Mapping[int, Answer] = field(default_factory=dict)
+    """What the joint graph says of weights, by their positions among the inputs."""
+
+
+@dataclass
+class Answer:
+    """What the joint graph says of one weight."""
+
+    uses: list[Use] = field(default_factory=list)
+    """The products that make its gradient."""
+    stops: dict[int, str] = field(default_factory=dict)
+    """Dimension -> why no selection along it reaches such products."""
 
 
 @dataclass(frozen=True)
-class TapFacts(DynamoFacts):
+class AskFacts:
+    """Inputs of the pass that asks a joint graph."""
+
+    asked: Mapping[int, Mapping[int, int]]
+    """Position of a weight -> dimension -> the number of rows that would be selected."""
+
+
+@dataclass(frozen=True)
+class TapFacts:
     """Inputs of the pass that taps them, once per variant."""
 
+    config: GrassConfig
+    inputs: Sequence[Any]
+    """The graph's example inputs."""
     signature: Signature
     """The signature of the tapped graph."""
     variant: Variant

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from grass_fx._torch_compat import fsdp_weight, managed_by_fsdp, parameter_name, real_value
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts, Result
-from grass_fx.passes.linear_uses import NotLinear, output_dims_of_stack, uses_of
+from grass_fx.passes.facts import Answer, DynamoFacts, Result
+from grass_fx.passes.linear_uses import NotLinear, Unknown, Use, output_dims_of_stack, uses_of
 from grass_fx.passes.signature import LinearWeight
 from grass_fx.state.by_name import ByName
 from grass_fx.state.fsdp2 import adopted, owner_of
@@ -47,6 +47,9 @@ class FoundWeights(Result):
     """Name -> reason, for parameters that are no candidates: frozen ones and vectors."""
     by_name: ByName = field(default_factory=ByName)
     """What the patterns of options by names match."""
+    unknown: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Position -> dimension -> how much of it would be selected, for weights about which to ask the
+    joint graph."""
     lookups: dict[str, SubspaceSpec] = field(default_factory=dict)
     """Name -> spec, for those in ``left`` that the option ``lookups`` would take."""
 
@@ -82,17 +85,22 @@ def find_linear_weights_pass(graph: fx.Graph, facts: DynamoFacts) -> FoundWeight
         elif value.dim() < 2:
             found.unfit[name] = f"{value.dim()} dimension, only matrices are taken"
         else:
-            own = all_names[node]
+            own, answer = all_names[node], facts.answers.get(position)
             try:
                 if reason := config.wants(*own):
                     found.unwanted.add(name)
                     raise NotLinear(reason)
-                spec = _spec(node, value, config.of(*own))
+                spec = _spec(node, value, config.of(*own), answer)
                 if spec.shards is None:
                     spec = replace(spec, group=_group_of(node, config))
-                found.taken.append(LinearWeight(position, name, tuple(value.shape), spec))
+                taken = LinearWeight(position, name, tuple(value.shape), spec, answer is not None)
+                found.taken.append(taken)
                 found.by_name.taken.append(own)
             except NotLinear as reason:
+                if isinstance(reason, Unknown) and answer is None:
+                    dims = range(2) if value.dim() == 2 else range(1, 2)
+                    rank_of = config.of(*own).rank_of
+                    found.unknown[position] = {dim: rank_of(value.shape[dim]) for dim in dims}
                 found.left[name], found.positions[name] = str(reason), position
                 if isinstance(reason, LookedUp) and reason.spec is not None:
                     found.lookups[name] = reason.spec
@@ -131,7 +139,9 @@ def _unique_names(placeholders: Sequence[fx.Node]) -> dict[fx.Node, str]:
     return {node: name if counts[name] == 1 else node.name for node, name in names.items()}
 
 
-def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+def _spec(
+    node: fx.Node, weight: Tensor, config: GrassConfig, answer: Answer | None
+) -> SubspaceSpec:
     if weight.dim() not in (2, 3):
         raise NotLinear(f"{weight.dim()} dimensions, only matrices and stacks of them are taken")
     if not weight.is_floating_point():
@@ -150,7 +160,7 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
         if (reason := known.refusal()) is not None:
             raise NotLinear(f"fsdp2: {reason}")
         shards = sharding_of[adopted(known)].shards
-    spec, lookup = _spec_of_uses(node, weight, config)
+    spec, lookup = _spec_of_uses(node, weight, config, answer)
     _check_size(spec)
     if shards is not None:
         spec = _sharded(spec, weight, shards)
@@ -159,13 +169,13 @@ def _spec(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
     return spec
 
 
-def _spec_of_uses(node: fx.Node, weight: Tensor, config: GrassConfig) -> tuple[SubspaceSpec, str]:
-    """The spec of a weight from the uses of its node, and the name of a lookup in it, or ""."""
+def _spec_of_uses(
+    node: fx.Node, weight: Tensor, config: GrassConfig, answer: Answer | None
+) -> tuple[SubspaceSpec, str]:
+    """The spec of a weight from its uses, and the name of a lookup among them, or ""."""
     if weight.dim() == 3:
-        return _spec_of_stack(node, weight, config), ""
-    uses = uses_of(node, 0)
-    if not uses:
-        raise NotLinear("not used in a matrix product")
+        return _spec_of_stack(node, weight, config, answer), ""
+    uses = _uses(node, answer)
     lookups = [use for use in uses if use.lookup]
     out_dim = [*lookups, *uses][0].out  # a matrix used both ways is named after its first use
     features = {"out": weight.shape[out_dim], "in": weight.shape[1 - out_dim]}
@@ -173,13 +183,34 @@ def _spec_of_uses(node: fx.Node, weight: Tensor, config: GrassConfig) -> tuple[S
     if side == "auto":
         side = "out" if features["out"] <= features["in"] else "in"
     dim = out_dim if side == "out" else 1 - out_dim
+    _check_stop(answer, dim)
     spec = SubspaceSpec.of(config, features[side], dim, side)
     for use in lookups:
         if dim == use.out and not config.lookups:
             raise LookedUp(use.lookup, None)
         if dim == use.out:
-            raise NotLinear(f"used by {use.lookup}, and side={side!r} would select among its rows")
+            raise NotLinear(
+                f"used by {use.lookup}, and side={side!r} would select among its rows: side='in' "
+                "takes it"
+            )
     return spec, lookups[0].lookup if lookups else ""
+
+
+def _uses(node: fx.Node, answer: Answer | None) -> list[Use]:
+    """The uses of a matrix, from the Dynamo graph unless the joint graph was asked."""
+    uses = uses_of(node, 0) if answer is None else answer.uses
+    if not uses:
+        _check_stop(answer, *(answer.stops if answer else ()))
+        raise NotLinear("not used in a matrix product")
+    return uses
+
+
+def _check_stop(answer: Answer | None, *dims: int) -> None:
+    """Raise NotLinear if the joint graph has a reason against a selection of these dimensions."""
+    reasons = [] if answer is None else [answer.stops[dim] for dim in dims if dim in answer.stops]
+    if reasons:
+        parts = [part for reason in reasons for part in reason.split("; ")]
+        raise NotLinear("; ".join(dict.fromkeys(parts)))
 
 
 def _sharded(spec: SubspaceSpec, weight: Tensor, shards: Shards) -> SubspaceSpec:
@@ -204,12 +235,18 @@ def _check_size(spec: SubspaceSpec) -> None:
         raise NotLinear(f"rank {spec.rank} exceeds its {spec.size} {spec.side}put features")
 
 
-def _spec_of_stack(node: fx.Node, weight: Tensor, config: GrassConfig) -> SubspaceSpec:
+def _spec_of_stack(
+    node: fx.Node, weight: Tensor, config: GrassConfig, answer: Answer | None
+) -> SubspaceSpec:
     """The spec of a stack (e, m, n): rows of each matrix are selected, whatever ``side`` says."""
     if not weight.is_contiguous():
         raise NotLinear("a stack of matrices that is not contiguous")
-    uses = output_dims_of_stack(node, 0)
-    if not uses:
+    if answer is None:
+        dims = output_dims_of_stack(node, 0)
+    else:
+        dims = [use.out for use in answer.uses]
+        _check_stop(answer, 1)
+    if not dims:
         raise NotLinear("not used in a matrix product")
-    side = "out" if uses[0] == 1 else "in"
+    side = "out" if dims[0] == 1 else "in"
     return SubspaceSpec.of(config, weight.shape[1], 1, side, weight.shape[0])

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from grass_fx._torch_compat import is_tangent
+from grass_fx._torch_compat import backward_nodes
 from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.facts import JointFacts, Result
-from grass_fx.passes.push import PRODUCTS, SPLITS, insert
+from grass_fx.passes.push import ALL_PRODUCTS, SPLITS, insert
 from grass_fx.passes.push_rules import RESHAPES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -47,14 +47,15 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         select = torch.ops.grass.select.default(x, indices, None, 1)
         mm_1 = torch.ops.aten.mm.default(d_t, select)
 
-    There are two conditions. In the forward, only products use x. In the backward, only selected
-    products use it, and together they select less than all of x. Otherwise all of x is needed
-    anyway. Inputs inside activation checkpointing stay as they are. ρ scales the product, as
+    There are two conditions. In the backward, only selected products use x, and together they
+    select less than all of x. And nothing else that the backward uses is made of x in the forward,
+    but by products. Otherwise all of x, or as much, is saved anyway. Inputs inside activation
+    checkpointing stay as they are. ρ scales the product, as
     before. The pass is for joint graphs that are not partitioned yet, and for rules without scores:
     a scoring step needs all of x, and both variants share a forward.
     Rewritten: the new products.
     """
-    backward = _backward(graph)
+    backward = backward_nodes(graph)
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=SELECTED_MM):
         factor, sigma = _factor(node), cast(fx.Node, node.args[2])
@@ -71,16 +72,6 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
                 result.rewritten.append(_keep(graph, node, last, backward))
     result.note = f"{result.count} kept"
     return result
-
-
-def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that depend on the gradient of an output."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        tangent = node.op == "placeholder" and is_tangent(node)
-        if tangent or any(x in found for x in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _factor(node: fx.Node) -> fx.Node:
@@ -108,27 +99,26 @@ def _alike(x: fx.Node) -> list[fx.Node]:
 
 
 def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.Node]:
-    """The products of the forward that use the factor of ``users`` or a view of it.
+    """The products of the forward that use the factor of ``users``, or what else is made of it.
 
-    Empty if anything besides them and ``users`` uses the factor, because then it is saved anyway.
+    Empty if the backward needs the factor besides, or something that it could recompute from it:
+    then that is saved anyway.
     """
     x = _views(_factor(users[0]))[0]
     if x.op != "call_function" or x.target in PARTS:
         return []  # an input of the graph is in memory anyway
-    found, ahead = [], _alike(x)
+    found, ahead, seen = list[fx.Node](), _alike(x), set[fx.Node]()
     while ahead:
         node = ahead.pop()
         if "recompute" in node.meta:
             return []
         for user in node.users:
-            if user.target in VIEWS:
-                ahead.append(user)
-            elif user in users:
+            if user in seen or user in users:
                 continue
-            elif user in backward or user.target not in PRODUCTS:
+            seen.add(user)
+            if user in backward or user.op == "output":
                 return []
-            else:
-                found.append(user)
+            (found if user.target in ALL_PRODUCTS else ahead).append(user)
     return found
 
 

@@ -20,6 +20,10 @@ class NotLinear(Exception):
     """A use of a parameter that is not a matrix product; the message is the reason."""
 
 
+class Unknown(NotLinear):
+    """A use that a Dynamo graph does not show to be linear; the joint graph may."""
+
+
 class Use(NamedTuple):
     """A product or a lookup."""
 
@@ -95,7 +99,7 @@ def _uses_by(node: fx.Node, user: fx.Node, flipped: int) -> list[Use]:
         rows = _looked_up_dim(node, user)
         if rows is not None:
             return [Use(rows ^ flipped, named(target))]
-    raise NotLinear(f"used by {named(target)}, which is no matrix product with it")
+    raise Unknown(f"used by {named(target)}, which is no matrix product with it")
 
 
 def named(target: Any) -> str:
@@ -163,7 +167,9 @@ def _looked_up_dim(node: fx.Node, user: fx.Node) -> int | None:
         if given.get("max_norm") is not None:
             raise NotLinear(f"used by {named(target)} with max_norm, which changes it")
         if given.get("sparse"):
-            raise NotLinear(f"used by {named(target)} with sparse=True, for a sparse gradient")
+            raise NotLinear(
+                f"used by {named(target)} with sparse=True: sparse=False lets it train compact"
+            )
         return 0
     if target in INDEX_SELECTS and _first(user) is node:
         dim = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else None)
@@ -214,7 +220,7 @@ def _swaps(user: fx.Node) -> int:
         return 1
     ordered = [d % 2 for d in dims if isinstance(d, int)]
     if len(ordered) != 2:
-        raise NotLinear("transposed in a way that is not understood")
+        raise Unknown("transposed in a way that is not understood")
     if _called(user) in PERMUTE:
         return int(ordered != [0, 1])
     return int(ordered[0] != ordered[1])
@@ -237,7 +243,7 @@ def _uses_in_body(node: fx.Node, user: fx.Node, flipped: int) -> list[Use]:
     inner = body.graph.find_nodes(op="placeholder")
     bodies = [a for a in user.args if isinstance(a, fx.Node) and a.op == "get_attr"]
     if len(bodies) != 1 or len(operands) != len(inner):
-        raise NotLinear(f"used inside {user.target}, whose body is not understood")
+        raise Unknown(f"used inside {user.target}")
     uses: list[Use] = []
     for operand, placeholder in zip(operands, inner, strict=True):
         if operand is node:
@@ -278,7 +284,7 @@ def _use_of_stack(node: fx.Node, user: fx.Node, flipped: int) -> list[int]:
             return output_dims_of_stack(user, flipped)  # indexed by the matrix of each token
     out = _product_dim_of_stack(node, user)
     if out is None:
-        raise NotLinear(f"used by {named(target)}, which is no product with a stack of matrices")
+        raise Unknown(f"used by {named(target)}, which is no product with a stack of matrices")
     return [3 - out if flipped else out]
 
 
@@ -319,4 +325,4 @@ def _swaps_in_stack(user: fx.Node) -> int:
         return 1
     if ordered in ([0, 1, 2], [0, 2, 1]):
         return int(ordered == [0, 2, 1])
-    raise NotLinear("a stack of matrices, transposed in a way that is not understood")
+    raise Unknown("a stack of matrices, transposed in a way that is not understood")

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import input_position
-from grass_fx.passes.pipeline import AOT, Event
+from grass_fx.passes.pipeline import AOT, ASK, Event
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ class PassLog:
     def __call__(self, graph: fx.Graph, event: Event) -> None:
         if not log.isEnabledFor(logging.DEBUG):
             return
+        took = 1e3 * event.seconds
+        if event.by is ASK:  # of another graph, which it leaves as it is
+            log.debug("%s: %.1f ms (%s)", event.by.name, took, event.result.note)
+            return
         before, self._before = self._before, _operations(graph)
         if event.by is AOT:
             return
@@ -40,7 +44,7 @@ class PassLog:
         fewer, more = before - self._before, self._before - before
         changes = [f"-{count} {name}" for name, count in sorted(fewer.items())]
         changes += [f"+{count} {name}" for name, count in sorted(more.items())]
-        took, note = 1e3 * event.seconds, ", ".join(filter(None, (self._what, event.result.note)))
+        note = ", ".join(filter(None, (self._what, event.result.note)))
         log.debug(
             "%s: %s, %.1f ms (%s)", event.by.name, ", ".join(changes) or "no change", took, note
         )

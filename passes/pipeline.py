@@ -6,16 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import fx
 
-from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph
+from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph, look_at_joint_graph
 from grass_fx.compile.sources import source_hash
 from grass_fx.passes.accumulate_lookups import accumulate_lookups_pass
-from grass_fx.passes.facts import JointFacts, Result, TapFacts
-from grass_fx.passes.find_linear_weights import find_linear_weights_pass
+from grass_fx.passes.ask_joint_graph import Answers, ask_joint_graph_pass
+from grass_fx.passes.facts import AskFacts, DynamoFacts, JointFacts, Result, TapFacts
+from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
 from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
@@ -38,8 +39,10 @@ class Pass:
 
 
 FIND = Pass("find_linear_weights", find_linear_weights_pass)
+ASK = Pass("ask_joint_graph", ask_joint_graph_pass)
 TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
-"""Passes on the Dynamo graph: FIND runs once per compilation, TAP once per variant."""
+"""FIND runs on the Dynamo graph, once per compilation. Where that does not tell, ASK runs on its
+joint graph, and FIND again. TAP runs on the Dynamo graph, once per variant."""
 
 JOINT = (
     Pass("push_norms", push_norms_pass, makes="normed"),
@@ -80,6 +83,29 @@ def apply(graph_pass: Pass, graph: fx.Graph, facts: Any, observers: Sequence[Obs
     for observer in observers:
         observer(graph, event)
     return result
+
+
+def find(
+    gm: fx.GraphModule, facts: DynamoFacts, observers: Sequence[Observer] = ()
+) -> FoundWeights:
+    """The linear weights of a Dynamo graph; where it does not tell, its joint graph is asked."""
+    found: FoundWeights = apply(FIND, gm.graph, facts, observers)
+    if not found.unknown:
+        return found
+    answers: list[Answers] = []
+    asked = AskFacts(found.unknown)
+
+    def ask(graph: fx.Graph) -> None:
+        answers.append(apply(ASK, graph, asked, observers))
+
+    look_at_joint_graph(copy_dynamo_graph(gm), facts.inputs, ask)
+    if not answers:
+        return found
+    again: FoundWeights = apply(FIND, gm.graph, replace(facts, answers=answers[0].of), observers)
+    for name, reason in again.left.items():
+        if again.positions[name] in answers[0].of:
+            again.left[name] = f"{found.left[name]}; {reason}"
+    return again
 
 
 def tapped(

@@ -21,6 +21,14 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 PRODUCTS = (
     aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
 )  # fmt: skip
+ADDITIONS = (aten.addmm.default, aten.baddbmm.default)
+"""Products that are added to something, their first argument."""
+ALL_PRODUCTS = (*PRODUCTS, aten._grouped_mm.default, aten._scaled_mm.default)
+MAKERS = (
+    *ALL_PRODUCTS, aten.index_put.default, aten._unsafe_index_put.default,
+    aten._unsafe_masked_index_put_accumulate.default, aten.embedding_dense_backward.default,
+)  # fmt: skip
+"""What makes a gradient: products, and additions of rows that were looked up."""
 FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
@@ -196,20 +204,24 @@ class Push:
         concatenated weights. These do not count: once all selections are pushed, nothing forms the
         whole gradient.
         """
-        seen: set[fx.Node] = set()
-        ahead = [other for other in node.users if other is not user]
+        seen: set[tuple[fx.Node, fx.Node]] = set()
+        ahead = [(node, other) for other in node.users if other is not user]
         while ahead:
-            other = ahead.pop()
-            if other in seen or other.target is SELECT:
+            used, other = ahead.pop()
+            if (used, other) in seen or other.target is SELECT:
                 continue
-            seen.add(other)
-            hands_on = other.target in SPLITS or (
-                other.target in self.rules and other.target not in (*PRODUCTS, *FACTORS)
-            )
-            if not hands_on:
+            seen.add((used, other))
+            if not self._hands_on(other, used):
                 return other
-            ahead += other.users
+            ahead += [(other, next_one) for next_one in other.users]
         return None
+
+    def _hands_on(self, node: fx.Node, used: fx.Node) -> bool:
+        """Whether a selection of ``node`` needs only the same selection of what it uses."""
+        if node.target in ADDITIONS and used not in node.args[1:]:
+            return True  # a product is added to it
+        known = node.target in self.rules and node.target not in (*PRODUCTS, *FACTORS)
+        return node.target in SPLITS or known
 
     def spans(self, x: fx.Node, node: fx.Node, dim: int) -> bool:
         """Whether ``x`` has the selected dimension of ``node``, and is not broadcast along it."""

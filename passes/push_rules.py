@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import SELECTED_MM
-from grass_fx.passes.push import FACTORS, PRODUCTS, SPLITS, Planned, Push, Rule, Stop, Value
+from grass_fx.passes.push import FACTORS, MAKERS, SPLITS, Planned, Push, Rule, Stop, Value
 
 aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
 
@@ -130,7 +130,7 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
         by = push if k == 0 else push.unscaled()
         full = x.meta["val"].shape == node.meta["val"].shape
         # Without a product below, or if others need a smaller factor, x is in memory anyway.
-        deeper = has_product(x) and (full or not push.is_whole(x, node))
+        deeper = (has_product(x) and (full or not push.is_whole(x, node))) or is_outer(x)
         by = by if full else by.quiet()  # a stop below a smaller factor forms no full gradient
         new[x] = by.of(x, along, node) if deeper else by.selected(x, along)
     args = cast("tuple[Any, ...]", node.args)
@@ -138,19 +138,24 @@ def _product_with(push: Push, node: fx.Node, dim: int) -> Value:
 
 
 def has_product(node: Any) -> bool:
-    """Whether a matrix product lies below ``node``, behind operations that a selection can pass."""
-    seen: set[fx.Node] = set()  # very many paths may lead to a node
-    ahead = [node]
+    """Whether a product or a lookup is below ``node``, behind what a selection can pass."""
+    seen, ahead = set[fx.Node](), [node]  # very many paths may lead to a node
     while ahead:
         below = ahead.pop()
         if below in seen or not isinstance(below, fx.Node):
             continue
-        if below.target in PRODUCTS:
+        if below.target in MAKERS:
             return True
         seen.add(below)
         if below.target in RULES or below.target in SPLITS:
             ahead += below.all_input_nodes
     return False
+
+
+def is_outer(x: fx.Node) -> bool:
+    """Whether ``x`` is a product of smaller factors, such as of scales of rows and of columns."""
+    size = x.meta["val"].numel()
+    return x.target in FACTORS and all(y.meta["val"].numel() < size for y in x.all_input_nodes)
 
 
 @rule(aten.neg.default)

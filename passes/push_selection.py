@@ -11,9 +11,10 @@ from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import Planned, Push, emit, erase_unused, make_early
 from grass_fx.passes.push_lookup_rules import LOOKUP_RULES
 from grass_fx.passes.push_rules import COLLECTIVES, RULES
+from grass_fx.passes.push_scaled_rules import SCALED_RULES
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
-MATRIX_RULES = {**RULES, **LOOKUP_RULES}
+MATRIX_RULES = {**RULES, **LOOKUP_RULES, **SCALED_RULES}
 TOO_DEEP = "its gradient is made by more operations than can be followed"
 
 

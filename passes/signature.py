@@ -29,6 +29,8 @@ class LinearWeight:
     """Its name, relative to the compiled region."""
     shape: tuple[int, ...]
     spec: SubspaceSpec
+    asked: bool = False
+    """Whether the joint graph has told that it is linear, and not the Dynamo graph."""
 
 
 class Role(NamedTuple):

@@ -224,7 +224,7 @@ def test_functions_of_the_user_around_the_region():
     assert len(pushed(backend)) == 1
 
 
-def test_a_weight_inside_a_function_of_the_user_stays_dense_with_its_reason():
+def test_a_weight_inside_a_function_of_the_user_trains_compact():
     class ByHand(nn.Module):
         def __init__(self):
             super().__init__()
@@ -235,8 +235,8 @@ def test_a_weight_inside_a_function_of_the_user_stays_dense_with_its_reason():
 
     model, twin, backend, compiled, optimizer = made(ByHand())
     for _ in range(3):
-        assert step_both(optimizer, compiled, model, twin, batch()) == ["first.weight"]
-    assert "w" in backend.only.found.left and pushed(backend) == [["first.weight"]]
+        assert step_both(optimizer, compiled, model, twin, batch()) == ["w", "first.weight"]
+    assert not backend.only.found.left and pushed(backend) == [["first.weight", "w"]]
 
 
 # --- losses ---------------------------------------------------------------------------------------

@@ -348,17 +348,18 @@ def test_messages_of_options_by_names():
             {"lookups": {"embed*": True}},
         ),
         """\
-rank=0 must be at least 1.
-rank=True must be a number of rows, or a fraction in (0, 1) of each weight's selected dimension.
-block=0 must be a number of rows >= 1.
-block=8 does not divide rank=12: make rank a multiple of block.
-block=8 does not divide rank=12: make rank a multiple of block.
-refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to keep the first
-  selection.
-selection='multinomial' is not known: did you mean 'multinomial_norm'?
-selection='top' cannot draw with replacement: use replacement=False, or one of uniform,
-  multinomial_norm, multinomial_norm_sq.
-side='output' is not known: did you mean 'out'?
+rank of 'b': rank=0 must be at least 1.
+rank of 'b': rank=True must be a number of rows, or a fraction in (0, 1) of each weight's
+  selected dimension.
+block of 'a': block=0 must be a number of rows >= 1.
+rank of 'b': block=8 does not divide rank=12: make rank a multiple of block.
+block of 'b': block=8 does not divide rank=12: make rank a multiple of block.
+refresh_every of 'b': refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to
+  keep the first selection.
+selection of 'b': selection='multinomial' is not known: did you mean 'multinomial_norm'?
+selection of 'b': selection='top' cannot draw with replacement: use replacement=False, or one of
+  uniform, multinomial_norm, multinomial_norm_sq.
+side of 'a': side='output' is not known: did you mean 'out'?
 rank={} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
 rank={1: 4} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
 side: {'b': 'in'} must not be by names again.

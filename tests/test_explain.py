@@ -482,6 +482,23 @@ def test_the_command_line_explains_the_example(capsys, tmp_path):
     assert main(["explain", *given[:4], "--inputs", "2xx8"]) == 2
 
 
+def test_made_up_inputs_that_do_not_fit_are_told(capsys, tmp_path, monkeypatch):
+    (tmp_path / "short_model.py").write_text(
+        "import torch\n"
+        "class Short(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.words, self.places = torch.nn.Embedding(50, 8), torch.nn.Embedding(16, 8)\n"
+        "    def forward(self, x):\n"
+        "        return self.words(x) + self.places(torch.arange(x.shape[1]))\n"
+        "build = Short\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["explain", "--model", "short_model"]) == 2
+    message = capsys.readouterr().err
+    assert "failed on made-up inputs" in message and "--inputs, such as" in message
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_graph_without_a_tensor_among_its_inputs(dynamic):
     class Model(nn.Module):

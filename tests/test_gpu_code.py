@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from grass_fx.compile.lowering import selected_mm as rule
-from grass_fx.ops import SELECTED_MM
+from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.state.units import run_length
 from helpers import interpreted_by_triton
 
@@ -91,6 +91,24 @@ def test_the_gather_is_fused_with_what_makes_its_input():
 
     module = generate(run, likes(torch.bfloat16))
     assert len(module.kernels) == 1 and module.buffers[0] == (str(B), str(R))
+
+
+def test_columns_for_a_float8_product_are_gathered_cast_and_laid_out_by_one_kernel():
+    """What push_scaled_rules makes of X in float8: the vendor's product reads r columns of it."""
+    aten, e4m3 = torch.ops.aten, torch.float8_e4m3fn
+
+    def run(d_t, x, scales, indices, ones):
+        columns = SELECT((x.float() * scales).to(e4m3), indices, None, 1)
+        laid_out = aten.clone.default(columns.t(), memory_format=torch.contiguous_format)
+        return aten._scaled_mm.default(d_t, laid_out.t(), ones, ones, None, None, torch.bfloat16)
+
+    shapes = [((M, B), e4m3), ((B, N), torch.bfloat16), ((1, N), torch.float32)]
+    module = generate(run, [*shapes, ((R,), torch.int64), ((), torch.float32)])
+    (kernel,) = module.kernels
+    assert module.extern_calls == ["_scaled_mm"]
+    assert module.buffers[0] == (str(B), str(R))  # of one byte each, columns side by side
+    assert "tl.float8e4nv" in kernel.source and "8192" in kernel.source
+    assert compile_kernel(kernel, 90).spilled == 0  # sm_80 has no such type
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -60,6 +61,26 @@ def is_tangent(node: fx.Node) -> bool:
     return isinstance(desc, TangentAOTInput)
 
 
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes of a joint graph that depend on the gradient of an output."""
+    return _dependents(graph, is_tangent)
+
+
+def nodes_from_input(graph: fx.Graph, position: int) -> set[fx.Node]:
+    """All nodes of a joint graph that depend on one of the backend's inputs."""
+    return _dependents(graph, lambda node: input_position(node) == position)
+
+
+def _dependents(graph: fx.Graph, of: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The placeholders for which ``of`` is true, and all nodes that depend on them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        first = node.op == "placeholder" and of(node)
+        if first or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def gradient_of_input(graph: fx.Graph, position: int) -> fx.Node | None:
     """The node of a joint graph that is the gradient of one of the backend's inputs."""
     output = graph.output_node()
@@ -68,6 +89,33 @@ def gradient_of_input(graph: fx.Graph, position: int) -> fx.Node | None:
         if getattr(getattr(desc, "grad_of", None), "idx", None) == position:
             return value if isinstance(value, fx.Node) else None
     return None
+
+
+class _Seen(Exception):
+    """Ends a compilation whose joint graph has been looked at."""
+
+
+def look_at_joint_graph(
+    gm: fx.GraphModule, inputs: Sequence[Tensor], look: Callable[[fx.Graph], None]
+) -> None:
+    """Call ``look`` with the joint graph of a Dynamo graph, which is compiled no further.
+
+    An inference graph has none, and is not looked at.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        look(joint.graph)
+        raise _Seen
+
+    def stop(graph: fx.GraphModule, _: Any) -> Any:
+        raise _Seen
+
+    decompositions = select_decomp_table()
+    backend = aot_autograd(fw_compiler=stop, decompositions=decompositions, partition_fn=partition)
+    with contextlib.suppress(_Seen):
+        backend(gm, inputs)
 
 
 def compile_aot_eager(

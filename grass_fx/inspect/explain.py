@@ -67,8 +67,9 @@ def explain(
     leaves = tree_leaves((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     config = GrassConfig.from_options(options)
-    names = [name for name, _ in model.named_parameters()]
-    check_matched(config.matched(names), names)
+    named = [*model.named_parameters()]
+    matrices = [name for name, p in named if p.dim() > 1]
+    check_matched(config.matched(name for name, _ in named), matrices)
     watcher = _Watcher(model, config, inputs)
     from grass_fx._torch_compat import compiled_apart
 

@@ -241,7 +241,8 @@ def plan(
         notes.append("activations are not counted: give activations, or inputs of the model")
     names = [p.name for p in parameters]
     asked: Any = config.rank if rank is None else rank
-    check_matched(replace(config, rank=asked).matched(names), names)
+    matrices = [p.name for p in parameters if len(p.shape) > 1]
+    check_matched(replace(config, rank=asked).matched(names), matrices)
     sizes = [p.cost(config, 0).selected for p in parameters if p.candidate]
     if not sizes:
         raise OptionError("there is no linear weight to take: look at include and exclude.")

@@ -31,7 +31,7 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2), aten._grouped_mm.default: (0, 1), SELECTED_MM: (0, 1),
-    aten.mul.Tensor: (0, 1), MM_SIGNS: (0, 1),
+    aten.mul.Tensor: (0, 1), MM_SIGNS: (0, 1), aten._scaled_mm.default: (0, 1),
 }  # fmt: skip
 VIEWS = {
     *RESHAPES, *SPLITS, aten.permute.default, aten.t.default, aten.transpose.int,
@@ -179,7 +179,7 @@ def weight_products(graph: fx.Graph, weight: int, proxy: int | None) -> WeightPr
     if not uses and proxy is None:
         # It may be added to something: then no product in its gradient belongs to it.
         return WeightProducts([], [], [], [])
-    backward = _backward_nodes(graph)
+    backward = compat.backward_nodes(graph)
     forward = [use for use in uses if use.node not in backward]
     input_gradient = [use for use in uses if use.node in backward]
     gradient = compat.gradient_of_input(graph, weight if proxy is None else proxy)
@@ -189,16 +189,6 @@ def weight_products(graph: fx.Graph, weight: int, proxy: int | None) -> WeightPr
     through = LINEAR if proxy is None else {*LINEAR, aten.where.self}
     makers = {} if gradient is None else {p.node: p for p in _makers(gradient, 1.0, path, through)}
     return WeightProducts(forward, input_gradient, list(makers.values()), list(path))
-
-
-def _backward_nodes(graph: fx.Graph) -> Collection[fx.Node]:
-    """All nodes that depend on the gradient of an output."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        tangent = node.op == "placeholder" and compat.is_tangent(node)
-        if tangent or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _uses(node: fx.Node, share: float) -> Iterator[Product]:

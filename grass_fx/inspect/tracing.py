@@ -20,9 +20,9 @@ from grass_fx.inspect.products import Lookup, Product, WeightProducts, weight_pr
 from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
 from grass_fx.ops import MM_SIGNS, SELECTED_MM
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
-from grass_fx.passes.find_linear_weights import FoundWeights, find_linear_weights_pass
+from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import AOT, Event, GrassPasses, tapped
+from grass_fx.passes.pipeline import AOT, Event, GrassPasses, find, tapped
 from grass_fx.passes.push_norms import wants_tiles
 from grass_fx.passes.signature import LinearWeight, Signature, Variant
 from grass_fx.state.spec import SubspaceSpec
@@ -30,6 +30,7 @@ from grass_fx.state.spec import SubspaceSpec
 FIRST_ALL = "mm, then gather"
 BOTH = "tiles, with signs"
 INDEX_ADD = "index add"
+DECIDED = " (decided by the joint graph)"
 UNREACHED = "no gradient reaches it in this graph"
 ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
 
@@ -92,7 +93,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     """
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
-    found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
+    found = find(gm, DynamoFacts(config, inputs))
     graph = TracedGraph({}, sizes_of_symbols(inputs))
 
     def keep(which: Kept, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -223,6 +224,8 @@ class _Tracer:
                     traced.kernel = FIRST_ALL
                 elif after.ways:
                     traced.kernel = ", ".join(after.ways)
+                if traced.kernel and weight.asked:
+                    traced.kernel += DECIDED
                 if self.config.signs_every > 1:
                     self._average_signs(traced, weight)
                 if weight.spec.needs_scores:

@@ -64,7 +64,7 @@ def check_patterns(optimizer: torch.optim.Optimizer) -> None:
     later = [p for p in params if p.dim() > 1 and not (registry.get(p) or registry.left(p))]
     names = [registry.name_of(p, "") for p in later]
     found = {each: seen or matches(each[1], names) for each, seen in matched.items()}
-    check_matched(found, map(registry.name_of, params))
+    check_matched(found, (registry.name_of(p) for p in params if p.dim() > 1))
 
 
 def warn_if_little_is_taken(optimizer: torch.optim.Optimizer) -> None:
@@ -174,9 +174,7 @@ def _skipped(whole: bool) -> str:
     if not frames:
         return ""
     some = [f"{_few(names)}: {reason}" for reason, names in [*frames.items()][:3]]
-    rnn = any("allow_rnn" in reason for reason in frames)
     return (
         f"torch.compile made no graph of {'; '.join(some)}. Change what the reason names, or "
         "compile the parts around it by calls of torch.compile of their own. "
-        + ("The weights of an RNN itself train dense in any case. " if rnn else "")
     )
