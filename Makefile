@@ -60,6 +60,7 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/host_overhead.py --smoke
 	$(BIN)/python examples/benchmarks/selected_mm.py --smoke
 	$(BIN)/python examples/benchmarks/memory.py --smoke
+	$(BIN)/python examples/benchmarks/embedding_memory.py --smoke
 	$(BIN)/python examples/benchmarks/traffic.py --smoke --ways ddp data
 	$(BIN)/python examples/benchmarks/scaling.py --smoke
 

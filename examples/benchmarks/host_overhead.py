@@ -83,7 +83,7 @@ class Ours(Side):
         self.spec = SubspaceSpec.of(CONFIG, SIZE, 0, "out")
         super().__init__(weights, self.spec.compact_shape((SIZE, SIZE)))
         taken = [LinearWeight(k, f"{k}", (SIZE, SIZE), self.spec) for k in range(len(weights))]
-        signature, found = Signature(taken, len(taken), False), FoundWeights(taken=taken)
+        signature, found = Signature(taken, len(taken)), FoundWeights(taken=taken)
         self.demand = Demand(registry, [self.spec] * len(weights), [""] * len(weights))
         self.callable = GrassCallable(signature, {REGULAR: self.compiled}, found, PushReport())
 
