@@ -36,6 +36,8 @@ from environment import environment
 import lab_plan as plans
 from lab_model import SIZES
 from lab_report import (
+    longer_table,
+    lookups_table,
     rates_table,
     repeats_table,
     resting_table,
@@ -149,12 +151,12 @@ def found(file: Path, smoke: bool = False) -> plans.Plan:
 def planner_of(args: argparse.Namespace) -> tuple[plans.Planner, Job]:
     """The plan, and a run of it."""
     base = Job(args.data)
-    small, moves = replace(base, size="0.7m"), 20
+    small, words, moves = replace(base, size="0.7m"), replace(base, size="8k"), 20
     if args.smoke:
         base = Job(args.data, size="smoke", steps=4, batch=2, seq=32, windows=2)
         base = replace(base, compiler="aot_eager")
-        small, moves = replace(base, seed=1), 0
-    return partial(plans.everything, base, small, args.prose, moves=moves), base
+        small, words, moves = replace(base, seed=1), replace(base, seed=2), 0
+    return partial(plans.everything, base, small, words, args.prose, moves=moves), base
 
 
 def main(given: list[str] | None = None) -> None:
@@ -173,6 +175,7 @@ def main(given: list[str] | None = None) -> None:
     else:
         plan = found(args.json, args.smoke)
         tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
+        tables += lookups_table, longer_table
         print("\n\n".join(table(plan) for table in tables))
 
 

@@ -14,6 +14,7 @@ from llama import Attention, Config, LLaMA
 SIZES = {
     "smoke": Config(vocab=300, hidden=64, ffn=176, layers=1, heads=2),
     "0.7m": Config(vocab=1024, hidden=128, ffn=344, layers=2, heads=4),
+    "8k": Config(vocab=8192, hidden=128, ffn=344, layers=2, heads=4),
     "3.7m": Config(vocab=1024, hidden=256, ffn=688, layers=4, heads=4),
 }
 
@@ -27,12 +28,14 @@ class WrittenOut(Attention):
         return scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
-def build(size: str, seed: int) -> LLaMA:
+def build(size: str, seed: int, tied: bool = False) -> LLaMA:
     torch.manual_seed(seed)
     config = SIZES[size]
     model = LLaMA(config)
     for block in model.layers:
         block.attention = WrittenOut(config)
+    if tied:
+        model.head.weight = model.embed.weight
     model.initialise()
     return model
 

@@ -52,6 +52,10 @@ class Plan:
     """Runs with such a step, around which its settings were varied one by one."""
     repeats: list[list[Job]] = field(default_factory=list)
     """Runs that differ in their seed alone, those that are complete."""
+    lookups: list[list[Job]] = field(default_factory=list)
+    """Ways to step an embedding: the dense one, and where the sweeps of all others' rates begin."""
+    longer: list[list[Job]] = field(default_factory=list)
+    """The best of these ways, in longer runs of one seed, those that are complete."""
 
     def want(self, jobs: Iterable[Job]) -> bool:
         """Whether all of these are there."""
@@ -124,10 +128,13 @@ RANKS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)
 ROUNDINGS = ("", "nearest", "stochastic", "low bits")
 
 
-def everything(base: Job, small: Job, prose: str, results: Results, moves: int = 20) -> Plan:
+def everything(
+    base: Job, small: Job, words: Job, prose: str, results: Results, moves: int = 20
+) -> Plan:
     """All questions, in the order of their importance.
 
-    `base` and `small` are of two sizes; `prose` is another text, for fine-tuning.
+    `base` and `small` are of two sizes, `words` of a larger vocabulary; `prose` is another text,
+    for fine-tuning.
     """
     plan = Plan(results, moves)
     small_full = plan.sweep(small.size, small, RANKS)
@@ -141,6 +148,7 @@ def everything(base: Job, small: Job, prose: str, results: Results, moves: int =
         rest_rates(plan, full, RANKS[1])
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
+    looked_up(plan, words, prose)
     if small_full:
         of_others(plan, small_full)
         rest_varied(plan, small_full, RANKS[1])
@@ -237,6 +245,72 @@ def rest_varied(plan: Plan, full: Job, rank: float) -> None:
             other += [replace(grass, micro_batches=4, rest_kind="last")]
             other += [replace(grass, refresh_every=k) for k in (50, 200, 400)]
             plan.want(other)
+
+
+WAYS = (
+    {"lookups": "plain"},
+    {"lookups": "plain", "lookup_rank": 1.0},
+    {"lookups": "plain", "lookup_rank": 1.0, "lookup_every": 10000},
+    {"lookups": "signs"},
+    {"lookups": "plain", "lookup_rank": 1 / 2},
+    {"lookups": "plain", "lookup_rank": 3 / 4},
+    {"lookups": "plain", "lookup_every": 25},
+    {"lookups": "row"},
+    {"lookups": "factored", "lookup_scale": 32.0},
+    {"lookups": "counted"},
+    {"lookups": "started"},
+    {"lookups": "plain", "lookup_every": 400},
+)
+"""To step an embedding; two with all of its columns tell what it costs to forget moments."""
+
+
+def looked_up(plan: Plan, words: Job, prose: str) -> None:
+    """What an embedding loses, tied to the head or not, if its columns move by turns."""
+    for tied in (True, False):
+        dense = plan.bracket(replace(words, tied=tied), ("lr",))
+        if dense is None:
+            continue
+        ways = [
+            replace(dense, **way)
+            for way in WAYS
+            if not (tied and way["lookups"] == "counted")  # a head's rows occur in every step
+        ]
+        plan.lookups.append([dense, *ways])
+        swept = [plan.bracket(way, ("lookup_scale",)) for way in ways]
+        tuned(plan, dense, prose)
+        known = [way for way in swept if way]
+        if len(known) < len(swept):
+            continue
+        best = sorted(known[1:], key=plan.loss)[:2]
+        for seed in (0, 1, 2):
+            longer = {"steps": round(LENGTHS[1] * words.steps), "seed": seed}
+            jobs = [replace(job, **longer) for job in (dense, known[0], *best)]
+            if plan.want(jobs):
+                plan.longer.append(jobs)
+
+
+def tuned(plan: Plan, dense: Job, prose: str) -> None:
+    """The same in fine-tuning, where an embedding moves little."""
+    source = replace(dense, steps=2 * dense.steps, save=True)
+    if not plan.want([source]):
+        return
+    start = replace(
+        dense,
+        text=prose,
+        start=source.key,
+        steps=dense.steps // 2,
+        lr=dense.lr / 8,
+        linear_lr=dense.linear_lr / 2,
+    )
+    first = plan.bracket(start, ("lr",))
+    if first is None:
+        return
+    frozen = replace(first, lookups="frozen")
+    ways = [replace(first, lookups="plain", lookup_rank=rank) for rank in (1 / 4, 1 / 8)]
+    plan.lookups.append([first, frozen, *ways])
+    plan.want([frozen])
+    for way in ways:
+        plan.bracket(way, ("lookup_scale",))
 
 
 def repeats(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:

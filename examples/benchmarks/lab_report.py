@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from lab_plan import Cell, Plan
@@ -12,7 +13,8 @@ CLOSE = 0.01  # nats
 
 
 def fraction(rank: float) -> str:
-    return f"1/{round(1 / rank)}" if rank < 1 else "1"
+    part = Fraction(rank).limit_denominator(64)
+    return f"{part.numerator}/{part.denominator}" if rank < 1 else "1"
 
 
 def rate(value: float) -> str:
@@ -200,3 +202,41 @@ def _at(plan: Plan, job: Job, value: float) -> dict[float, float]:
 
 def _known(plan: Plan, jobs: dict[Any, Job]) -> dict[Any, float]:
     return {x: plan.loss(job) for x, job in jobs.items() if job.key in plan.results}
+
+
+def lookups_table(plan: Plan) -> str:
+    """Ways to step an embedding: held-out losses by the rates that were tried."""
+    lines = ["| head | way | r | K | losses, by its rate over the dense one's | over dense |"]
+    lines.append("|---" * 6 + "|")
+    for dense, *ways in plan.lookups:
+        head = ("tied" if dense.tied else "of its own") + (", fine-tuning" if dense.start else "")
+        reference = plan.loss(dense)
+        lines.append(f"| {head} | dense | | | {reference:.3f} (lr {rate(dense.lr)}) | |")
+        for way in ways:
+            tried = plan.along("lookup_scale", way)
+            if not tried:
+                continue
+            shown = ", ".join(f"{scale:g}: {loss:.3f}" for scale, loss in tried.items())
+            best = min(tried, key=lambda scale: tried[scale])
+            swept = way.lookups == "frozen" or {best / 2, best * 2} <= tried.keys()
+            kind, rank, every = way.lookups, fraction(way.lookup_rank), f"{way.lookup_every}"
+            if kind in ("factored", "frozen"):
+                rank = every = ""
+            over = f"{100 * (tried[best] / reference - 1):+.1f} %{'' if swept else '*'}"
+            lines.append(f"| {head} | {kind} | {rank} | {every} | {shown} | {over} |")
+    return "\n".join(lines) if plan.lookups else "Nothing is known of embeddings yet."
+
+
+def longer_table(plan: Plan) -> str:
+    """The best of these ways in longer runs, by seed."""
+    lines = ["| head | steps | seed | way | r | K | held-out | over dense |", "|---" * 8 + "|"]
+    for dense, *ways in plan.longer:
+        head = "tied" if dense.tied else "of its own"
+        for job in (dense, *ways):
+            kind, over = job.lookups or "dense", 100 * (plan.loss(job) / plan.loss(dense) - 1)
+            of = f"{fraction(job.lookup_rank)} | {job.lookup_every}" if job.lookups else " | "
+            lines.append(
+                f"| {head} | {job.steps} | {job.seed} | {kind} | {of} | {plan.loss(job):.3f} "
+                f"| {over:+.1f} % |"
+            )
+    return "\n".join(lines) if plan.longer else "No longer run of these is complete yet."
