@@ -9,18 +9,10 @@ from torch import fx
 
 from grass_fx.ops import SELECT
 from grass_fx.passes.facts import JointFacts, Result
-from grass_fx.passes.push import erase_unused, insert
+from grass_fx.passes.push import MASKED_ADDITION, ROW_ADDITIONS, erase_unused, insert
 from grass_fx.passes.push_rules import CONVERSIONS
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-MASKED = aten._unsafe_masked_index_put_accumulate.default
-ADDITIONS: dict[Any, int] = {
-    MASKED: 3,
-    aten.index_put.default: 2,
-    aten._unsafe_index_put.default: 2,
-}
-"""Operators that add rows by index, and the places of the rows."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -64,10 +56,10 @@ def _rows_into_zeros(y: fx.Node, add: fx.Node) -> fx.Node | None:
     shape = add.meta["val"].shape
     while y.target in CONVERSIONS and len(y.users) == 1:
         y = y.all_input_nodes[0]
-    if y.target not in ADDITIONS or len(y.users) != 1 or y.meta["val"].shape != shape:
+    if y.target not in ROW_ADDITIONS or len(y.users) != 1 or y.meta["val"].shape != shape:
         return None
-    zeros, rows = cast("tuple[fx.Node, fx.Node]", (y.args[0], y.args[ADDITIONS[y.target]]))
-    accumulates = y.target is MASKED or y.args[3:] == (True,)
+    zeros, rows = cast("tuple[fx.Node, fx.Node]", (y.args[0], y.args[ROW_ADDITIONS[y.target]]))
+    accumulates = y.target is MASKED_ADDITION or y.args[3:] == (True,)
     is_zero = zeros.target is aten.full.default and zeros.args[1] == 0
     return y if accumulates and is_zero and rows.target is SELECT else None
 
@@ -83,9 +75,9 @@ def _add_into(x: fx.Node, rows: fx.Node, add: fx.Node) -> fx.Node:
     dtype = torch.float32 if dtype in HALVES else dtype
     if x.target in CONVERSIONS and x.all_input_nodes[0].meta["val"].dtype == dtype:
         x = x.all_input_nodes[0]  # the sum so far, before it is rounded
-    *_, where, d = cast("tuple[Any, ...]", rows.args[: ADDITIONS[rows.target] + 1])
+    *_, where, d = cast("tuple[Any, ...]", rows.args[: ROW_ADDITIONS[rows.target] + 1])
     x, d = _converted(x, dtype, add), _converted(d, dtype, add)
-    if rows.target is MASKED:
+    if rows.target is MASKED_ADDITION:
         mask, kind = rows.args[1], {"dtype": dtype, "device": d.meta["val"].device}
         d = insert(add, aten.where.self, mask, d, insert(add, aten.full.default, [], 0, **kind))
         where = [

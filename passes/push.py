@@ -21,13 +21,17 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 PRODUCTS = (
     aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
 )  # fmt: skip
-ADDITIONS = (aten.addmm.default, aten.baddbmm.default)
+ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
 """Products that are added to something, their first argument."""
+MASKED_ADDITION = aten._unsafe_masked_index_put_accumulate.default
+ROW_ADDITIONS: dict[Any, int] = {
+    aten.embedding_dense_backward.default: 0, MASKED_ADDITION: 3,
+    aten.index_put.default: 2, aten._unsafe_index_put.default: 2,
+}  # fmt: skip
+"""What adds up rows by index, the gradient of a lookup, and the places of the rows. They are added
+to the first argument, unless that is the rows."""
 ALL_PRODUCTS = (*PRODUCTS, aten._grouped_mm.default, aten._scaled_mm.default)
-MAKERS = (
-    *ALL_PRODUCTS, aten.index_put.default, aten._unsafe_index_put.default,
-    aten._unsafe_masked_index_put_accumulate.default, aten.embedding_dense_backward.default,
-)  # fmt: skip
+MAKERS = (*ALL_PRODUCTS, *ROW_ADDITIONS)
 """What makes a gradient: products, and additions of rows that were looked up."""
 FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
@@ -218,7 +222,7 @@ class Push:
 
     def _hands_on(self, node: fx.Node, used: fx.Node) -> bool:
         """Whether a selection of ``node`` needs only the same selection of what it uses."""
-        if node.target in ADDITIONS and used not in node.args[1:]:
+        if node.target in ADDED_PRODUCTS and used not in node.args[1:]:
             return True  # a product is added to it
         known = node.target in self.rules and node.target not in (*PRODUCTS, *FACTORS)
         return node.target in SPLITS or known

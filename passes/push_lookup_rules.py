@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from grass_fx.passes.push import Push, Rule, Stop, Value
+from grass_fx.passes.push import MASKED_ADDITION, Push, Rule, Stop, Value
 from grass_fx.passes.push_rules import registers_in
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ def _embedding(push: Push, node: fx.Node, dim: int) -> Value:
     return push.call(node.target, push.selected(d, d.meta["val"].dim() - 1), *rest)
 
 
-@rule(aten._unsafe_masked_index_put_accumulate.default)
+@rule(MASKED_ADDITION)
 def _masked_index_put(push: Push, node: fx.Node, dim: int) -> Value:
     """The same, as Inductor decomposes it: what the mask leaves out is not added."""
     base, mask, where, d = cast("tuple[Any, ...]", node.args)

@@ -20,8 +20,7 @@ from torch import Tensor, fx
 from grass_fx import _torch_compat as compat
 from grass_fx.inspect.sizes import size_expression
 from grass_fx.ops import MM_SIGNS, SELECT, SELECTED_MM
-from grass_fx.passes.accumulate_lookups import ADDITIONS
-from grass_fx.passes.push import SPLITS
+from grass_fx.passes.push import ROW_ADDITIONS, SPLITS
 from grass_fx.passes.push_rules import CONVERSIONS, RESHAPES
 from grass_fx.passes.push_rules import COPIES as SAME
 
@@ -57,9 +56,7 @@ PARTS = {
     aten.slice.Tensor,
     operator.getitem,
 }
-# lookups of rows of a matrix, and what adds up their gradients -> the place of D
 LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default}
-ADDED: dict[Any, int] = {**ADDITIONS, aten.embedding_dense_backward.default: 0}
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Lookup(Product):
     def _rows(self) -> Any:
         if self.node.target in LOOKUPS:
             return self.output
-        return cast(fx.Node, self.node.args[ADDED[self.node.target]]).meta["val"]
+        return cast(fx.Node, self.node.args[ROW_ADDITIONS[self.node.target]]).meta["val"]
 
 
 def is_product(node: fx.Node) -> bool:
@@ -217,10 +214,10 @@ def _makers(
     if is_product(node):
         path[node] = None
         yield Product(node, share)
-    elif node.target in ADDED and _is_matrix(node):
+    elif node.target in ROW_ADDITIONS and _is_matrix(node):
         yield Lookup(node, share)
         base = node.args[0]
-        if node.target in ADDITIONS and isinstance(base, fx.Node) and base.all_input_nodes:
+        if ROW_ADDITIONS[node.target] and isinstance(base, fx.Node) and base.all_input_nodes:
             yield from _makers(base, share, path, through)  # it adds to another gradient
         path[node] = None
     elif node.target in VIEWS or node.target in COPIES or node.target in through:
