@@ -298,7 +298,7 @@ class _Compiler:
         """Compile one variant."""
         config = self.config
         graph, extended = tapped(gm, facts, observers)
-        joint = JointFacts.of(config)
+        joint = JointFacts.of(config, facts.signature)
         make_pass = partial(GrassPasses, joint, observers)
         if config.compiler == "aot_eager":
             return compile_aot_eager(graph, extended, make_pass(()))

@@ -59,7 +59,7 @@ class JointFacts:
     """Inputs of passes on the joint graph of AOTAutograd. All of them are part of cache keys."""
 
     with_scores: bool = False
-    """Whether the selection rule needs scores."""
+    """Whether the selection rule of any of its weights needs scores."""
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
     with_signs: bool = False
@@ -68,10 +68,10 @@ class JointFacts:
     """The option ``lookups``."""
 
     @classmethod
-    def of(cls, config: GrassConfig) -> JointFacts:
-        """The facts of graphs that are compiled with these options."""
+    def of(cls, config: GrassConfig, signature: Signature) -> JointFacts:
+        """The facts of graphs that are compiled with these options and weights."""
         signs = config.rest != "none"
-        return cls(config.needs_scores, config.disable_passes, signs, config.lookups)
+        return cls(signature.with_scores, config.disable_passes, signs, config.lookups)
 
 
 @dataclass

@@ -105,7 +105,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     variant = Variant(signing=config.signs_every > 1)  # which holds the most
     taps, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
     tracer = _Tracer(config, found, signature, inputs)
-    passes = GrassPasses(JointFacts.of(config), [tracer])
+    passes = GrassPasses(JointFacts.of(config, signature), [tracer])
     compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
     if not tracer.parts:
         return None

@@ -346,7 +346,7 @@ def tapped_backward(
         signature = Signature(found.taken, len(inputs))
         variant = Variant(scoring=signature.with_scores)
         graph, extended = tapped(gm, TapFacts(graph_config, inputs, signature, variant))
-        passes = GrassPasses(JointFacts.of(graph_config))
+        passes = GrassPasses(JointFacts.of(graph_config, signature))
         compiled = compile_aot_eager(graph, extended, passes, on_backward)
         return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
 
