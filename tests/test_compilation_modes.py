@@ -25,6 +25,7 @@ from grass_fx.compile.runtime import GrassCallable
 from grass_fx.state.gradient import CompactGrad
 from grass_fx.state.registry import registry
 from helpers import Captured, mlp
+from other_functions import Linear
 
 
 def batch(tokens=4, features=8):
@@ -164,20 +165,6 @@ class Cubed(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * grad
 
 
-class Product(torch.autograd.Function):
-    """A linear layer with a gradient by hand."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad @ w, grad.t() @ x
-
-
 class WithFunctions(nn.Module):
     """Functions of the user between linear layers, and where ``at`` says."""
 
@@ -231,7 +218,7 @@ def test_a_weight_inside_a_function_of_the_user_trains_compact():
             self.first, self.w = nn.Linear(8, 12), nn.Parameter(torch.randn(6, 12))
 
         def forward(self, x):
-            return Product.apply(torch.tanh(self.first(x)), self.w)
+            return Linear.apply(torch.tanh(self.first(x)), self.w)
 
     model, twin, backend, compiled, optimizer = made(ByHand())
     for _ in range(3):

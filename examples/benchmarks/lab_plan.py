@@ -181,10 +181,16 @@ def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
 
     Returns the best job with full gradients.
     """
+    start = tuning(plan, full, prose)
+    return start and plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
+
+
+def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
+    """A first run of fine-tuning; None if the run is missing from whose weights it starts."""
     source = replace(full, steps=2 * full.steps, save=True)
     if not plan.want([source]):
         return None
-    start = replace(
+    return replace(
         full,
         text=prose,
         start=source.key,
@@ -192,7 +198,6 @@ def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
         lr=full.lr / 8,
         linear_lr=full.linear_lr / 2,
     )
-    return plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
 
 
 REST = 0.25
@@ -291,18 +296,8 @@ def looked_up(plan: Plan, words: Job, prose: str) -> None:
 
 def tuned(plan: Plan, dense: Job, prose: str) -> None:
     """The same in fine-tuning, where an embedding moves little."""
-    source = replace(dense, steps=2 * dense.steps, save=True)
-    if not plan.want([source]):
-        return
-    start = replace(
-        dense,
-        text=prose,
-        start=source.key,
-        steps=dense.steps // 2,
-        lr=dense.lr / 8,
-        linear_lr=dense.linear_lr / 2,
-    )
-    first = plan.bracket(start, ("lr",))
+    start = tuning(plan, dense, prose)
+    first = start and plan.bracket(start, ("lr",))
     if first is None:
         return
     frozen = replace(first, lookups="frozen")
