@@ -117,6 +117,8 @@ FUNCTIONS = [
     "| cross entropy fused with the head, chunk by chunk: gradients that the forward makes (as "
     "Liger's), or tiles that the backward adds in place (as TRL's) | yes, and nothing has the "
     "shape of the head's gradient; both are stand-ins, see below |",
+    "| torch's own `F.linear_cross_entropy` | yes as a whole; no in chunks, which are one opaque "
+    "operator behind a warning that breaks the graph |",
     "| an operator of torch.library whose autograd formula is made of torch's operators | yes |",
     "| torchao's float8 training: tensorwise, rowwise, and rowwise with a weight gradient in high "
     "precision; emulated, and by `_scaled_mm` | yes, equal to the last bit; r a multiple of 16 |",

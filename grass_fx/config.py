@@ -143,7 +143,8 @@ class GrassConfig:
     option."""
     lookups: bool = False
     """Also take weights that rows are looked up in: embeddings, tied to a head or not. Their width
-    is selected (``side`` "in"), so that a row that occurs moves in r of its columns."""
+    is selected, so that a row that occurs moves in r of its columns. With ``side`` "out", which
+    would select among the rows, they stay dense."""
     rest: str = "none"
     """What becomes of the columns (rows) that are not selected. "none": they stand still. "sign":
     they move against the signs of their gradients, which leave the backward as one bit for each

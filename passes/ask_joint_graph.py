@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,6 +17,7 @@ from grass_fx.passes.facts import Answer, AskFacts, Result
 from grass_fx.passes.linear_uses import NotLinear, Use
 from grass_fx.passes.push import Planned, Push, Value
 from grass_fx.passes.push_lookup_rules import LOOKUP_RULES
+from grass_fx.passes.push_rules import COPIES
 from grass_fx.passes.push_selection import MATRIX_RULES, TOO_DEEP
 from grass_fx.passes.push_stack_rules import STACK_RULES
 
@@ -109,8 +112,18 @@ def _uses(
     if any(each.target in LOOKUP_RULES for each in plan):
         uses.append(Use(other, "a lookup"))
     if not uses:
-        raise NotLinear("no matrix product makes its gradient")
+        opaque = (_opaque_maker(each.args[0]) for each in plan if each.target is SELECT)
+        names = ", ".join(dict.fromkeys(filter(None, opaque)))
+        raise NotLinear("no matrix product makes its gradient" + (names and f", but {names}"))
     return uses
+
+
+def _opaque_maker(x: Any) -> str:
+    """The name of an operator that is not torch's own and whose result ``x`` is; "" for others."""
+    while x.target in COPIES or x.target is operator.getitem:
+        x = x.args[0]
+    namespace = getattr(x.target, "namespace", "aten")
+    return "" if namespace in ("aten", "prims", "grass") else str(x.target)
 
 
 def _factors(product: Planned) -> list[tuple[Value, Value]]:

@@ -1,6 +1,7 @@
 """ask_joint_graph: weights inside of other functions, taken by what makes their gradient."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from grass_fx.passes.ask_joint_graph import ask_joint_graph_pass
 from grass_fx.passes.facts import AskFacts
 from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp, taken_and_left, text, uncached
-from other_functions import COLUMNS, LEFT, LINEAR, ONE_SIDE, ROWS, TOKENS, Uses
+from other_functions import COLUMNS, LEFT, LINEAR, ONE_SIDE, ROWS, TARGETS, TOKENS, Uses
 
 
 @pytest.fixture
@@ -83,6 +84,55 @@ def test_others_are_left_with_both_reasons(name, x):
     left = backend.only.found.left["w"]
     assert left.startswith("used by ") and reason in left
     torch.testing.assert_close(grad, full)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="of a newer torch")
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_torchs_own_fused_loss_is_taken_whole_and_left_in_chunks(chunk, x):
+    """In chunks it is one operator that makes the gradient itself."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk) if chunk else None
+
+    def use(x, w):
+        return F.linear_cross_entropy(x, w, TARGETS, options=options)
+
+    # It warns of itself, at which Dynamo would break the graph.
+    with torch._dynamo.config.patch(ignore_logging_functions={warnings.warn}):
+        backend, grad, full = compared(use, x)
+    if chunk:
+        assert ", but torch_nn._linear_cross_entropy" in backend.only.found.left["w"]
+        torch.testing.assert_close(grad, full)
+    else:
+        torch.testing.assert_close(grad.compact, grad.selection.project(full))
+
+
+def test_a_layer_beside_a_frozen_one_of_bitsandbytes_is_taken():
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = bnb.nn.Linear4bit(32, 32, bias=False, compute_dtype=torch.float32)
+            self.a, self.b = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.a(x))
+
+    model = Adapted().to("cpu")
+    model.base.weight.requires_grad_(False)
+    taken, left = taken_and_left(model, torch.randn(4, 32), rank=2)
+    assert taken == ["a.weight", "b.weight"] and not left
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def test_a_parametrized_weight_is_taken(x):
+    model = nn.Linear(COLUMNS, ROWS).double()
+    nn.utils.parametrize.register_parametrization(model, "weight", Doubled())
+    taken, left = taken_and_left(model, x, rank=4)
+    assert taken == ["parametrizations.weight.original"] and not left
 
 
 def test_what_the_dynamo_graph_shows_is_not_asked_about(monkeypatch):
