@@ -28,6 +28,7 @@ from grass_fx.errors import (
 from grass_fx.state.registry import registry
 from grass_fx.state.replicas import replicas_of
 from grass_fx.testing.traffic import Traffic
+from other_functions import Linear
 from ranks import one_process, spawn
 
 RANKS, STEPS = 2, 7
@@ -471,14 +472,15 @@ def resumes(rank, folder):
 
 
 class Tied(nn.Module):
-    """A table of tokens, also the head, and a layer between them."""
+    """A table of tokens, also the head, and between them a layer inside of a function."""
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.table, self.layer = nn.Embedding(vocabulary, 16), nn.Linear(16, 16)
+        self.table, self.layer = nn.Embedding(vocabulary, 16), nn.Linear(16, 16, bias=False)
 
     def forward(self, tokens):
-        return torch.tanh(self.layer(self.table(tokens))) @ self.table.weight.T
+        x = Linear.apply(self.table(tokens).flatten(0, 1), self.layer.weight)
+        return torch.tanh(x) @ self.table.weight.T
 
 
 def looks_up(rank):
@@ -499,6 +501,7 @@ def looks_up(rank):
             loss.backward()
             optimizer.step()
             compact = isinstance(model.table.weight.grad, grass_fx.CompactGrad)
+            assert isinstance(model.layer.weight.grad, grass_fx.CompactGrad)
             optimizer.zero_grad()
         return whole(model), compact, registry.left(model.table.weight)
 
