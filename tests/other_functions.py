@@ -61,6 +61,21 @@ class WithoutGradient(torch.autograd.Function):
         return d @ ctx.saved_tensors[0], None
 
 
+class Lookup(torch.autograd.Function):
+    """Rows of w by their indices."""
+
+    @staticmethod
+    def forward(ctx, tokens, w):
+        ctx.save_for_backward(tokens)
+        return w[tokens]
+
+    @staticmethod
+    def backward(ctx, d):
+        (tokens,) = ctx.saved_tensors
+        zeros = d.new_zeros(ROWS, d.shape[-1])
+        return None, zeros.index_add(0, tokens, d)
+
+
 class FusedCrossEntropy(torch.autograd.Function):
     """As Liger's: chunk by chunk, with gradients that the forward makes and the backward scales."""
 

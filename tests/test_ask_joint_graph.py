@@ -18,7 +18,7 @@ from grass_fx.passes.ask_joint_graph import ask_joint_graph_pass
 from grass_fx.passes.facts import AskFacts
 from grass_fx.state.gradient import CompactGrad
 from helpers import Captured, mlp, taken_and_left, text, uncached
-from other_functions import COLUMNS, LEFT, LINEAR, ONE_SIDE, ROWS, TARGETS, TOKENS, Uses
+from other_functions import COLUMNS, LEFT, LINEAR, ONE_SIDE, ROWS, TARGETS, TOKENS, Lookup, Uses
 
 
 @pytest.fixture
@@ -121,6 +121,19 @@ def test_a_layer_beside_a_frozen_one_of_bitsandbytes_is_taken():
     model.base.weight.requires_grad_(False)
     taken, left = taken_and_left(model, torch.randn(4, 32), rank=2)
     assert taken == ["a.weight", "b.weight"] and not left
+
+
+def test_a_lookup_inside_of_a_function_wants_the_option(x):
+    def use(x, w):
+        return x @ Lookup.apply(TARGETS, w).t()
+
+    backend, grad, full = compared(use, x)
+    assert backend.only.found.left["w"].endswith("; lookups=True takes it")
+    torch.testing.assert_close(grad, full)
+    torch._dynamo.reset()
+    backend, grad, full = compared(use, x, lookups=True)
+    assert not backend.only.report.stopped
+    torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
 class Doubled(nn.Module):
