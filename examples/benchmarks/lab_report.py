@@ -205,7 +205,7 @@ def _known(plan: Plan, jobs: dict[Any, Job]) -> dict[Any, float]:
 
 
 def lookups_table(plan: Plan) -> str:
-    """Ways to step an embedding: held-out losses by the rates that were tried."""
+    """Ways to step an embedding: held-out losses by their rates; * if these are not all."""
     lines = ["| head | way | r | K | losses, by its rate over the dense one's | over dense |"]
     lines.append("|---" * 6 + "|")
     for dense, *ways in plan.lookups:

@@ -19,7 +19,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def per_row(w: Tensor, dim: int, selected: Tensor, own: float, others: float) -> Tensor:
     """Return ``own`` for the ``selected`` rows of W (m, n) along ``dim`` and ``others`` for all
-    others: (1, n) or (m, 1), in the dtype in which W is computed with.
+    others: (1, n) or (m, 1), in the dtype in which steps of W are computed.
     """
     dtype = torch.float32 if w.dtype in DROPPED else w.dtype
     values = torch.full((w.shape[dim],), others, dtype=dtype, device=w.device)
