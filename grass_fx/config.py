@@ -268,7 +268,7 @@ class GrassConfig:
                 except OptionError as error:
                     if f"{name}={value!r}" not in str(error):
                         raise  # about another option
-                    raise OptionError(f"{name} of {pattern!r}: {error}") from None
+                    raise OptionError(f"{name} of the pattern {pattern!r}: {error}") from None
 
     def of(self, *names: str) -> GrassConfig:
         """The options of the weight with these names, in its graph and in its optimizer.
