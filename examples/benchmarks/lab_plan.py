@@ -148,14 +148,16 @@ def everything(
         rest_rates(plan, full, RANKS[1])
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
-    looked_up(plan, words, prose)
+    looked_up(plan, words, (True,))
     if small_full:
         of_others(plan, small_full)
         rest_varied(plan, small_full, RANKS[1])
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
     if full:
-        resting(plan, full, RANKS[1:2], LENGTHS[:2], (0,))
+        resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
+    looked_up(plan, words, (False,))
+    looked_up_further(plan, words, prose)
     if small_full:
         resting(plan, small_full, RESTING, LENGTHS, (0, 1))
         bfloat16 = replace(small_full, dtype="bfloat16")
@@ -254,44 +256,57 @@ def rest_varied(plan: Plan, full: Job, rank: float) -> None:
 
 WAYS = (
     {"lookups": "plain"},
+    {"lookups": "row"},
+    {"lookups": "factored", "lookup_scale": 32.0},
+)
+"""To step an embedding: those that longer runs compare."""
+FURTHER = (
     {"lookups": "plain", "lookup_rank": 1.0},
     {"lookups": "plain", "lookup_rank": 1.0, "lookup_every": 10000},
     {"lookups": "signs"},
     {"lookups": "plain", "lookup_rank": 1 / 2},
     {"lookups": "plain", "lookup_rank": 3 / 4},
     {"lookups": "plain", "lookup_every": 25},
-    {"lookups": "row"},
-    {"lookups": "factored", "lookup_scale": 32.0},
-    {"lookups": "counted"},
-    {"lookups": "started"},
     {"lookups": "plain", "lookup_every": 400},
+    {"lookups": "started"},
+    {"lookups": "counted"},
 )
-"""To step an embedding; two with all of its columns tell what it costs to forget moments."""
+"""Two with all of its columns tell what it costs to forget moments."""
 
 
-def looked_up(plan: Plan, words: Job, prose: str) -> None:
+def looked_up(plan: Plan, words: Job, heads: Sequence[bool]) -> None:
     """What an embedding loses, tied to the head or not, if its columns move by turns."""
+    for tied in heads:
+        dense = plan.bracket(replace(words, tied=tied), ("lr",))
+        if dense is None:
+            continue
+        ways = [replace(dense, **way) for way in WAYS]
+        plan.lookups.append([dense, *ways])
+        best = [plan.bracket(way, ("lookup_scale",)) for way in ways]
+        if not all(best):
+            continue
+        for seed in (0, 1, 2):
+            longer = {"steps": round(LENGTHS[1] * words.steps), "seed": seed}
+            jobs = [replace(job, **longer) for job in (dense, *best)]
+            if plan.want(jobs):
+                plan.longer.append(jobs)
+
+
+def looked_up_further(plan: Plan, words: Job, prose: str) -> None:
+    """The ways that longer runs leave out, and fine-tuning."""
     for tied in (True, False):
         dense = plan.bracket(replace(words, tied=tied), ("lr",))
         if dense is None:
             continue
         ways = [
             replace(dense, **way)
-            for way in WAYS
+            for way in FURTHER
             if not (tied and way["lookups"] == "counted")  # a head's rows occur in every step
         ]
-        plan.lookups.append([dense, *ways])
-        swept = [plan.bracket(way, ("lookup_scale",)) for way in ways]
+        next(group for group in plan.lookups if group[0] == dense).extend(ways)
+        for way in ways:
+            plan.bracket(way, ("lookup_scale",))
         tuned(plan, dense, prose)
-        known = [way for way in swept if way]
-        if len(known) < len(swept):
-            continue
-        best = sorted(known[1:], key=plan.loss)[:2]
-        for seed in (0, 1, 2):
-            longer = {"steps": round(LENGTHS[1] * words.steps), "seed": seed}
-            jobs = [replace(job, **longer) for job in (dense, known[0], *best)]
-            if plan.want(jobs):
-                plan.longer.append(jobs)
 
 
 def tuned(plan: Plan, dense: Job, prose: str) -> None:
