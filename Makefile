@@ -57,6 +57,7 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
 	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
 	$(BIN)/python examples/benchmarks/step_bytes.py --smoke
+	$(BIN)/python examples/benchmarks/graph_bytes.py --smoke
 	$(BIN)/python examples/benchmarks/host_overhead.py --smoke
 	$(BIN)/python examples/benchmarks/selected_mm.py --smoke
 	$(BIN)/python examples/benchmarks/memory.py --smoke

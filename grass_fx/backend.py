@@ -16,6 +16,8 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import (
+    AFTER,
+    BEFORE,
     CUDA_GRAPHS,
     SET_GRAD_ENABLED,
     compile_aot_eager,
@@ -39,7 +41,7 @@ from grass_fx.errors import OptionError, warn
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
 from grass_fx.passes.observers import PassLog, PushReport
-from grass_fx.passes.pipeline import GrassPasses, Observer, find, tapped
+from grass_fx.passes.pipeline import JOINT, LATE, GrassPasses, Observer, find, tapped
 from grass_fx.passes.signature import REGULAR, Signature, Variant
 from grass_fx.passes.taps import tap
 from grass_fx.state.fsdp2 import owner_of
@@ -299,9 +301,8 @@ class _Compiler:
         config = self.config
         graph, extended = tapped(gm, facts, observers)
         joint = JointFacts.of(config, facts.signature)
-        make_pass = partial(GrassPasses, joint, observers)
         if config.compiler == "aot_eager":
-            return compile_aot_eager(graph, extended, make_pass(()))
+            return compile_aot_eager(graph, extended, GrassPasses(joint, observers))
         lowering.register()
         cacheable = {f"{tap.__module__}.{tap.__name__}": source_hash()}
         patches = dict(self.patches)
@@ -310,4 +311,8 @@ class _Compiler:
             patches = overlapping(patches, [all_reduce_early])
         if facts.variant.scoring and uses_cuda_graphs(patches):
             patches[CUDA_GRAPHS] = False  # recording does not pay for one step in a period
-        return compile_inductor(graph, extended, patches, make_pass, cacheable)
+        make_passes = {
+            slot: partial(GrassPasses, joint, observers, passes=passes)
+            for slot, passes in ((BEFORE, JOINT), (AFTER, LATE))
+        }
+        return compile_inductor(graph, extended, patches, make_passes, cacheable)

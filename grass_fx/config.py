@@ -69,11 +69,13 @@ MODES = (
     "max-autotune-no-cudagraphs",
 )
 
-
 BY_NAME = ("rank", "refresh_every", "selection", "block", "side")
 """The options that may also be given by names of weights, as ``{pattern: value}``."""
 
-PASSES = ("push_norms", "push_signs", "push_selection", "accumulate_lookups", "keep_selected")
+PASSES = (
+    "push_norms", "push_signs", "push_selection", "accumulate_lookups", "keep_selected",
+    "read_padded",
+)  # fmt: skip
 """The passes that ``disable_passes`` may name: those on the joint graph. No gradient depends on
 them."""
 
@@ -184,7 +186,8 @@ class GrassConfig:
     """A directory to which the graphs of every stage are written as text."""
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
-    "push_norms", "push_signs", "push_selection", "accumulate_lookups" and "keep_selected".
+    "push_norms", "push_signs", "push_selection", "accumulate_lookups", "keep_selected" and
+    "read_padded".
     Gradients stay the same; memory and time change."""
 
     def __post_init__(self) -> None:

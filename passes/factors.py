@@ -15,6 +15,9 @@ aten = torch.ops.aten
 SHARING = (SELECT, SIGNS)
 """What may use a gradient besides, since passes of its own move it to the factors."""
 
+VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
+"""Views of all of a tensor."""
+
 
 def product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     """The factors of G, and what ``dim`` is in their product; None if G is no plain product, or
@@ -49,3 +52,12 @@ def matrix_of(graph: fx.Graph, x: fx.Node) -> fx.Node:
     matrix = graph.call_function(aten.squeeze.dim, (x, 0))
     matrix.meta["val"] = value.squeeze(0)
     return matrix
+
+
+def views_of(x: fx.Node) -> list[fx.Node]:
+    """The chain of views that ends in ``x``, from the tensor itself to ``x``."""
+    views = [x]
+    while x.target in VIEWS:
+        x = x.all_input_nodes[0]
+        views.append(x)
+    return views[::-1]

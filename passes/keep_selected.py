@@ -15,9 +15,9 @@ from torch import fx
 
 from grass_fx._torch_compat import backward_nodes
 from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.passes.factors import views_of
 from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import ALL_PRODUCTS, SPLITS, insert
-from grass_fx.passes.push_rules import RESHAPES
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -29,8 +29,6 @@ PARTS = (
 
 CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 """Autocast makes a cast for each linear layer; the partitioner merges equal ones."""
-
-VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 
 
 def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
@@ -60,7 +58,7 @@ def keep_selected_pass(graph: fx.Graph, facts: JointFacts) -> Result:
     for node in graph.find_nodes(op="call_function", target=SELECTED_MM):
         factor, sigma = _factor(node), cast(fx.Node, node.args[2])
         if sigma.op == "placeholder" and node in backward and factor not in backward:
-            products[_alike(_views(factor)[0])[0]].append(node)
+            products[_alike(views_of(factor)[0])[0]].append(node)
     result = Result()
     for users in products.values():
         forward = _forward_products(users, backward)
@@ -81,15 +79,6 @@ def _factor(node: fx.Node) -> fx.Node:
     return factor
 
 
-def _views(x: fx.Node) -> list[fx.Node]:
-    """The chain of views that ends in ``x``, from the tensor itself to ``x``."""
-    views = [x]
-    while x.target in VIEWS:
-        x = x.all_input_nodes[0]
-        views.append(x)
-    return views[::-1]
-
-
 def _alike(x: fx.Node) -> list[fx.Node]:
     """All nodes with the same value as ``x``, in the same order whichever of them ``x`` is."""
     if x.target not in CASTS:
@@ -104,7 +93,7 @@ def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.N
     Empty if the backward needs the factor besides, or something that it could recompute from it:
     then that is saved anyway.
     """
-    x = _views(_factor(users[0]))[0]
+    x = views_of(_factor(users[0]))[0]
     if x.op != "call_function" or x.target in PARTS:
         return []  # an input of the graph is in memory anyway
     found, ahead, seen = list[fx.Node](), _alike(x), set[fx.Node]()
@@ -142,7 +131,7 @@ def _is_less(users: list[fx.Node]) -> bool:
 def _keep(graph: fx.Graph, node: fx.Node, last: fx.Node, backward: set[fx.Node]) -> fx.Node:
     """Replace a selected product by a gather in the forward, after ``last``, and a product."""
     a, b, indices, scale, dim, *block = cast("tuple[Any, ...]", node.args)
-    x, *views = _views(_factor(node))
+    x, *views = views_of(_factor(node))
     turned = dim == 0 and bool(views) and _turns(views[-1])
     if turned:
         views.pop()

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import input_position
-from grass_fx.passes.pipeline import AOT, ASK, Event
+from grass_fx.passes.pipeline import AOT, ASK, INDUCTOR, Event
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class PassLog:
             log.debug("%s: %.1f ms (%s)", event.by.name, took, event.result.note)
             return
         before, self._before = self._before, _operations(graph)
-        if event.by is AOT:
+        if event.by in (AOT, INDUCTOR):
             return
         if event.disabled:
             log.debug("%s: disabled (%s)", event.by.name, self._what)

@@ -21,6 +21,7 @@ from grass_fx.passes.keep_selected import keep_selected_pass
 from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.push_signs import push_signs_pass
+from grass_fx.passes.read_padded import read_padded_pass
 from grass_fx.passes.tap_weights import tap_weights_pass
 
 
@@ -44,19 +45,29 @@ TAP = Pass("tap_weights", tap_weights_pass, makes="tapped")
 """FIND runs on the Dynamo graph, once per compilation. Where that does not tell, ASK runs on its
 joint graph, and FIND again. TAP runs on the Dynamo graph, once per variant."""
 
+AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
+INDUCTOR = Pass("Inductor", lambda graph, facts: Result())
+"""Placeholders, so that observers also see the graph as AOTAutograd made it, and as Inductor's own
+passes left it."""
+
 JOINT = (
+    AOT,
     Pass("push_norms", push_norms_pass, makes="normed"),
     Pass("push_signs", push_signs_pass, makes="signed", when=lambda f: f.with_signs),
     Pass("push_selection", push_selection_pass, makes="pushed"),
     Pass("accumulate_lookups", accumulate_lookups_pass, "accumulated", lambda f: f.with_lookups),
-    Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
 )
 """Passes on the joint graph of AOTAutograd; they run once per variant. ``push_norms`` and
-``push_signs`` come first, because after them nothing may need a full gradient any more.
-``keep_selected`` works on the products that ``push_selection`` made."""
+``push_signs`` come first, because after them nothing may need a full gradient any more."""
 
-AOT = Pass("AOTAutograd", lambda graph, facts: Result(), makes="joint")
-"""A placeholder, so that observers also see the graph as AOTAutograd made it."""
+LATE = (
+    INDUCTOR,
+    Pass("keep_selected", keep_selected_pass, makes="kept", when=lambda f: not f.with_scores),
+    Pass("read_padded", read_padded_pass, makes="padded"),
+)
+"""Passes on the same graph after Inductor's own passes, which pad matrix products. Inductor pads
+none of the products that ``push_selection`` and ``keep_selected`` make, because it does not know
+them, or not yet."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,6 @@ def run(
     passes: Sequence[Pass], graph: fx.Graph, facts: JointFacts, observers: Sequence[Observer]
 ) -> None:
     """Run the passes that are for this graph, in their order."""
-    apply(AOT, graph, facts, observers)
     for graph_pass in passes:
         if graph_pass.name in facts.disabled:
             for observer in observers:
@@ -132,7 +142,7 @@ def run(
 
 
 class GrassPasses(CustomGraphPass):
-    """Runs :data:`JOINT` and then ``users``, the passes that the user has configured in Inductor.
+    """Runs ``passes`` and then ``users``, the passes that the user has configured in Inductor.
 
     Besides the graph, the passes depend only on ``facts``. ``observers`` change nothing.
     """
@@ -142,11 +152,12 @@ class GrassPasses(CustomGraphPass):
         facts: JointFacts,
         observers: Sequence[Observer] = (),
         users: tuple[Callable[[fx.Graph], None], ...] = (),
+        passes: Sequence[Pass] = JOINT + LATE,
     ) -> None:
-        self.facts, self.observers, self.users = facts, observers, users
+        self.facts, self.observers, self.users, self.passes = facts, observers, users, passes
 
     def __call__(self, graph: fx.Graph) -> None:
-        run(JOINT, graph, self.facts, self.observers)
+        run(self.passes, graph, self.facts, self.observers)
         for user_pass in self.users:
             user_pass(graph)
 
@@ -159,5 +170,6 @@ class GrassPasses(CustomGraphPass):
         ids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.users]
         if any(i is None for i in ids):
             return None
-        parts = [source_hash(), repr(self.facts), *map(repr, ids)]
+        names = [each.name for each in self.passes]
+        parts = [source_hash(), repr(self.facts), names, *map(repr, ids)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

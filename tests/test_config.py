@@ -348,18 +348,19 @@ def test_messages_of_options_by_names():
             {"lookups": {"embed*": True}},
         ),
         """\
-rank of 'b': rank=0 must be at least 1.
-rank of 'b': rank=True must be a number of rows, or a fraction in (0, 1) of each weight's
-  selected dimension.
-block of 'a': block=0 must be a number of rows >= 1.
-rank of 'b': block=8 does not divide rank=12: make rank a multiple of block.
-block of 'b': block=8 does not divide rank=12: make rank a multiple of block.
-refresh_every of 'b': refresh_every=0 must be a number of optimizer steps >= 1, or math.inf to
-  keep the first selection.
-selection of 'b': selection='multinomial' is not known: did you mean 'multinomial_norm'?
-selection of 'b': selection='top' cannot draw with replacement: use replacement=False, or one of
-  uniform, multinomial_norm, multinomial_norm_sq.
-side of 'a': side='output' is not known: did you mean 'out'?
+rank of the pattern 'b': rank=0 must be at least 1.
+rank of the pattern 'b': rank=True must be a number of rows, or a fraction in (0, 1) of each
+  weight's selected dimension.
+block of the pattern 'a': block=0 must be a number of rows >= 1.
+rank of the pattern 'b': block=8 does not divide rank=12: make rank a multiple of block.
+block of the pattern 'b': block=8 does not divide rank=12: make rank a multiple of block.
+refresh_every of the pattern 'b': refresh_every=0 must be a number of optimizer steps >= 1, or
+  math.inf to keep the first selection.
+selection of the pattern 'b': selection='multinomial' is not known: did you mean
+  'multinomial_norm'?
+selection of the pattern 'b': selection='top' cannot draw with replacement: use
+  replacement=False, or one of uniform, multinomial_norm, multinomial_norm_sq.
+side of the pattern 'a': side='output' is not known: did you mean 'out'?
 rank={} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
 rank={1: 4} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
 side: {'b': 'in'} must not be by names again.

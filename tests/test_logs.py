@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
 
 
 def test_torch_logs(trained):
-    for text, levels in zip(trained, ("I", "VVVVVI"), strict=False):
+    for text, levels in zip(trained, ("I", "VVVVVVI"), strict=False):
         lines = [line for line in text.splitlines() if "[0/0]" in line]
         assert "".join(line[0] for line in lines) == levels
         assert "2 weights taken, 0 left; 2 selections pushed, 0 stopped; " in lines[-1]
@@ -76,7 +76,7 @@ class Block(nn.Module):
 def test_each_pass_logs_the_operations_it_changed(caplog):
     with caplog.at_level(logging.DEBUG, "grass_fx"):
         torch.compile(Block(), backend=Captured(rank=2))(torch.randn(4, 8))
-    find, tap, norms, push, keep, line = ours(caplog.records)
+    find, tap, norms, push, keep, padded, line = ours(caplog.records)
     assert find.startswith("find_linear_weights: no change, ") and "1 taken, 0 left" in find
     assert tap.startswith("tap_weights: +2 placeholder, +1 tap, ") and tap.endswith("(regular)")
     assert norms.startswith("push_norms: no change")
@@ -85,6 +85,7 @@ def test_each_pass_logs_the_operations_it_changed(caplog):
     )
     assert push.endswith(" ms (regular, 1 pushed, 0 stopped)")
     assert keep.startswith("keep_selected: no change, ") and keep.endswith("(regular, 0 kept)")
+    assert padded.startswith("read_padded: no change, ")
     number = Block.forward.__code__.co_firstlineno + 1
     assert line.endswith(f"graph 0/0 of forward (test_logs.py:{number})")
 

@@ -58,6 +58,8 @@ from grass_fx._torch_compat.fsdp import (
     fsdp_weights,
 )
 from grass_fx._torch_compat.inductor import (
+    AFTER,
+    BEFORE,
     CUDA_GRAPHS,
     CustomGraphPass,
     combined_kernels,
@@ -67,6 +69,7 @@ from grass_fx._torch_compat.inductor import (
     overlapping,
     register_inductor_lowering,
     scheduling_of,
+    sort_topologically,
     uses_cuda_graphs,
 )
 from grass_fx._torch_compat.kernels import (
@@ -85,6 +88,8 @@ from grass_fx._torch_compat.kernels import (
 from grass_fx._torch_compat.selfcheck import selfcheck
 
 __all__ = [
+    "AFTER",
+    "BEFORE",
     "CUDA_GRAPHS",
     "SET_GRAD_ENABLED",
     "CustomGraphPass",
@@ -136,6 +141,7 @@ __all__ = [
     "scheduling_of",
     "selfcheck",
     "size_hint",
+    "sort_topologically",
     "trace_artifact",
     "trace_static",
     "triton_template",

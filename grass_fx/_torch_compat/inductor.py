@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,11 @@ try:
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 except ImportError:  # selfcheck reports it together with everything else that is missing
     CustomGraphPass = object  # type: ignore[misc, assignment]
+
+MakePass = Callable[[tuple[GraphPass, ...]], CustomGraphPass]
+
+BEFORE, AFTER = "joint_custom_pre_pass", "joint_custom_post_pass"
+"""Inductor's options for passes on a joint graph: before and after its own passes."""
 
 CUDA_GRAPHS = "triton.cudagraphs"
 """Inductor's option that records its code as CUDA graphs (``mode="reduce-overhead"``)."""
@@ -64,29 +70,37 @@ def compile_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
     patches: Mapping[str, Any],
-    make_pass: Callable[[tuple[GraphPass, ...]], CustomGraphPass] | None = None,
+    make_passes: Mapping[
+        str, Callable[[tuple[GraphPass, ...]], CustomGraphPass]
+    ] = MappingProxyType({}),
     cacheable: Mapping[str, str] | None = None,
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` under ``patches``.
 
-    ``make_pass`` gets the passes the user has configured in Inductor's slot for one, and returns
-    the single object to put there (a list of passes crashes torch 2.11). The slot is the *pre*
-    pass, which runs before Inductor's own patterns (padding, noop removal), so that all compilers
-    see the same graph. ``cacheable`` maps names to version strings that become part of the cache
-    keys: Python functions in the graph, which AOTAutograd would otherwise refuse to cache, and
-    whatever else the code depends on.
+    ``make_passes`` has a function for each of Inductor's slots for passes on a joint graph, BEFORE
+    and AFTER its own passes (such as padding). It gets the passes that the user has configured
+    there, and returns the single object to put there (a list of passes crashes torch 2.11).
+    ``cacheable`` maps names to version strings that become part of the cache keys: Python functions
+    in the graph, which AOTAutograd would otherwise refuse to cache, and whatever else the code
+    depends on.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(patches)
-    if make_pass is not None:
-        users = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or ()
-        users = tuple(users) if isinstance(users, (list, tuple)) else (users,)
-        patches["joint_custom_pre_pass"] = make_pass(users)
+    for slot, make in make_passes.items():
+        users = patches.get(slot, getattr(config, slot)) or ()
+        patches[slot] = make(tuple(users) if isinstance(users, (list, tuple)) else (users,))
     key = "unsafe_marked_cacheable_functions"
     patches[key] = {**patches.get(key, getattr(config, key)), **(cacheable or {})}
     return cast("Callable[..., Any]", compile_fx(gm, inputs, config_patches=patches))
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Put nodes behind their arguments; the order stays as it is where it may."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:

@@ -65,6 +65,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
         "torch._inductor.compile_fx.compile_fx(config_patches)",
         "torch._inductor.custom_graph_pass.CustomGraphPass.uuid",
         "torch._inductor.config.joint_custom_pre_pass",
+        "torch._inductor.config.joint_custom_post_pass",
+        "torch._inductor.pattern_matcher.stable_topological_sort",
         "torch._inductor.config.unsafe_marked_cacheable_functions",
         "torch._inductor.config.triton.cudagraphs",
         "torch.utils._triton.has_triton",
