@@ -67,10 +67,10 @@ The symbols and equation numbers are those of [method.md](method.md), which also
 RULES_HEAD = """\
 ## The rules
 
-What each one selects: [selection-rules.md](selection-rules.md). A rule that looks at gradient norms
+What each one selects: [selection-rules.md](selection-rules.md). A rule that looks at norms
 compiles a second variant of each graph, which runs in the last step of each period.
 
-| rule | looks at gradient norms | can draw with replacement |
+| rule | looks at norms of | can draw with replacement |
 |---|---|---|
 """
 
@@ -125,8 +125,9 @@ def section(name: str, kind: str, default: object, text: str) -> str:
 def rules() -> str:
     """The table of selection rules."""
     answer = {True: "yes", False: "no"}
+    looked = {"": "no", "gradient": "gradients", "input": "inputs"}
     rows = [
-        f'| `"{name}"` | {answer[rule.needs_scores]}{", once" if rule.freezes else ""} '
+        f'| `"{name}"` | {looked[rule.scores]}{", once" if rule.freezes else ""} '
         f"| {answer[rule.replacement]} |"
         for name, rule in RULES.items()
     ]

@@ -224,6 +224,8 @@ def _log(found: FoundWeights, report: PushReport, seconds: float, name: str) -> 
     """Log a line for a compilation, and a warning if a selection could not be pushed."""
     if report.stopped:
         log.warning("full weight gradients are formed for %s", _listed(report.stopped))
+    if report.scored_by_gradient and _scores_inputs(found):
+        log.warning("gradients, not inputs, are scored for %s", _listed(report.scored_by_gradient))
     rest = found.taken[0].spec.rest
     signs = f", with signs every {rest} steps" if rest > 1 else ", with signs" if rest else ""
     pushed = f"{len(report.pushed)} selections pushed, {len(report.stopped)} stopped"
@@ -237,6 +239,10 @@ def _log(found: FoundWeights, report: PushReport, seconds: float, name: str) -> 
         1e3 * seconds,
         name,
     )
+
+
+def _scores_inputs(found: FoundWeights) -> bool:
+    return any(weight.spec.scores == "input" for weight in found.taken)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
@@ -288,6 +294,8 @@ class _Compiler:
             observers: list[Observer] = [PassLog(variant.name, gm.graph), stages]
             if variant == REGULAR:
                 observers.append(report)
+            elif variant == Variant(scoring=True):
+                observers.append(report.of_norms)
             graphs[variant] = self._variant(
                 gm, TapFacts(self.config, inputs, signature, variant), observers
             )

@@ -37,23 +37,24 @@ SUBSPACE_DEFAULTS = {
 class SelectionRule:
     """The properties of a selection rule that the runtime needs."""
 
-    needs_scores: bool
-    """Whether it uses gradient norms. Then the last step of each period is a scoring step."""
+    scores: str = ""
+    """What it uses norms of, "gradient" or "input". The last step of each period then scores."""
     replacement: bool = False
     """Whether it can draw with replacement."""
     power: int = 0
-    """For random rules: q_i ∝ ‖g_i‖^power."""
+    """For random rules: q_i ∝ norm_i^power."""
     freezes: bool = False
     """Whether it keeps its first full selection forever."""
 
 
 RULES = {
-    "cyclic": SelectionRule(needs_scores=False),
-    "uniform": SelectionRule(needs_scores=False, replacement=True),
-    "multinomial_norm": SelectionRule(needs_scores=True, replacement=True, power=1),
-    "multinomial_norm_sq": SelectionRule(needs_scores=True, replacement=True, power=2),
-    "top": SelectionRule(needs_scores=True),
-    "frozen_top": SelectionRule(needs_scores=True, freezes=True),
+    "cyclic": SelectionRule(),
+    "uniform": SelectionRule(replacement=True),
+    "multinomial_norm": SelectionRule("gradient", replacement=True, power=1),
+    "multinomial_norm_sq": SelectionRule("gradient", replacement=True, power=2),
+    "top": SelectionRule("gradient"),
+    "frozen_top": SelectionRule("gradient", freezes=True),
+    "input_norm": SelectionRule("input", replacement=True, power=1),
 }
 
 RESTS = ("none", "sign")
@@ -187,8 +188,7 @@ class GrassConfig:
     disable_passes: tuple[str, ...] = ()
     """Names of passes to leave out, to find the pass that causes a difference: any of
     "push_norms", "push_signs", "push_selection", "accumulate_lookups", "keep_selected" and
-    "read_padded".
-    Gradients stay the same; memory and time change."""
+    "read_padded". Gradients stay the same; memory and time change."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -358,11 +358,11 @@ class GrassConfig:
         return cls(**options)
 
     @property
-    def needs_scores(self) -> bool:
-        """Whether a rule uses gradient norms, so that a scoring variant is compiled."""
+    def scores(self) -> set[str]:
+        """What rules use norms of, so that a scoring variant is compiled."""
         rules: Any = self.selection
         rules = rules.values() if isinstance(rules, Mapping) else (rules,)
-        return any(RULES[rule].needs_scores for rule in rules)
+        return {RULES[rule].scores for rule in rules} - {""}
 
     @property
     def signs_every(self) -> int:

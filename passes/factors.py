@@ -19,11 +19,16 @@ VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, *RESHAPES)
 """Views of all of a tensor."""
 
 
-def product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+def product_below(
+    g: fx.Node, dim: int, user: fx.Node | None
+) -> tuple[fx.Node, fx.Node, int] | None:
     """The factors of G, and what ``dim`` is in their product; None if G is no plain product, or
     if others than ``user`` and the operators of ``SHARING`` use it, so that it is formed anyway.
+    (``user`` None: whatever uses it.)
     """
-    while g.op == "call_function" and all(u is user or u.target in SHARING for u in g.users):
+    while g.op == "call_function" and (
+        user is None or all(u is user or u.target in SHARING for u in g.users)
+    ):
         args = cast("tuple[Any, ...]", g.args)
         if g.target is aten.mm.default:
             return args[0], args[1], dim
@@ -40,7 +45,7 @@ def product_below(g: fx.Node, dim: int, user: fx.Node) -> tuple[fx.Node, fx.Node
             dim = below
         elif g.target not in (*CONVERSIONS, *COPIES):
             return None
-        g, user = args[0], g
+        g, user = args[0], user and g
     return None
 
 

@@ -59,7 +59,7 @@ class JointFacts:
     """Inputs of passes on the joint graph of AOTAutograd. All of them are part of cache keys."""
 
     with_scores: bool = False
-    """Whether the selection rule of any of its weights needs scores."""
+    """Whether the selection rule of any of its weights needs norms of the gradient."""
     disabled: tuple[str, ...] = ()
     """The option ``disable_passes``."""
     with_signs: bool = False
@@ -71,7 +71,8 @@ class JointFacts:
     def of(cls, config: GrassConfig, signature: Signature) -> JointFacts:
         """The facts of graphs that are compiled with these options and weights."""
         signs = config.rest != "none"
-        return cls(signature.with_scores, config.disable_passes, signs, config.lookups)
+        with_scores = any(weight.spec.scores == "gradient" for weight in signature.weights)
+        return cls(with_scores, config.disable_passes, signs, config.lookups)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from grass_fx._torch_compat import backward_nodes
-from grass_fx.ops import SELECT, SELECTED_MM
+from grass_fx.ops import SELECT, SELECTED_MM, SQUARED_NORMS
 from grass_fx.passes.factors import views_of
 from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import ALL_PRODUCTS, SPLITS, insert
@@ -102,8 +102,8 @@ def _forward_products(users: list[fx.Node], backward: set[fx.Node]) -> list[fx.N
         if "recompute" in node.meta:
             return []
         for user in node.users:
-            if user in seen or user in users:
-                continue
+            if user in seen or user in users or user.target is SQUARED_NORMS:
+                continue  # of x there are a few numbers only
             seen.add(user)
             if user in backward or user.op == "output":
                 return []

@@ -16,6 +16,7 @@ from grass_fx.passes.pipeline import AOT, ASK, INDUCTOR, Event
 log = logging.getLogger(__name__)
 
 DISABLED = "the option disable_passes leaves push_selection out"
+NORMS_DISABLED = "the option disable_passes leaves push_norms out"
 
 
 class PassLog:
@@ -76,6 +77,16 @@ class PushReport:
     names: Mapping[int, str] = field(default_factory=dict)
     pushed: list[str] = field(default_factory=list)
     stopped: dict[str, str] = field(default_factory=dict)
+    scored_by_gradient: dict[str, str] = field(default_factory=dict)
+    """With the rule input_norm: weights that are scored by norms of gradients, and why."""
+
+    def of_norms(self, graph: fx.Graph, event: Event) -> None:
+        """Observe how a scoring variant takes norms."""
+        if event.by.name == "push_norms":
+            if event.disabled:
+                self.scored_by_gradient.update(dict.fromkeys(self.names.values(), NORMS_DISABLED))
+            stopped = event.result.stopped.items()
+            self.scored_by_gradient.update({self._name(k): why for k, why in stopped})
 
     def __call__(self, graph: fx.Graph, event: Event) -> None:
         """Observe a run of the passes."""

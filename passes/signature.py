@@ -75,7 +75,7 @@ def _scale(spec: SubspaceSpec, w: Tensor) -> Tensor:
 
 ROLES = (
     Role("d", _compact, is_proxy=True),
-    Role("e", _scores, is_proxy=True, present=lambda spec: spec.needs_scores),
+    Role("e", _scores, is_proxy=True, present=lambda spec: bool(spec.scores)),
     Role("b", _bits, is_proxy=True, present=lambda spec: spec.rest > 0),
     Role("indices", _indices),
     Role("scale", _scale, present=lambda spec: spec.replacement),
@@ -94,7 +94,7 @@ class Signature:
 
     def __init__(self, weights: Sequence[LinearWeight], count: int) -> None:
         self.weights = tuple(weights)
-        self.with_scores = any(weight.spec.needs_scores for weight in self.weights)
+        self.with_scores = any(weight.spec.scores for weight in self.weights)
         self._roles = {
             weight.position: [r for r in self.ROLES if r.present(weight.spec)]
             for weight in self.weights

@@ -13,7 +13,7 @@ from grass_fx._torch_compat import fake_mode_of, mark_added_placeholder
 from grass_fx.passes.averaging import collectives_of
 from grass_fx.passes.facts import Result, TapFacts
 from grass_fx.passes.signature import LinearWeight
-from grass_fx.passes.taps import TapSpec, tap
+from grass_fx.passes.taps import INPUT, TapSpec, tap
 
 
 class Tapped(Result):
@@ -73,16 +73,18 @@ def _settings(weight: LinearWeight, facts: TapFacts) -> dict[str, Any]:
     """The fields of a tap's TapSpec that differ from their defaults, in plain types."""
     spec, config, variant = weight.spec, facts.config, facts.variant
     collectives = () if variant.local else collectives_of(spec)
-    if spec.shards is not None and not (variant.scoring and config.score_sync == "gradient"):
+    averaged = variant.scoring and config.score_sync == "gradient" and spec.scores == "gradient"
+    if spec.shards is not None and not averaged:
         collectives = ()  # C is averaged after the graph, together with those of all its weights
     settings: dict[str, Any] = {
         "dim": spec.dim,
         "block": spec.run,
         "collectives": tuple(map(tuple, collectives)),
     }
-    if variant.scoring and spec.needs_scores:
-        settings["scoring"] = config.scoring
-        settings["score_sync"] = config.score_sync if collectives else "norms"
+    if variant.scoring and spec.scores:
+        of_input = spec.scores == "input"
+        settings["scoring"] = INPUT if of_input else config.scoring
+        settings["score_sync"] = config.score_sync if collectives and not of_input else "norms"
     if spec.rest and (variant.signing or spec.rest == 1):
         settings["signs"] = True
     defaults = TapSpec._field_defaults

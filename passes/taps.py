@@ -10,6 +10,9 @@ from torch import Tensor
 from grass_fx.ops import SELECT, SIGNS, SQUARED_NORMS
 from grass_fx.passes.averaging import Collective, average
 
+INPUT = "input"
+"""In place of the option ``scoring``: norms of the factor that is selected, and not of G."""
+
 
 class TapSpec(NamedTuple):
     """How a tap treats the gradient."""
@@ -21,7 +24,7 @@ class TapSpec(NamedTuple):
     collectives: tuple[tuple[Any, ...], ...] = ()
     """The fields of the collectives that average gradients over processes."""
     scoring: str | None = None
-    """The option ``scoring``, in a scoring step. None in a regular step, which yields no scores."""
+    """The option ``scoring`` or INPUT in a scoring step; None in a regular one, without scores."""
     score_sync: str = "norms"
     """The option ``score_sync``: whether processes score their own or the averaged gradient."""
     signs: bool = False

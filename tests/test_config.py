@@ -54,8 +54,8 @@ def test_the_optimizer_takes_its_defaults_from_here():
 
 
 def test_rules_that_need_scores_and_rules_that_can_replace():
-    scored = {name for name in RULES if GrassConfig(selection=name).needs_scores}
-    assert scored == {"top", "frozen_top", "multinomial_norm", "multinomial_norm_sq"}
+    scored = {name for name in RULES if GrassConfig(selection=name).scores}
+    assert scored == {"top", "frozen_top", "multinomial_norm", "multinomial_norm_sq", "input_norm"}
     replaceable = set()
     for name in RULES:
         try:
@@ -63,7 +63,7 @@ def test_rules_that_need_scores_and_rules_that_can_replace():
         except OptionError:
             continue
         replaceable.add(name)
-    assert replaceable == {"uniform", "multinomial_norm", "multinomial_norm_sq"}
+    assert replaceable == {"uniform", "multinomial_norm", "multinomial_norm_sq", "input_norm"}
 
 
 def test_no_options_are_the_defaults():
@@ -194,7 +194,7 @@ seed=-1 must be an integer >= 0.
 replacement=1 must be True or False.
 lookups='yes' must be True or False.
 selection='top' cannot draw with replacement: use replacement=False, or one of uniform,
-  multinomial_norm, multinomial_norm_sq.
+  multinomial_norm, multinomial_norm_sq, input_norm.
 include=[1, 'head'] must be patterns of parameter names.
 inductor='max-autotune' must be a dict of Inductor's options.
 """,
@@ -309,7 +309,7 @@ def test_the_first_pattern_that_matches_counts_and_others_have_the_default():
 
 def test_what_patterns_match():
     config = GrassConfig(rank={"*.mlp.*": 8, "*": 4}, selection={"head": "top"})
-    assert config.needs_scores and not GrassConfig(selection={"head": "cyclic"}).needs_scores
+    assert config.scores and not GrassConfig(selection={"head": "cyclic"}).scores
     assert config.matched(["a.mlp.w", "b"]) == {
         ("rank", "*.mlp.*"): True, ("rank", "*"): True, ("selection", "head"): False,
     }  # fmt: skip
@@ -359,7 +359,7 @@ refresh_every of the pattern 'b': refresh_every=0 must be a number of optimizer 
 selection of the pattern 'b': selection='multinomial' is not known: did you mean
   'multinomial_norm'?
 selection of the pattern 'b': selection='top' cannot draw with replacement: use
-  replacement=False, or one of uniform, multinomial_norm, multinomial_norm_sq.
+  replacement=False, or one of uniform, multinomial_norm, multinomial_norm_sq, input_norm.
 side of the pattern 'a': side='output' is not known: did you mean 'out'?
 rank={} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.
 rank={1: 4} must have patterns of parameter names, such as {"*.mlp.*": ..., "*": ...}.

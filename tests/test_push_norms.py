@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from test_push_selection import B, M, N, count, products, traced
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SELECTED_MM, SQUARED_NORMS
 from grass_fx.passes.facts import JointFacts
-from grass_fx.passes.push_norms import LARGE_GRADIENT, push_norms_pass, wants_tiles
+from grass_fx.passes.push_norms import LARGE_GRADIENT, NO_PRODUCT, push_norms_pass, wants_tiles
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import Captured, mlp, text
 
 aten, prims = torch.ops.aten, torch.ops.prims
-ROWS = torch.tensor([0, 2, 4])
+ROWS, COLUMNS = torch.tensor([0, 2, 4]), torch.tensor([0, 2])
 
 
 def pushed(function, *inputs):
@@ -217,3 +219,106 @@ def test_an_inference_graph_has_no_norms(tmp_path):
     with torch.no_grad():
         torch.compile(mlp(8, 16, 12), backend=backend)(torch.randn(4, 8))
     assert not list(tmp_path.iterdir())
+
+
+# --- norms of a factor ----------------------------------------------------------------------------
+
+
+def test_norms_of_inputs_need_no_gradient():
+    def gradient(d, x, indices):
+        g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+        return SELECT(g, indices, None, 1), SQUARED_NORMS(g, 1, "input")
+
+    d, x, *_ = products()
+    gm = traced(gradient, d, x, COLUMNS)
+    push_norms_pass(gm.graph, JointFacts())
+    push_selection_pass(gm.graph, JointFacts())
+    gm.recompile()
+    assert_expected_inline(
+        text(gm.graph),
+        """\
+def forward(self, d_1, x_1, indices_1):
+    permute = torch.ops.aten.permute.default(d_1, [1, 0])
+    selected_mm = torch.ops.grass.selected_mm.default(permute, x_1, indices_1, None, 1)
+    squared_norms_1 = torch.ops.grass.squared_norms.default(x_1, 1)
+    return (selected_mm, squared_norms_1)
+""",
+    )
+    compact, scores = gm(d, x, COLUMNS)
+    torch.testing.assert_close(compact, (d.t() @ x)[:, COLUMNS])
+    torch.testing.assert_close(scores, x.square().sum(0).float())
+
+
+def summed(d, x):
+    one = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+    two = aten.mm.default(aten.permute.default(x, [1, 0]), d)
+    return aten.add.Tensor(one, aten.permute.default(two, [1, 0]))
+
+
+def converted(d, x):
+    g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
+    return prims.convert_element_type.default(g, torch.float32)
+
+
+def batched(d, x):
+    g = aten.bmm.default(d.t().unsqueeze(0), x.unsqueeze(0))
+    return aten.squeeze.dim(g, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "times"),
+    [(summed, 2), (converted, 1), (batched, 1)],
+    ids=["sum", "conversion", "batch"],
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_factor_is_found_below_sums_conversions_and_batches(function, times, dim):
+    d, x, *_ = products()
+    gm = traced(lambda d, x: SQUARED_NORMS(function(d, x), dim, "input"), d, x)
+    result = push_norms_pass(gm.graph, JointFacts())
+    gm.recompile()
+    assert result.count == 1 and not result.stopped
+    want = times * (d, x)[dim].square().sum(0).float()
+    torch.testing.assert_close(gm(d, x), want)
+
+
+def test_a_gradient_that_is_no_product_is_scored_by_its_own_norms():
+    def gradient(d, x, indices):
+        g = aten.mul.Tensor(aten.mm.default(aten.permute.default(d, [1, 0]), x), 0.5)
+        return SELECT(g, indices, None, 1), SQUARED_NORMS(g, 1, "input")
+
+    d, x, *_ = products()
+    gm = traced(gradient, d, x, COLUMNS)
+    result = push_norms_pass(gm.graph, JointFacts())
+    gm.recompile()
+    assert result.count == 0 and [n.name for n in result.stopped] == ["indices_1"]
+    torch.testing.assert_close(gm(d, x, COLUMNS)[1], (d.t() @ x / 2).square().sum(0).float())
+
+
+class Scaled(nn.Module):
+    """A weight whose gradient is no plain product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 2)
+
+
+def test_what_is_scored_by_gradients_is_reported(caplog):
+    model, x = Scaled(), torch.randn(5, 8)
+    backend = Captured(rank=2, selection="input_norm")
+    with caplog.at_level("WARNING", "grass_fx"):
+        torch.compile(model, backend=backend)(x).square().sum().backward()
+    assert backend.only.report.scored_by_gradient == {"weight": NO_PRODUCT}
+    assert "gradients, not inputs, are scored for weight: its gradient is no" in caplog.text
+    (g,) = torch.autograd.grad(model(x).square().sum(), [model.weight])
+    torch.testing.assert_close(model.weight.grad.scores, g.square().sum(0))
+
+
+def test_a_scoring_step_by_inputs_keeps_selected_columns_too(caplog):
+    model = mlp(8, 16, 12)
+    with caplog.at_level("DEBUG", "grass_fx"):
+        torch.compile(model, backend=Captured(rank=4, selection="input_norm"))(torch.randn(32, 8))
+    kept = [line for line in caplog.messages if line.startswith("keep_selected")]
+    assert len(kept) == 2 and all(", 1 kept)" in line for line in kept)

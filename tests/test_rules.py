@@ -24,7 +24,7 @@ from grass_fx.state.units import Units
 
 SIGMAS = 5  # every draw is seeded: a statistical test that passes once always passes
 RANDOM_RULES = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
-SCORED_RULES = [name for name, rule in RULES.items() if rule.needs_scores]
+SCORED_RULES = [name for name, rule in RULES.items() if rule.scores]
 
 
 def select_by_scores(rule, scores, count, block, replacement, generator):

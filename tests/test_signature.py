@@ -96,7 +96,7 @@ def test_one_more_role_is_a_change_in_one_place(selection):
     def backend(gm, inputs):
         found = find_linear_weights_pass(gm.graph, DynamoFacts(config, inputs))
         signature = WithOneMore(found.taken, len(inputs))
-        variants = [REGULAR, Variant(scoring=True)][: 1 + config.needs_scores]
+        variants = [REGULAR, Variant(scoring=True)][: 1 + bool(config.scores)]
         graphs = {}
         for variant in variants:
             graph, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
@@ -104,7 +104,7 @@ def test_one_more_role_is_a_change_in_one_place(selection):
             for each in found.taken:
                 for role, place in signature.places(each).items():
                     assert names[place].endswith(f"_{role}") and "more" in signature.places(each)
-            joint = GrassPasses(JointFacts(config.needs_scores))
+            joint = GrassPasses(JointFacts(bool(config.scores)))
             graphs[variant] = compile_aot_eager(graph, extended, joint)
         made.append(GrassCallable(signature, graphs, found, PushReport()))
         return made[-1]

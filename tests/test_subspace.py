@@ -21,7 +21,7 @@ from grass_fx.state.subspace import Subspace
 SIZE = 12
 CPU = torch.device("cpu")
 UNSCORED = ["cyclic", "uniform"]
-SCORED = [name for name, rule in RULES.items() if rule.needs_scores]
+SCORED = [name for name, rule in RULES.items() if rule.scores]
 
 
 def spec_of(selection="cyclic", **options):

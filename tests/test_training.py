@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -81,6 +82,8 @@ def make(name):
     elif name == "llama":
         sizes = {"vocab": 12, "hidden": 16, "ffn": 24, "layers": 1, "heads": 2}
         model, loss = llama.build("tiny", **sizes), tokens_loss
+    elif name == "layers":
+        model, loss = Layers(), vectors_loss
     else:
         model, loss = Shared(), tokens_loss
     out_dims = {
@@ -91,6 +94,45 @@ def make(name):
     if name == "lookups":  # the same model, with this option
         out_dims["embed.weight"] = 0
     return model, loss, out_dims
+
+
+class Layers(nn.ModuleDict):
+    """A layer that is used three times, and nothing else but layers."""
+
+    def __init__(self):
+        super().__init__({"0": nn.Linear(8, 12), "1": nn.Linear(12, 12), "2": nn.Linear(12, 6)})
+
+    def forward(self, x):
+        x = self["0"](x)
+        for _ in range(3):
+            x = torch.tanh(self["1"](x))
+        return self["2"](x)
+
+
+class InputNorms(Reference):
+    """Scores each weight by the inputs of its layers, or with side "out" by their gradients."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.seen = {}
+        for layer in (m for m in self.model.modules() if isinstance(m, nn.Linear)):
+            layer.register_forward_hook(partial(self.see, layer.weight))
+
+    def see(self, weight, layer, inputs, output):
+        def note(x):
+            s = x.detach().double().flatten(0, -2).square().sum(0).float()
+            self.seen[weight] = self.seen.get(weight, 0) + s
+
+        if self.config.side == "in":
+            note(inputs[0])
+        else:
+            output.register_hook(note)
+
+    def gather(self, weight):
+        before, seen = weight.scores, self.seen.pop(weight.w)
+        super().gather(weight)
+        if weight.scores is not None:
+            weight.scores = seen if before is None else before + seen
 
 
 def compare(name, compiler, dtype, options, tolerance, **adamw):
@@ -106,7 +148,8 @@ def compare(name, compiler, dtype, options, tolerance, **adamw):
     compiled = torch.compile(model, backend=backend)
     adamw = {"lr": 1e-2, "warmup_steps": 3, **adamw}
     optimizer = grass_fx.AdamW(model.named_parameters(), **adamw)
-    reference = Reference(twin, taken, config, **adamw)
+    kind = InputNorms if config.selection == "input_norm" else Reference
+    reference = kind(twin, taken, config, **adamw)
     close = {"rtol": tolerance, "atol": tolerance}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -166,6 +209,22 @@ def test_equals_the_reference_aot_eager(name, rule, replacement, side, block):
 def test_equals_the_reference_inductor(rule, replacement, side, block):
     options = options_of(rule, replacement, side, block)
     compare("mlp", "inductor", torch.float64, options, 1e-10)
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize(
+    ("name", "compiler", "replacement", "block"),
+    [
+        ("mlp", "aot_eager", True, 2),
+        ("llama", "aot_eager", False, 1),
+        ("layers", "aot_eager", False, 2),
+        ("mlp", "inductor", False, 1),
+    ],
+)
+def test_equals_the_reference_by_norms_of_inputs(name, compiler, replacement, side, block):
+    options = options_of("input_norm", replacement, side, block)
+    backend = compare(name, compiler, torch.float64, options, 1e-10)
+    assert not backend.only.report.scored_by_gradient
 
 
 @pytest.mark.slow

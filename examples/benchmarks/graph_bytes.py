@@ -9,8 +9,8 @@ is not there; a block is the difference. Counted are the kernels that Inductor w
 reads and writes, the whole tensor once. From X a gather reads the granules of 64 bytes in which the
 columns of drawn selections lie, once for all gathers of one kernel. `pads` says whether Inductor
 pads every product with a size that is no multiple of 16 bytes, or none; on a GPU it measures each.
-Matrix products and attention are the libraries'. `kept` is what a block's forward saves for the
-backward. Needs triton.
+Matrix products and attention are the libraries'. `scoring` is a scoring step. `kept` is what a
+block's forward saves for the backward. Needs triton.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def count(size: str, layers: int, batch: int, options: dict | None, pads: bool) 
     shape = batch, min(config.max_seq, 1024), config.hidden
     x = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
     found: Counter[str] = Counter()
-    modules = training_code(blocks(size, layers), [x], options, pads=pads)
+    scoring = "selection" in (options or {})
+    modules = training_code(blocks(size, layers), [x], options, pads=pads, scoring=scoring)
     widths = config.ffn, config.hidden
     for launch in (launch for module in modules for launch in launches(module)):
         if not launch.name.startswith("triton"):
@@ -98,6 +99,7 @@ def main() -> None:
         (f"grass, block {block}", {"rank": args.rank, "block": block})
         for block in ([1] if args.smoke else args.blocks)
     ]
+    ways.append(("scoring, input_norm", {"rank": args.rank, "selection": "input_norm"}))
     print(f"One block of {size}, r = {args.rank}, {args.batch} sequences, bfloat16.\n")
     print("| | pads | gathers, GB | in kernels | others, GB | in kernels | kept, MB |")
     print("|---|---|---|---|---|---|---|")

@@ -42,6 +42,7 @@ from lab_report import (
     repeats_table,
     resting_table,
     roundings_table,
+    ruled_table,
     varied_table,
 )
 from lab_train import Job, compare, text_of, train
@@ -175,7 +176,7 @@ def main(given: list[str] | None = None) -> None:
     else:
         plan = found(args.json, args.smoke)
         tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
-        tables += lookups_table, longer_table
+        tables += lookups_table, longer_table, ruled_table
         print("\n\n".join(table(plan) for table in tables))
 
 

@@ -48,6 +48,8 @@ class Plan:
     resting: list[list[Job]] = field(default_factory=list)
     """Runs of one length and seed: full gradients, then by ranks without and with a step of the
     columns that are not selected."""
+    ruled: list[list[Job]] = field(default_factory=list)
+    """Runs of one length and seed: full gradients, then by ranks cyclic and by norms of inputs."""
     varied: list[Job] = field(default_factory=list)
     """Runs with such a step, around which its settings were varied one by one."""
     repeats: list[list[Job]] = field(default_factory=list)
@@ -150,6 +152,7 @@ def everything(
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
     if small_full:
+        ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
         rest_varied(plan, small_full, RANKS[1])
         other = replace(small_full, text=prose)
@@ -174,6 +177,7 @@ def everything(
         roundings(plan, small_full, RANKS[1], (1, 2))
     plan.sweep(small.size, small, RANKS[2:], (50, 200))
     if full:
+        ruled(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
         resting(plan, full, RESTING, LENGTHS, (0, 1))
     return plan
 
@@ -228,6 +232,19 @@ def resting(
             jobs = [base, *grass, *(replace(each, rest_scale=REST) for each in grass)]
             if plan.want(jobs):
                 plan.resting.append(jobs)
+
+
+def ruled(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """What it brings to draw columns by the norms of inputs, and not in turn."""
+    for length in lengths:
+        for seed in seeds:
+            base = replace(full, steps=round(length * full.steps), seed=seed)
+            grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
+            jobs = [base, *grass, *(replace(each, selection="input_norm") for each in grass)]
+            if plan.want(jobs):
+                plan.ruled.append(jobs)
 
 
 def rest_rates(plan: Plan, full: Job, rank: float) -> None:

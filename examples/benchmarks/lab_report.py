@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -150,11 +151,20 @@ def repeats_table(plan: Plan) -> str:
 
 def resting_table(plan: Plan) -> str:
     """By length and seed: full gradients, and grass without and with a step of other columns."""
+    return _pairs(plan, plan.resting, "none", "signs") or "Nothing is known of signs yet."
+
+
+def ruled_table(plan: Plan) -> str:
+    """By length and seed: full gradients, and columns in turn and by norms of inputs."""
+    return _pairs(plan, plan.ruled, "cyclic", "input_norm") or "No other rule is known yet."
+
+
+def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> str:
     lines = [
-        "| model | text | steps | seed | full | r | none | over full | signs | over full |",
+        f"| model | text | steps | seed | full | r | {one} | over full | {other} | over full |",
         "|---" * 10 + "|",
     ]
-    for full, *grass in plan.resting:
+    for full, *grass in runs:
         reference, count = plan.loss(full), len(grass) // 2
         of = f"{full.size}{', fine-tuning' if full.start else ''}"
         text = "the other" if full.text and not full.start else "the first"
@@ -166,7 +176,7 @@ def resting_table(plan: Plan) -> str:
                 cells += [f"{loss:.3f}", f"{100 * (loss / reference - 1):+.1f} %"]
             lines.append(f"| {' | '.join(cells)} |")
     lines = [*dict.fromkeys(lines)]  # two questions may share runs
-    return "\n".join(lines) if plan.resting else "Nothing is known of signs yet."
+    return "\n".join(lines) if runs else ""
 
 
 def varied_table(plan: Plan) -> str:

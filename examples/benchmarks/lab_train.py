@@ -51,6 +51,8 @@ class Job:
     rank: float = 0.0
     """The part of the columns that grass selects; 0: full gradients."""
     refresh_every: int = 100
+    selection: str = "cyclic"
+    """By another rule the real backend selects and projects, since norms of inputs are its own."""
     rest_scale: float = 0.0
     """Columns that are not selected move by this times the linear rate, against their signs."""
     rest_every: int = 1
@@ -91,7 +93,8 @@ class Job:
     @property
     def subspace(self) -> dict:
         """What grass is given for the blocks' matrices."""
-        return {"rank": self.rank, "refresh_every": self.refresh_every, "seed": self.seed}
+        names = "rank", "refresh_every", "seed", "selection"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def key(self) -> str:
@@ -215,7 +218,7 @@ def weights_file(out: Path, key: str) -> Path:
 def train(job: Job, out: Path) -> dict:
     """The result of a run. `seconds` are of this thread's processor: others may use the machine."""
     started = time.process_time()
-    run = Training(job, out)
+    run = Training(job, out, real=job.selection != "cyclic")
     result = {"key": job.key, "job": job.settings, "text": job.text or job.data}
     if job.start:
         result["before"] = run.held_out()

@@ -74,7 +74,7 @@ class Candidate:
         side = self.side_by(config)
         spec = SubspaceSpec.of(config, rows if side == "out" else columns, side == "in", side)
         scoring = None
-        if spec.needs_scores:
+        if spec.scores == "gradient":
             scoring = "tiles" if config.scoring == "tiles" else "gradient"
         return LinearCost(
             rows, columns, spec.size, 0, spec.scoring_period,

@@ -191,7 +191,7 @@ class _Watcher:
                 continue
             found = self.found[parameter]
             weights.append(_weight(name, parameter, found))
-            if found.taken is not None and found.taken.spec.needs_scores:
+            if found.taken is not None and found.taken.spec.scores:
                 transient += [traced.scoring_step for traced in found.traced]
                 scores += 4 * found.taken.spec.rows
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

@@ -291,7 +291,7 @@ def plan(
             notes.append(f"embeddings train dense; lookups=True takes them, {less} less")
     if in_backward:
         notes.append("gradients: as if layers were compiled one by one")
-    if config.needs_scores and config.scoring == "auto":
+    if "gradient" in config.scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
     largest = max(taken.values(), key=lambda cost: (cost.selected, cost.r))
     ranks = {name: cost.r for name, cost in taken.items()}

@@ -228,7 +228,7 @@ class _Tracer:
                     traced.kernel += DECIDED
                 if self.config.signs_every > 1:
                     self._average_signs(traced, weight)
-                if weight.spec.needs_scores:
+                if weight.spec.scores == "gradient":
                     self._add_scoring(traced, value, weight.spec.scoring_period)
             answer[place] = traced
         return answer

@@ -92,7 +92,8 @@ def squared_norms(g: Tensor, dim: int, scoring: str = "auto") -> Tensor:
     """s: the squared norm of each row of G along ``dim``, float32, summed in float32 or float64.
 
     ``g``: (..., size, ...); returns (size,). ``scoring`` says whether a pass may compute it tile by
-    tile from the factors of G (``GrassConfig.scoring``); it changes numbers only by rounding.
+    tile from the factors of G (``GrassConfig.scoring``); it changes numbers only by rounding. With
+    "input" a pass takes the norms of one factor of G instead.
     """
     exact = torch.float64 if g.dtype == torch.float64 else torch.float32
     others = [d for d in range(g.dim()) if d != dim % g.dim()]

@@ -21,7 +21,7 @@ from grass_fx.state.units import Units
 
 def may_refresh(subspace: Subspace) -> bool:
     """Whether the subspace's selection may change at the end of this step."""
-    if subspace.rule.needs_scores:
+    if subspace.rule.scores:
         return subspace.scoring_due
     return subspace.at_period_end(subspace.step + 1)
 

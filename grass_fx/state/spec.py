@@ -57,9 +57,9 @@ class SubspaceSpec:
         return cls(size, dim, side, rank, block, *schedule, stack=stack, rest=config.signs_every)
 
     @property
-    def needs_scores(self) -> bool:
-        """Whether the rule uses gradient norms."""
-        return RULES[self.selection].needs_scores
+    def scores(self) -> str:
+        """What the rule uses norms of: "gradient", "input" or nothing."""
+        return RULES[self.selection].scores
 
     @property
     def scoring_period(self) -> int | float:

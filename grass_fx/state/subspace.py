@@ -107,7 +107,7 @@ class Subspace:
     @property
     def scoring_due(self) -> bool:
         """Whether this step is a scoring step: the last one of a period, or a repeated one."""
-        if not self.rule.needs_scores or self.frozen:
+        if not self.rule.scores or self.frozen:
             return False
         return self._retry or self.at_period_end(self.step)
 
@@ -145,7 +145,7 @@ class Subspace:
         """
         step = self.step + 1
         stays = Upcoming(step, self._retry, self.frozen)
-        if not self.rule.needs_scores:
+        if not self.rule.scores:
             return self._next(stays, *self._draw()) if self.at_period_end(step) else stays
         if not self.scoring_due:
             return stays

@@ -73,7 +73,7 @@ class Reference:
         weight.compact = c if weight.compact is None else weight.compact + c
         weight.signs = g.sign() if weight.signs is None else weight.signs + g.sign()
         due = weight.retry or self.t % self.config.refresh_every == 0
-        if self.config.needs_scores and due and not weight.frozen:
+        if self.config.scores and due and not weight.frozen:
             s = g.double().square().sum(1).float()
             weight.scores = s if weight.scores is None else weight.scores + s
 
@@ -100,7 +100,7 @@ class Reference:
         w.sub_(self.lr * alpha * weight.p() @ delta)
         weight.pending *= decay
         due = self.t % self.config.refresh_every == 0
-        ends = weight.scores is not None if self.config.needs_scores else due
+        ends = weight.scores is not None if self.config.scores else due
         signs = self.config.signs_every and (self.t - 1) % self.config.signs_every == 0
         if ends or signs or weight.pending < 1 - 2**-6:
             w[rest] *= weight.pending
@@ -111,7 +111,7 @@ class Reference:
     def finish(self, weight: Weight) -> None:
         """Refresh if a period ends; called between two steps, when ``t`` is already the next."""
         s = weight.scores
-        if not self.config.needs_scores:
+        if not self.config.scores:
             if self.t % self.config.refresh_every == 0:
                 self.refresh(weight, None)
         elif s is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
+POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2, "input_norm": 1}
 
 
 def spans(size: int, block: int, overlap: bool) -> list[range]:
