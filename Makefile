@@ -54,13 +54,10 @@ smoke: setup
 	$(BIN)/python examples/selected_rows.py --smoke
 	$(BIN)/python -m grass_fx explain --model examples.llama:build --rank 0.125
 	$(BIN)/python examples/benchmarks/step_time.py --smoke --profile runs/profile.txt
-	$(BIN)/python examples/benchmarks/compile_time.py --smoke
-	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
+	$(BIN)/python examples/benchmarks/on_gpu.py --smoke --only tests step-1b-inputs \
+		optimizer-step-block-16 memory-7b-in-16-gb host-overhead compile-time selected-mm
 	$(BIN)/python examples/benchmarks/step_bytes.py --smoke
 	$(BIN)/python examples/benchmarks/graph_bytes.py --smoke
-	$(BIN)/python examples/benchmarks/host_overhead.py --smoke
-	$(BIN)/python examples/benchmarks/selected_mm.py --smoke
-	$(BIN)/python examples/benchmarks/memory.py --smoke
 	$(BIN)/python examples/benchmarks/embedding_memory.py --smoke
 	$(BIN)/python examples/benchmarks/traffic.py --smoke --ways ddp data
 	$(BIN)/python examples/benchmarks/scaling.py --smoke

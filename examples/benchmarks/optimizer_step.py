@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--size", default="bench", choices=tuple(SIZES), help="the LLaMA")
     parser.add_argument("--rank", type=float, default=0.125)
     parser.add_argument("--side", default="in", choices=("in", "out"), help="columns or rows")
+    parser.add_argument("--block", type=int, default=1, help="columns that lie together")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -73,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    config = GrassConfig(rank=args.rank, refresh_every=10**9, side=args.side)
+    config = GrassConfig(rank=args.rank, refresh_every=10**9, side=args.side, block=args.block)
     weights = weights_of(args)
     for weight in weights:
         give_compact_gradient(weight, config)

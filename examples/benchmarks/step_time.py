@@ -163,11 +163,17 @@ def set_up(name: str, args: argparse.Namespace) -> Variant:
         "signs": {"refresh_every": NEVER, "rest": "sign"},
     }[name]
     options = {"rank": args.rank, "side": args.side, "block": args.block, "mode": args.mode, **rule}
+    options["inductor"] = NO_PADS if args.no_pads else {}
     compiled = torch.compile(model, backend="grass", options=options, dynamic=False)
     return Variant(model, compiled, grass_fx.AdamW(model.parameters(), **kind, **rates))
 
 
+NO_PADS = {"shape_padding": False}
+
+
 def plain(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    if args.no_pads:
+        return torch.compile(model, dynamic=False, options=NO_PADS)
     return torch.compile(model, dynamic=False, mode=args.mode)
 
 
@@ -375,6 +381,7 @@ def parse() -> argparse.Namespace:
     add("--vocab", type=int, help="another vocabulary than the size's")
     add("--layers", type=int, help="another number of layers than the size's")
     add("--mode", choices=MODES, help="Inductor's mode (default: its default)")
+    add("--no-pads", action="store_true", help="on no side Inductor pads products")
     add("--dtype", default="float32", help="of the weights, e.g. bfloat16 (default: float32)")
     add("--batch", type=int, default=8, help="sequences per step (default: 8)")
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
