@@ -59,6 +59,7 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/step_bytes.py --smoke
 	$(BIN)/python examples/benchmarks/graph_bytes.py --smoke
 	$(BIN)/python examples/benchmarks/embedding_memory.py --smoke
+	$(BIN)/python examples/benchmarks/long_context.py --smoke
 	$(BIN)/python examples/benchmarks/traffic.py --smoke --ways ddp data
 	$(BIN)/python examples/benchmarks/scaling.py --smoke
 
