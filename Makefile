@@ -63,9 +63,9 @@ smoke: setup
 	$(BIN)/python examples/benchmarks/traffic.py --smoke --ways ddp data
 	$(BIN)/python examples/benchmarks/scaling.py --smoke
 
-## The wheel works in an empty environment, outside the checkout.
+## The source distribution, and the wheel made of it, which works in an empty environment.
 wheel: setup
-	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
 	bash .ci/check-wheel dist/*.whl "$(TORCH)"
 
 ## Everything that is measured on a GPU, an hour; TORCH names a build of torch for it.

@@ -96,6 +96,16 @@ def test_every_package_is_installed():
     assert {*settings["tool"]["setuptools"]["packages"]} == packages
 
 
+def test_one_version_is_named_everywhere():
+    for file, pattern in (
+        ("pyproject.toml", r'^version = "(.*)"'),
+        ("CITATION.cff", r"^version: (.*)"),
+        ("CHANGELOG.md", r"^## ([\d.]+)"),
+    ):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(pattern, text, re.M)[1] == grass_fx.__version__, file
+
+
 @every_module
 def test_only_torch_compat_touches_private_torch(module):
     virtual = "grass_fx.testing.virtual_gpu", "grass_fx.testing.training_code"
