@@ -71,7 +71,12 @@ PIECE = re.compile(
 )
 # Blocks that cannot run on one machine without a GPU, by their page: the reason stands in a comment
 # <!-- not run: reason --> above each. Think of a hidden <!-- setup ... --> before you add one.
-NOT_RUN: dict[str, list[str]] = {}
+NOT_RUN: dict[str, list[str]] = {
+    "README.md": [
+        "the same code runs on the page of trainers, with a model and data",
+        "the same code runs on several processes in the tests",
+    ],
+}
 NEEDED = {
     "trainers.md": ("transformers", "accelerate", "lightning"),
     "comparison.md": ("bitsandbytes",),
