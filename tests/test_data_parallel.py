@@ -111,6 +111,9 @@ CASES = [
     ("compile after", "top", "gradient", 1, 1),
     ("compile after", "top", "norms", 1, 2),
     ("compile after", "top", "norms", 2, 4),
+    # Squared norms of inputs add up over processes and micro-batches.
+    ("compile after", "input_norm", "norms", 2, 1),
+    ("compile after", "input_norm", "gradient", 1, 1),
     ("DDP(compile)", "cyclic", "norms", 1, 1),
     ("compile(DDP)", "cyclic", "norms", 1, 1),
     ("DDP(compile)", "top", "gradient", 2, 4),

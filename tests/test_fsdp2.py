@@ -38,6 +38,8 @@ RULES = {
     "cyclic": {},
     # By the norms of the averaged gradient, as one process has it.
     "top": {"selection": "top", "score_sync": "gradient"},
+    "norms of inputs": {"selection": "input_norm"},
+    "norms of outputs' gradients": {"selection": "input_norm", "side": "out"},
     "rows": {"side": "out"},
     "either side": {"side": "auto"},
     "blocks of columns": {"block": 2},
