@@ -9,8 +9,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from token_files import corpus_of
+
 import grass_fx
-from data import load
 from pretrain import Settings, add_arguments, set_up, settings_from, train
 
 DEFAULTS = Settings(
@@ -44,7 +45,7 @@ def main() -> None:
     settings = replace(settings_from(args), eval_every=10**9)  # only the last step
 
     parts = set_up(settings)
-    train(settings, load(settings.data), parts=parts)
+    train(settings, corpus_of(settings), parts=parts)
     optimizer = parts[2]
     print(table(optimizer.stats()))
     grass_fx.coverage_plot(optimizer, args.out)

@@ -16,6 +16,7 @@ import inspect
 import sys
 
 import finetune_hf as hf
+
 import grass_fx
 
 try:

@@ -1,4 +1,4 @@
-"""A small LLaMA and a tokenizer, made on the spot and saved to disk as the Hugging Face hub has them.
+"""A small LLaMA and a tokenizer, made on the spot and saved to disk in Hugging Face's format.
 
 For trying the recipes where there is no download: they read this folder by `from_pretrained`, as
 they read any other. The weights are random.
