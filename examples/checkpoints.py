@@ -34,10 +34,14 @@ def write(path: Path, settings: Any, step: int, text: int, parts: dict[str, Any]
         others = {name: part for name, part in parts.items() if name != "model"}
         saved |= {name: state_of(part) for name, part in others.items()}
     if is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        torch.save(saved, unfinished)
-        unfinished.replace(path)  # whoever finds the file finds all of it
+        put(saved, path)
+
+
+def put(saved: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    torch.save(saved, unfinished)
+    unfinished.replace(path)  # whoever finds the file finds all of it
 
 
 def state_of(part: Any) -> Any:

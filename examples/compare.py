@@ -16,8 +16,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from progress import Scalars, bar, line
-from token_files import corpus_of, unit
 
 from llama import build
 from pretrain import (
@@ -29,6 +27,8 @@ from pretrain import (
     summarise,
     training,
 )
+from progress import Scalars, bar, line
+from token_files import corpus_of, unit
 
 matplotlib.use("Agg")  # no display is needed to write a file
 import matplotlib.pyplot as plt

@@ -23,20 +23,20 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import checkpoints
 import torch
-from checkpoints import Checkpoints
-from progress import Scalars, bar, line
-from token_files import corpus_of, unit, vocabulary
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import grass_fx
+from checkpoints import Checkpoints
 from data import Batches, Corpus, held_out_loss
 from grass_fx.state.sharding import local
 from llama import SIZES, build
 from parallel import WAYS, distribute, is_first, mean, part_of, processes
+from progress import Scalars, bar, line
+from token_files import corpus_of, unit, vocabulary
 
 # The first steps compile (a rule with scores: the scoring step first, the regular one next).
 UNTIMED_STEPS = 3
@@ -342,8 +342,7 @@ def open_log(path: Path | None, mode: str = "w"):
 
 def save(model: nn.Module, path: Path) -> None:
     """The weights alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict()}, path)
+    checkpoints.put({"model": model.state_dict()}, path)
     print(f"wrote {path}")
 
 

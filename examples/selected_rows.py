@@ -9,10 +9,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from token_files import corpus_of
-
 import grass_fx
 from pretrain import Settings, add_arguments, set_up, settings_from, train
+from token_files import corpus_of
 
 DEFAULTS = Settings(
     steps=60,

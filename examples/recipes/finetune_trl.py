@@ -16,7 +16,6 @@ import inspect
 import sys
 
 import finetune_hf as hf
-
 import grass_fx
 
 try:
