@@ -171,6 +171,7 @@ def smoke(args: argparse.Namespace, device: str) -> None:
 def main() -> None:
     made = hf.parser(__doc__.splitlines()[0])
     args = made.parse_args()
+    hf.quiet_in_a_file()
     if args.lookups or args.tensorboard:
         made.error("--lookups and --tensorboard are not for this script")
     if not args.smoke and (args.model is None or args.data is None):

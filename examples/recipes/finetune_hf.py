@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 import grass_fx
 
@@ -186,6 +187,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def quiet_in_a_file() -> None:
+    """No progress bars of transformers where nobody sees them."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
 def rank(text: str) -> int | float:
     """`64` is a number of columns, `0.25` a fraction of them."""
     return int(text) if text.isdigit() else float(text)
@@ -194,6 +201,9 @@ def rank(text: str) -> int | float:
 def main(description: str = __doc__.splitlines()[0], train=train) -> None:
     made = parser(description)
     args = made.parse_args()
+    quiet_in_a_file()
+    if torch.cuda.device_count() > 1:  # the Trainer would copy the model to all of them
+        made.error("this is for one GPU: set CUDA_VISIBLE_DEVICES=0, or take finetune_fsdp2.py")
     if args.smoke:
         return smoke(args, train)
     if args.model is None or args.data is None:
