@@ -46,9 +46,13 @@ docs: setup
 ## Every example, a few steps of each.
 smoke: setup
 	$(BIN)/python examples/pretrain.py --smoke
+	$(BIN)/python examples/pretrain.py --smoke --dtype bfloat16 --accumulate 2 --checkpoint-activations --save runs/smoke.pt --every 3
 	$(BIN)/python examples/compare.py --smoke
 	$(BIN)/python examples/finetune.py --smoke
 	$(BIN)/python examples/hf_trainer.py --smoke
+	$(BIN)/python examples/recipes/finetune_hf.py --smoke
+	$(BIN)/python examples/recipes/finetune_trl.py --smoke
+	$(BIN)/torchrun --nproc-per-node 2 examples/recipes/finetune_fsdp2.py --smoke
 	$(BIN)/python examples/lightning_module.py --smoke
 	$(BIN)/python examples/inspect_graphs.py
 	$(BIN)/python examples/selected_rows.py --smoke

@@ -26,7 +26,7 @@ version = release = grass_fx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "README.md", "CONTRIBUTING.md"]
+include_patterns = ["docs/**.md", "README.md", "CONTRIBUTING.md"]
 highlight_language = "none"  # an indented block is a command or what one prints
 nitpicky = True
 

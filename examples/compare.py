@@ -16,9 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from tqdm import tqdm
 
-from data import load
 from llama import build
 from pretrain import (
     UNTIMED_STEPS,
@@ -29,6 +27,8 @@ from pretrain import (
     summarise,
     training,
 )
+from progress import Scalars, bar, line
+from token_files import corpus_of, unit
 
 matplotlib.use("Agg")  # no display is needed to write a file
 import matplotlib.pyplot as plt
@@ -38,28 +38,35 @@ COLOURS = {"full": "#6b7280", "grass": "#15803d"}
 PARTS = {"weights": "weights", "gradients": "gradients", "state": "optimizer state"}
 
 
-def run(settings: dict[str, Settings]) -> dict[str, list[dict]]:
+def run(settings: dict[str, Settings], tensorboard: Path | None = None) -> dict[str, list[dict]]:
     """Train every method of `settings` in turns, a step at a time."""
-    corpus = load(settings["full"].data)
+    full = settings["full"]
+    corpus = corpus_of(full)
     runs = {name: training(each, corpus) for name, each in settings.items()}
     records = {name: [] for name in runs}
     held_out = dict.fromkeys(runs, "-")
-    bar = tqdm(zip(*runs.values(), strict=True), total=settings["full"].steps, desc="both")
-    for step in bar:
+    scalars = {name: Scalars(tensorboard and tensorboard / name) for name in runs}
+    steps = bar(zip(*runs.values(), strict=True), full.steps, "both")
+    for step in steps:
         for name, record in zip(runs, step, strict=True):
             records[name].append(record)
+            scalars[name].add(record, full.batch * full.seq)
             if "held_out" in record:
                 held_out[name] = f"{record['held_out']:.3f}"
-        bar.set_postfix(held_out)
+                if steps.disable:
+                    print(line(name, record, full.steps), flush=True)
+        steps.set_postfix(held_out)
+    for each in scalars.values():
+        each.close()
     return records
 
 
-def table(summaries: dict[str, dict]) -> str:
+def table(summaries: dict[str, dict], of: str) -> str:
     """Both runs and their ratio, in Markdown."""
     full, grass = summaries["full"], summaries["grass"]
     rows = [
-        ("held-out loss, last (nats/byte)", full["held_out"], grass["held_out"], ".3f"),
-        ("held-out loss, best (nats/byte)", full["best"], grass["best"], ".3f"),
+        (f"held-out loss, last ({of})", full["held_out"], grass["held_out"], ".3f"),
+        (f"held-out loss, best ({of})", full["best"], grass["best"], ".3f"),
         ("seconds per step (median)", full["seconds_per_step"], grass["seconds_per_step"], ".4f"),
         ("tokens per second", full["tokens_per_second"], grass["tokens_per_second"], ",.0f"),
     ]
@@ -106,10 +113,10 @@ def draw(
         loss = [record["held_out"] for record in evaluated]
         style = {"color": COLOURS[name], "label": LABELS[name], "linewidth": 2}
         # By the median step, so that a hiccup of the machine bends no curve.
-        for axis, unit in ((by_step, 1), (by_second, summaries[name]["seconds_per_step"])):
-            axis.plot([unit * record["step"] for record in evaluated], loss, **style)
-            axis.plot(unit * evaluated[-1]["step"], loss[-1], "o", color=COLOURS[name])
-    by_step.set(xlabel="step", ylabel="held-out loss, nats per byte", title="by step")
+        for axis, each in ((by_step, 1), (by_second, summaries[name]["seconds_per_step"])):
+            axis.plot([each * record["step"] for record in evaluated], loss, **style)
+            axis.plot(each * evaluated[-1]["step"], loss[-1], "o", color=COLOURS[name])
+    by_step.set(xlabel="step", ylabel=f"held-out loss, {unit(settings)}", title="by step")
     by_second.set(xlabel="seconds: steps × median step, no compiling", title="by time")
     by_step.legend(frameon=False)
     for axis in (by_step, by_second):
@@ -147,14 +154,16 @@ def main() -> None:
     add_arguments(parser, skip=("method",))
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where to write")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write scalars here")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: settings_from(args, method=name) for name in LABELS}
 
-    records = run(settings)
+    records = run(settings, args.tensorboard)
     summaries = {name: summarise(records[name], settings[name]) for name in settings}
-    print("\n" + table(summaries) + "\n\n" + notes(summaries, settings["grass"]))
+    print("\n" + table(summaries, unit(settings["full"])))
+    print("\n" + notes(summaries, settings["grass"]))
 
     picture = args.out / "compare.png"
     draw(records, summaries, settings["grass"], picture)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # Installed packages differ between machines; tests, codec tables and help texts read unlike code.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
-LIMIT = 8_000_000  # bytes: more than any run here reads
+LIMIT = 8_000_000  # bytes of the texts that come with Python
 HELD_OUT_EVERY = 12  # one file in twelve, about 8 % of the text
 
 
@@ -69,10 +69,8 @@ def from_path(path: str | Path) -> Corpus:
     held out. In a folder whatever is hidden or has a zero byte is no text."""
     path = Path(path)
     texts = [path.read_bytes()] if path.is_file() else texts_in(path)
-    train, held_out, total = bytearray(), bytearray(), 0
+    train, held_out = bytearray(), bytearray()
     for text in texts:
-        text = text[: LIMIT - total]
-        total += len(text)
         end = len(text) - len(text) // HELD_OUT_EVERY
         train += text[:end]
         held_out += text[end:]

@@ -96,7 +96,7 @@ def bytes_of_full_adamw(model: nn.Module) -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, skip=("data", "include_head"), defaults=DEFAULTS)
+    add_arguments(parser, skip=("data", "tokenizer", "vocab", "include_head"), defaults=DEFAULTS)
     pt, jsonl = {"type": Path, "metavar": "FILE.pt"}, {"type": Path, "metavar": "FILE.jsonl"}
     parser.add_argument("--weights", **pt, help="what pretrain.py --save wrote, of the same --size")
     parser.add_argument("--pretrain-steps", type=int, default=Settings.steps, help="without it")
@@ -118,7 +118,7 @@ def main() -> None:
     texts = {"new": new, "old": load(args.old_data)}
 
     if args.weights:
-        weights = torch.load(args.weights, map_location="cpu")
+        weights = torch.load(args.weights, map_location="cpu")["model"]
     else:
         steps = settings.steps if args.smoke else args.pretrain_steps
         weights = pretrained(settings, texts["old"], steps)

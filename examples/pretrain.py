@@ -3,9 +3,12 @@
     python examples/pretrain.py                      # grass, a quarter of the rows at a time
     python examples/pretrain.py --method full        # Inductor and torch.optim.AdamW
     python examples/pretrain.py --selection top --rank 0.125 --log runs/top.jsonl
-    python examples/pretrain.py --save runs/tiny.pt  # keep the weights, for finetune.py
+    python examples/pretrain.py --save runs/tiny.pt --every 100
+    python examples/pretrain.py --save runs/tiny.pt --every 100 --resume runs/tiny.pt
     python examples/pretrain.py --smoke              # a few steps of a very small model
     torchrun --nproc-per-node 2 examples/pretrain.py --parallel data     # or sharded
+
+docs/recipes/pretrain.md has the commands for a model of a billion weights.
 
 `training(...)` is the loop, one record per step; compare.py runs two of them side by side.
 """
@@ -17,18 +20,23 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import grass_fx
-from data import Batches, Corpus, held_out_loss, load
+from checkpoints import Checkpoints
+from data import Batches, Corpus, held_out_loss
 from grass_fx.state.sharding import local
 from llama import SIZES, build
-from parallel import WAYS, distribute, is_first, mean, part_of, processes, whole_state
+from parallel import WAYS, distribute, is_first, mean, part_of, processes
+from progress import Scalars, bar, line
+from token_files import corpus_of, unit, vocabulary
 
 # The first steps compile (a rule with scores: the scoring step first, the regular one next).
 UNTIMED_STEPS = 3
@@ -58,7 +66,8 @@ class Settings:
     size: str = option("tiny", "shape of the model", tuple(SIZES))
     steps: int = option(600, "optimizer steps")
     batch: int = option(16, "sequences per step")
-    seq: int = option(128, "bytes per sequence")
+    accumulate: int = option(1, "micro-batches into which the sequences of a step are divided")
+    seq: int = option(128, "tokens per sequence; without a tokenizer bytes")
     # Embedding and head want a rate of their own: with one rate for everything AdamW is badly
     # tuned, and grass seems to beat it. Both were swept at the default size and length.
     lr: float = option(1.6e-2, "learning rate of embedding, head and norms")
@@ -77,10 +86,14 @@ class Settings:
     include_head: bool = option(False, "grass: take the output head as well")
     compiler: str = option("inductor", "what compiles the graphs", ("inductor", "aot_eager"))
     device: str = option("cpu", "where to train", kind=str)
+    dtype: str = option("float32", "of weights and optimizer state", ("float32", "bfloat16"))
+    checkpoint_activations: bool = option(False, "compute each layer again in the backward")
     parallel: str = option("none", "how the processes of torchrun share the work", WAYS)
     seed: int = option(0, "seed of weights, batches and selections")
     eval_every: int = option(30, "steps between held-out evaluations")
-    data: str = option("", "train on this file or folder instead of Python's library")
+    data: str = option("", "a text, a folder of texts, or a .bin of tokens; else Python's library")
+    tokenizer: str = option("", "a Hugging Face tokenizer's folder or tokenizer.json; else bytes")
+    vocab: int = option(0, "tokens that the model knows; 0: the tokenizer's, else the size's")
 
 
 # A model, the same model compiled, and its optimizer.
@@ -121,7 +134,9 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
     """
     if model is None:
         torch.manual_seed(settings.seed)
-        model = build(settings.size).to(settings.device)
+        model = new_model(settings)
+    if settings.checkpoint_activations:
+        checkpoint_layers(model)
     wrapped = distribute(model, settings.parallel, settings.method)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -160,6 +175,21 @@ def set_up(settings: Settings, model: nn.Module | None = None, **options) -> Par
         warmup_steps=settings.warmup_steps,
     )
     return model, compiled, optimizer
+
+
+def new_model(settings: Settings) -> nn.Module:
+    shape = SIZES[settings.size]
+    largest = max(shape.max_seq, settings.seq)
+    model = build(settings.size, vocab=vocabulary(settings), max_seq=largest)
+    return model.to(settings.device, getattr(torch, settings.dtype))
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep only the layers' inputs for the backward."""
+    for layer in model.layers:
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def is_linear(name: str, parameter: Tensor) -> bool:
@@ -204,31 +234,58 @@ def sum_of_bytes(values: list) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def training(settings: Settings, corpus: Corpus, parts: Parts | None = None) -> Iterator[dict]:
+def training(
+    settings: Settings,
+    corpus: Corpus,
+    parts: Parts | None = None,
+    kept: Checkpoints | None = None,
+) -> Iterator[dict]:
     """Train, yielding one record per step; evaluated steps also carry held-out loss and bytes.
 
     `seconds` is the time of the training step alone: evaluations are not in it. `parts` is what
     `set_up` returned, for a caller who keeps the model; the last gradients stay for it to see.
     """
     model, compiled, optimizer = parts or set_up(settings)
+    kept = kept or Checkpoints()
     scheduler = schedule(optimizer, settings.steps)
     window = {"batch": settings.batch, "seq": settings.seq, "device": settings.device}
     batches = Batches(corpus.train, seed=settings.seed, **window)
+    # The same windows, however many of them go through the model at once.
+    at_once = max(1, settings.batch // settings.accumulate)
+    evaluated = window | {"batch": at_once, "batches": 8 * settings.batch // at_once}
+    states = {"model": model, "optimizer": optimizer, "schedule": scheduler}
+    states["batches"] = batches.generator
+    done, text = 0, len(corpus.train)
+    if kept.resume is not None:
+        done = checkpoints.read(kept.resume, settings, text, states)
 
-    for step in range(1, settings.steps + 1):
-        tokens, targets = (part_of(part, settings.parallel) for part in next(batches))
+    for step in range(done + 1, settings.steps + 1):
+        batch = [part_of(part, settings.parallel) for part in next(batches)]
+        lr = optimizer.param_groups[-1]["lr"]
         optimizer.zero_grad()
         started = time.perf_counter()
-        loss = compiled(tokens, targets)
-        loss.backward()
+        loss = 0.0
+        for tokens, targets in micro_batches(batch, settings.accumulate):
+            part = compiled(tokens, targets) / settings.accumulate
+            part.backward()
+            loss = loss + part.detach()
         optimizer.step()
         scheduler.step()
         loss = mean(loss, settings.parallel)  # on a GPU this also waits for the step to finish
-        record = {"step": step, "loss": loss, "seconds": time.perf_counter() - started}
+        record = {"step": step, "loss": loss, "seconds": time.perf_counter() - started, "lr": lr}
         if step % settings.eval_every == 0 or step == settings.steps:
-            record["held_out"] = held_out_loss(model, corpus.held_out, **window)
+            record["held_out"] = held_out_loss(model, corpus.held_out, **evaluated)
             record["bytes"] = bytes_held(list(model.parameters()), optimizer)
+        if kept.wants(step, settings.steps):
+            checkpoints.write(kept.save, settings, step, text, states)
         yield record
+
+
+def micro_batches(batch: list[Tensor], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens, targets = batch
+    if len(tokens) % count:
+        raise SystemExit(f"--accumulate {count} does not divide the {len(tokens)} sequences here")
+    yield from zip(tokens.chunk(count), targets.chunk(count), strict=True)
 
 
 def summarise(records: list[dict], settings: Settings) -> dict:
@@ -247,39 +304,46 @@ def summarise(records: list[dict], settings: Settings) -> dict:
 
 
 def train(
-    settings: Settings, corpus: Corpus, log: Path | None = None, parts: Parts | None = None
+    settings: Settings,
+    corpus: Corpus,
+    log: Path | None = None,
+    parts: Parts | None = None,
+    kept: Checkpoints | None = None,
+    tensorboard: Path | None = None,
 ) -> list[dict]:
-    """Run `training` to its end with a progress bar, writing each record as a line of JSON."""
+    """Run `training` to its end, writing each record as a line of JSON and to TensorBoard."""
     records, held_out = [], math.nan
-    steps = training(settings, corpus, parts)
-    bar = tqdm(steps, total=settings.steps, desc=settings.method, disable=not is_first())
-    file = open_log(log) if is_first() else None
-    for record in bar:
+    kept = kept or Checkpoints()
+    records_of = training(settings, corpus, parts, kept)
+    steps = bar(records_of, settings.steps, settings.method, is_first())
+    file = open_log(log, "a" if kept.resume else "w") if is_first() else None
+    scalars = Scalars(tensorboard if is_first() else None)
+    for record in steps:
         records.append(record)
         held_out = record.get("held_out", held_out)
-        bar.set_postfix(loss=f"{record['loss']:.3f}", held_out=f"{held_out:.3f}")
+        steps.set_postfix(loss=f"{record['loss']:.3f}", held_out=f"{held_out:.3f}")
+        if steps.disable and "held_out" in record and is_first():
+            print(line(settings.method, record, settings.steps), flush=True)
+        scalars.add(record, settings.batch * settings.seq)
         if file:
             file.write(json.dumps(record) + "\n")
     if file:
         file.close()
+    scalars.close()
     return records
 
 
-def open_log(path: Path | None):
+def open_log(path: Path | None, mode: str = "w"):
     if path is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", buffering=1)  # by lines, so that a run can be watched
+    return path.open(mode, buffering=1)  # by lines, so that a run can be watched
 
 
 def save(model: nn.Module, path: Path) -> None:
-    state = whole_state(model)  # on several processes all of them take part
-    if is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        torch.save(state, unfinished)
-        unfinished.replace(path)  # whoever finds the file finds all of it
-        print(f"wrote {path}")
+    """The weights alone."""
+    checkpoints.put({"model": model.state_dict()}, path)
+    print(f"wrote {path}")
 
 
 def megabytes(count: int) -> str:
@@ -289,21 +353,33 @@ def megabytes(count: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--log", type=Path, metavar="FILE.jsonl", help="write every record here")
-    parser.add_argument("--save", type=Path, metavar="FILE.pt", help="keep the trained weights")
+    add_run_arguments(parser)
     args = parser.parse_args()
+    if args.every and not args.save:
+        parser.error("--every needs --save")
+    kept = Checkpoints(args.save, args.every, args.resume)
     with processes(args.parallel, args.device) as device:
         settings = settings_from(args, device=device)
-        parts = set_up(settings)
-        records = train(settings, load(settings.data), args.log, parts)
-        if args.save:
-            save(parts[0], args.save)
+        parts, corpus = set_up(settings), corpus_of(settings)
+        records = train(settings, corpus, args.log, parts, kept, args.tensorboard)
         if is_first():
-            report(summarise(records, settings))
+            report(summarise(records, settings), unit(settings))
+            if args.save:
+                print(f"wrote {args.save}")
 
 
-def report(summary: dict) -> None:
-    print(f"held-out loss     {summary['held_out']:.3f} nats/byte (best {summary['best']:.3f})")
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a run reads and writes, beside its settings."""
+    add = partial(parser.add_argument, type=Path)
+    add("--log", metavar="FILE.jsonl", help="write every record here")
+    add("--tensorboard", metavar="FOLDER", help="write scalars here (pip install tensorboard)")
+    add("--save", metavar="FILE.pt", help="keep weights, optimizer and place, at the end")
+    parser.add_argument("--every", type=int, default=0, help="--save also in every so many steps")
+    add("--resume", metavar="FILE.pt", help="go on with a saved run of the same settings")
+
+
+def report(summary: dict, of: str) -> None:
+    print(f"held-out loss     {summary['held_out']:.3f} {of} (best {summary['best']:.3f})")
     print(f"seconds per step  {summary['seconds_per_step']:.4f} (median)")
     print(f"tokens per second {summary['tokens_per_second']:,.0f}")
     print(f"compiling         {summary['first_steps']:.1f} s in the first {UNTIMED_STEPS} steps")

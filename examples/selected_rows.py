@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import grass_fx
-from data import load
 from pretrain import Settings, add_arguments, set_up, settings_from, train
+from token_files import corpus_of
 
 DEFAULTS = Settings(
     steps=60,
@@ -44,7 +44,7 @@ def main() -> None:
     settings = replace(settings_from(args), eval_every=10**9)  # only the last step
 
     parts = set_up(settings)
-    train(settings, load(settings.data), parts=parts)
+    train(settings, corpus_of(settings), parts=parts)
     optimizer = parts[2]
     print(table(optimizer.stats()))
     grass_fx.coverage_plot(optimizer, args.out)

@@ -16,7 +16,7 @@ from test_on_gpu import PLAN
 from test_structure import FLOORS, MODULES, floor_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OF_THE_READER = ("train.py", "first.py", "graphs/03_pushed_regular.py")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -80,6 +80,8 @@ NOT_RUN: dict[str, list[str]] = {
 NEEDED = {
     "trainers.md": ("transformers", "accelerate", "lightning"),
     "comparison.md": ("bitsandbytes",),
+    "finetune.md": ("transformers",),
+    "fsdp2.md": ("transformers",),
 }
 
 

@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
         patch.setattr(sys, "argv", ["pretrain.py", *flags])
         pretrain.main()
     assert b"\0" not in bytes(data.load(folder / "text").train.tolist())
-    return torch.load(folder / "saved" / "tiny.pt")
+    return torch.load(folder / "saved" / "tiny.pt")["model"]
 
 
 def test_every_parameter_trains_as_it_was_told(weights):

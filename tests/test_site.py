@@ -32,9 +32,9 @@ def groups():
 
 def test_every_page_is_in_one_group_and_every_entry_is_a_page():
     grouped = [file for group in groups().values() for file in group]
-    pages = {*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"}
+    pages = {*DOCS.glob("**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"}
     assert sorted(grouped) == sorted(pages - {DOCS / "index.md"})
-    assert list(groups()) == ["Start", "Use", "Inspect", "Measure", "Inside"]
+    assert list(groups()) == ["Start", "Recipes", "Use", "Inspect", "Measure", "Inside"]
 
 
 def test_the_api_page_has_every_public_name():
@@ -61,7 +61,7 @@ def test_a_picture_is_what_its_script_draws(name):
 
 
 def test_every_picture_is_shown_with_words_for_who_cannot_see_it():
-    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("**/*.md"))
     shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", pages)
     assert {f"figures/{name}" for name in DRAWN} <= {path for _, path in shown}
     assert all(len(words) > 20 for words, _ in shown)
