@@ -53,6 +53,7 @@ smoke: setup
 	$(BIN)/python examples/inspect_graphs.py
 	$(BIN)/python examples/selected_rows.py --smoke
 	$(BIN)/python -m grass_fx explain --model examples.llama:build --rank 0.125
+	$(BIN)/python examples/which_card.py --gpus 8
 	$(BIN)/python examples/benchmarks/step_time.py --smoke --profile runs/profile.txt
 	$(BIN)/python examples/benchmarks/compile_time.py --smoke
 	$(BIN)/python examples/benchmarks/optimizer_step.py --smoke
