@@ -57,6 +57,7 @@ smoke: setup
 	$(BIN)/python examples/inspect_graphs.py
 	$(BIN)/python examples/selected_rows.py --smoke
 	$(BIN)/python -m grass_fx explain --model examples.llama:build --rank 0.125
+	$(BIN)/python examples/which_card.py --gpus 8
 	$(BIN)/python examples/benchmarks/step_time.py --smoke --profile runs/profile.txt
 	$(BIN)/python examples/benchmarks/on_gpu.py --smoke --only tests step-1b-inputs \
 		optimizer-step-block-16 memory-7b-in-16-gb host-overhead compile-time selected-mm

@@ -15,15 +15,20 @@ from torch import Tensor, nn
 
 from grass_fx.config import RESTS, RULES, SCORINGS, SIDES, GrassConfig
 from grass_fx.errors import GrassError, OptionError
-from grass_fx.inspect.cost import LLAMA, MOMENTS
+from grass_fx.inspect import hf
+from grass_fx.inspect.cost import MOMENTS
 from grass_fx.inspect.explain import explain
 from grass_fx.inspect.planning import plan
+from grass_fx.inspect.shapes import NAMES
 
 DEFAULTS = GrassConfig()
 
 
-def _tokens(text: str) -> int:
-    return math.prod(int(size) for size in text.split("x"))
+def _batch(text: str) -> tuple[int, int]:
+    sizes = [int(size) for size in text.split("x")]
+    if len(sizes) > 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 8x2048")
+    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
 def _rank(text: str) -> int | float | dict[str, int | float]:
@@ -62,20 +67,40 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="weights that stay dense")  # fmt: skip
 
 
+PLAN = """\
+Print the largest rank with which training fits into a memory, and what uses that memory. If full
+rank fits, say so. Nothing is allocated.
+
+Which weights are taken is an estimate, made without tracing the model: all matrices but those of
+embeddings and convolutions. Activations are those of --tokens: by a formula for models with a name,
+and counted as explain does for --hf and --model.
+"""
+
+
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "plan", help="the largest rank that fits into a memory", description=plan.__doc__
+        "plan", help="the largest rank that fits into a memory", description=PLAN
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--memory", required=True, help='such as "40GB" (decimal) or "24GiB" (binary)')
-    add("--shape", required=True, choices=[*LLAMA], help="the model")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--shape", metavar="NAME", help=f"a model by its name: {', '.join(NAMES)}")
+    models.add_argument("--hf", metavar="PATH",
+        help="a config.json, or a folder that has one; needs transformers")  # fmt: skip
+    models.add_argument("--model", metavar="MODULE:FUNCTION",
+        help="what makes the model, as for explain")  # fmt: skip
+    add("--inputs", nargs="+", default=[], metavar="SHAPE[:DTYPE[:BELOW]]",
+        help="of --model, as for explain")  # fmt: skip
     add("--rank", type=_rank, help="this rank, a number or a fraction, instead of the largest; "
         'or by names, as JSON: {"*.mlp.*": 0.125, "*": 0.25}')  # fmt: skip
-    add("--tokens", type=_tokens, metavar="BxT", help="of one step, for the FLOPs: 8x2048")
-    add("--dtype", type=_dtype, default=torch.bfloat16, help="of all parameters (bfloat16)")
+    add("--tokens", type=_batch, metavar="BxT", default=(1, 2048),
+        help="of one forward on one GPU, not for --model (1x2048)")  # fmt: skip
+    add("--checkpointing", action="store_true", help="each layer is checkpointed")
+    add("--activations", metavar="MEMORY", help="what they take, such as 6GB, instead of a count")
+    add("--gpus", type=int, default=1, metavar="N", help="processes that share all by FSDP2 (1)")
+    add("--dtype", type=_dtype, help="of all parameters (bfloat16; of --model as it is made)")
     add("--optimizer", choices=[*MOMENTS], default="adamw", help="(adamw)")
-    add("--activations", metavar="MEMORY", help="what they take, such as 6GB (not counted)")
     add("--in-backward", action="store_true", help="with grass_fx.step_in_backward")
     _add_options(parser)
     add("--json", action="store_true", help="print all of it as JSON")
@@ -84,19 +109,53 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in CHOSEN}
+    model, inputs, activations = args.shape, None, args.activations
+    tokens: int | None = math.prod(args.tokens)
+    if args.hf:
+        config = hf.read_config(args.hf)
+        model = hf.build(config, args.dtype)
+        if activations is None:
+            ranked = options if args.rank is None else {**options, "rank": args.rank}
+            activations = hf.activations(config, args.dtype, args.tokens, ranked)
+    elif args.model:
+        tokens = None
+        with torch.device("meta"):
+            model, inputs, _ = _built(args)
+        model = model.to("meta")
+        if activations is not None:
+            inputs = None
+        elif isinstance(inputs, Tensor):
+            inputs = [inputs]
     found = plan(
-        args.shape,
+        model,
         args.memory,
         rank=args.rank,
-        tokens=args.tokens,
+        tokens=tokens,
         dtype=args.dtype,
         optimizer=args.optimizer,
-        activations=args.activations,
+        activations=activations,
+        inputs=inputs,
+        checkpointing=args.checkpointing,
         in_backward=args.in_backward,
+        gpus=args.gpus,
         options=options,
     )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
     return 0 if found.fits else 1
+
+
+def _built(args: argparse.Namespace) -> tuple[nn.Module, Any, bool]:
+    """The model of --model, its inputs, and whether these are made up."""
+    built = _factory(args.model)()
+    model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
+    model = model.to(args.dtype)
+    if args.inputs:
+        return model, [_input(text) for text in args.inputs], False
+    if inputs is None:
+        return model, [_input_for(model)], True
+    return model, inputs, False
 
 
 def _add_explain(commands: argparse._SubParsersAction) -> None:
@@ -130,16 +189,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     with torch.device(args.device):
-        built = _factory(args.model)()
-        model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"--model {args.model}: it made no torch.nn.Module.")
-        model = model.to(args.dtype)
-        guessed = inputs is None and not args.inputs
-        if args.inputs:
-            inputs = [_input(text) for text in args.inputs]
-        elif inputs is None:
-            inputs = [_input_for(model)]
+        model, inputs, guessed = _built(args)
     options = {name: getattr(args, name) for name in ("rank", "refresh_every", *CHOSEN)}
     named = inputs if isinstance(inputs, Mapping) else {}
     several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs

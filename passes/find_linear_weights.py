@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
-from grass_fx._torch_compat import fsdp_weight, managed_by_fsdp, parameter_name, real_value
+from grass_fx._torch_compat import (
+    fsdp_weight,
+    is_fake,
+    managed_by_fsdp,
+    parameter_name,
+    real_value,
+)
 from grass_fx.config import GrassConfig
 from grass_fx.passes.facts import Answer, DynamoFacts, Result
 from grass_fx.passes.linear_uses import NotLinear, Unknown, Use, output_dims_of_stack, uses_of
@@ -146,7 +152,8 @@ def _spec(
         raise NotLinear(f"{weight.dim()} dimensions, only matrices and stacks of them are taken")
     if not weight.is_floating_point():
         raise NotLinear(f"dtype {weight.dtype} is not a real floating-point type")
-    if torch.overrides.is_tensor_like(weight) and type(weight) is not torch.nn.Parameter:
+    plain = type(weight) is torch.nn.Parameter or is_fake(weight)
+    if torch.overrides.is_tensor_like(weight) and not plain:
         raise NotLinear(
             "a DTensor, as of tensor parallelism"
             if isinstance(weight, DTensor)

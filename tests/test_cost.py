@@ -15,9 +15,9 @@ from grass_fx import ops
 from grass_fx.__main__ import main
 from grass_fx.errors import OptionError
 from grass_fx.inspect import cost
-from grass_fx.inspect.candidates import llama_shapes
 from grass_fx.inspect.cost import LinearCost
 from grass_fx.inspect.planning import activation_bytes, parse_memory
+from grass_fx.inspect.shapes import llama_shapes
 from helpers import mlp
 from llama import build
 
@@ -201,7 +201,8 @@ def test_a_model_on_the_meta_device_is_measured_without_memory():
     plan = grass_fx.plan(model, "5GB", inputs=[tokens, tokens], tokens=128)
     assert plan.parts["buffers"] == sum(each.nbytes for each in model.buffers())
     assert plan.parts["weights"] == sum(p.nbytes for p in model.parameters())
-    assert plan.parts["activations"] == activation_bytes(model, tokens, tokens) > 0
+    assert 0 < plan.parts["activations"] < activation_bytes(model, tokens, tokens)
+    assert plan.full_parts["activations"] > plan.parts["activations"]
     assert "embed.weight" not in plan.taken and "head.weight" in plan.taken
     assert plan.flops["subspace"] < plan.flops["full rank"]
 
@@ -233,10 +234,8 @@ def test_named_shapes_are_those_of_the_example(name):
 
 def test_the_13b_of_the_method_page():
     options = {"exclude": ["head*"], "side": "auto"}
-    gib = [
-        grass_fx.plan("llama-13b", 0, rank=rank, options=options).total / 2**30
-        for rank in (64, 0.125)
-    ]
+    plans = [grass_fx.plan("llama-13b", 0, rank=rank, options=options) for rank in (64, 0.125)]
+    gib = [(plan.total - plan.parts["optimizer step"]) / 2**30 for plan in plans]
     assert gib == pytest.approx([27.0, 34.9], abs=0.05)
     full = grass_fx.plan("llama-13b", 0, rank=64).full_total / 2**30
     assert full == pytest.approx(97.0, abs=0.05)
@@ -248,7 +247,8 @@ def test_fewer_gradients_and_moments_take_less():
 
     assert total(in_backward=True) < total()
     assert total(optimizer="sgd") < total(optimizer="momentum") < total()
-    assert total(activations="1MB") == total() + 10**6
+    temporary = grass_fx.plan("llama-60m", "1GB", rank=64).parts["optimizer step"]
+    assert total(activations="1GB") == total() - temporary + 10**9  # not at the same time
     assert total(dtype=torch.float32) > total()
 
 
@@ -286,7 +286,7 @@ def test_what_is_no_memory_is_an_error(text):
 
 
 def test_mistakes_are_told():
-    with pytest.raises(OptionError, match=r"too little: the smallest rank, .* needs 14\.3\d\d GB"):
+    with pytest.raises(OptionError, match=r"too little: the smallest rank, .* needs 14\.8\d\d GB"):
         grass_fx.plan("llama-7b", "10GB")
     with pytest.raises(OptionError, match="did you mean 'llama-7b'"):
         grass_fx.plan("lama-7b", "10GB")

@@ -104,7 +104,8 @@ def expected(model: nn.Module, method: str, args: argparse.Namespace) -> int:
     if method == "full":
         return 4 * sum(p.nbytes for p in model.parameters())
     options = options_of(method, args)
-    return grass_fx.plan(model, "1TB", rank=options.pop("rank"), options=options).total
+    plan = grass_fx.plan(model, "1TB", rank=options.pop("rank"), options=options)
+    return plan.total - plan.parts.get("optimizer step", 0)
 
 
 def parse() -> argparse.Namespace:

@@ -19,10 +19,12 @@ from grass_fx._torch_compat.aot import (
     compile_aot_eager,
     gradient_of_input,
     input_position,
+    is_fake,
     is_tangent,
     look_at_joint_graph,
     nodes_from_input,
     trace_static,
+    without_data,
 )
 from grass_fx._torch_compat.backward import (
     at_end_of_backward,
@@ -121,6 +123,7 @@ __all__ = [
     "fsdp_weight_of_shard",
     "fsdp_weights",
     "input_position",
+    "is_fake",
     "is_tangent",
     "is_multiple",
     "library_call",
@@ -148,4 +151,5 @@ __all__ = [
     "tuning_everything",
     "uncompiled_frames",
     "uses_cuda_graphs",
+    "without_data",
 ]

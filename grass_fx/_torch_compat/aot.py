@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,26 @@ def trace_static(
             for shape, strides, dtype, device in layouts
         ]
         return make_fx(function)(*fakes), fakes
+
+
+def without_data(device: str) -> AbstractContextManager[Any]:
+    """Within it, new tensors have a device, but no data: models of any size take no memory.
+
+    Unlike on the meta device, operators are chosen as on the device that is named.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(torch.device(device))
+        return stack.pop_all()
+
+
+def is_fake(value: Any) -> bool:
+    """Whether it is a tensor without data, made in ``without_data``."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
 
 
 def argument_counts(gm: fx.GraphModule) -> list[int] | None:

@@ -55,6 +55,10 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
         "(fw_compiler, bw_compiler, decompositions, partition_fn)",
         "torch._inductor.decomposition.select_decomp_table",
     ),
+    "models without data": (
+        "torch._subclasses.FakeTensorMode",
+        "torch._subclasses.fake_tensor.FakeTensor",
+    ),
     "tracing the optimizer's update": (
         "torch._subclasses.FakeTensorMode(shape_env, static_shapes)",
         "torch.fx.experimental.proxy_tensor.make_fx",

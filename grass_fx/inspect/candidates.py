@@ -9,33 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from grass_fx.config import GrassConfig, nearest
-from grass_fx.errors import OptionError
-from grass_fx.inspect.cost import LLAMA, LinearCost
+from grass_fx.config import GrassConfig
+from grass_fx.inspect.cost import LinearCost
+from grass_fx.inspect.shapes import named_shapes
 from grass_fx.state.spec import SubspaceSpec
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-def llama_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of the LLaMA called ``name`` in ``inspect.cost.LLAMA``: name -> shape.
-
-    Raises:
-        OptionError: the name is not known.
-    """
-    if name not in LLAMA:
-        raise OptionError(f"shape {name!r} is not known: {nearest(name, list(LLAMA))}")
-    hidden, ffn, layers, vocabulary = LLAMA[name]
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden)}
-    for k in range(layers):
-        for part in ("wq", "wk", "wv", "wo"):
-            shapes[f"layers.{k}.attention.{part}.weight"] = (hidden, hidden)
-        for part in ("gate", "up"):
-            shapes[f"layers.{k}.mlp.{part}.weight"] = (ffn, hidden)
-        shapes[f"layers.{k}.mlp.down.weight"] = (hidden, ffn)
-        for part in ("attention_norm", "mlp_norm"):
-            shapes[f"layers.{k}.{part}.weight"] = (hidden,)
-    return {**shapes, "norm.weight": (hidden,), "head.weight": (vocabulary, hidden)}
 
 
 # Torch modules that use their matrices in other ways than in a plain matrix product or a lookup.
@@ -130,17 +109,20 @@ def of_model(model: nn.Module, config: GrassConfig, dtype: torch.dtype | None) -
 def of_shapes(
     shapes: str | Shapes | Iterable[Sequence[int]], config: GrassConfig, dtype: torch.dtype | None
 ) -> list[Candidate]:
-    """Parameters of these shapes; a name in ``inspect.cost.LLAMA`` has those of that model."""
-    looked_up = set[str]()
+    """Parameters of these shapes; a name in ``inspect.shapes.NAMES`` has those of that model."""
+    looked_up, tied = set[str](), False
     if isinstance(shapes, str):
-        shapes, looked_up = llama_shapes(shapes), {"embed.weight"}
+        shapes, embedding = named_shapes(shapes)
+        head = {"head.weight", "lm_head.weight"} & shapes.keys()
+        looked_up, tied = {embedding}, not head
     elif not isinstance(shapes, Mapping):
         shapes = {str(k): shape for k, shape in enumerate(shapes)}
     itemsize = (dtype or torch.bfloat16).itemsize
     found = []
     for name, shape in shapes.items():
         fit = len(shape) in (2, 3) and config.wants(name) is None
-        each = Candidate(name, (*shape,), itemsize, True, fit, name not in looked_up)
+        multiplied = tied or name not in looked_up
+        each = Candidate(name, (*shape,), itemsize, True, fit, multiplied)
         if name in looked_up:
             each = each.looked_up_in(config)
         found.append(each)

@@ -85,8 +85,10 @@ def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 @contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Undo a forward's changes to buffers and random generators."""
+    from grass_fx._torch_compat import is_fake
+
     registered = [(module, dict(module._buffers)) for module in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    buffers = [(b, b.clone()) for b in model.buffers() if not (b.is_meta or is_fake(b))]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices} or {"cuda"}
     indices = [device.index or 0 for device in devices]

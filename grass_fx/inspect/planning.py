@@ -6,7 +6,7 @@ import bisect
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from grass_fx.config import GrassConfig, check_matched, nearest
 from grass_fx.errors import OptionError
+from grass_fx.inspect.activations import Activations, of_decoder, traced
 from grass_fx.inspect.candidates import Candidate, Shapes, candidates
 from grass_fx.inspect.cost import MOMENTS, LinearCost
+from grass_fx.inspect.shapes import decoder
 from grass_fx.inspect.text import readable
 
 
@@ -35,14 +37,27 @@ class Plan:
     size: int
     """The largest selected dimension."""
     parts: dict[str, int]
-    """Name of a part -> its bytes."""
-    full_total: int
-    """The sum of the same parts at full rank, without the scoring step."""
+    """Name of a part -> its bytes; with several GPUs on each of them."""
+    full_parts: dict[str, int]
+    """The same at full rank, without the scoring step."""
     taken: dict[str, int]
     """Name -> r, for every weight that is assumed to be taken."""
     flops: dict[str, float] | None
     """FLOPs of the taken weights' products in one step, at "full rank" and in the "subspace"."""
     notes: tuple[str, ...]
+    searched: bool = True
+    """Whether the rank was found, not given."""
+    gpus: int = 1
+
+    @property
+    def full_total(self) -> int:
+        """The sum of all parts at full rank, in bytes."""
+        return sum(self.full_parts.values())
+
+    @property
+    def full_rank_fits(self) -> bool:
+        """Whether full rank fits into ``memory``, and no rank is needed."""
+        return self.full_total <= self.memory
 
     @property
     def total(self) -> int:
@@ -56,20 +71,29 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
-        return {**asdict(self), "total": self.total, "fits": self.fits}
+        found = {name: getattr(self, name) for name in ("total", "full_total", "full_rank_fits")}
+        return {**asdict(self), **found, "fits": self.fits}
 
     def __str__(self) -> str:
+        full_fits = self.searched and self.full_rank_fits
+        parts = self.full_parts if full_fits else self.parts
         where = f"{self.rows} of {self.size}"
         rank = f"{self.rank:.6g} ({where})" if isinstance(self.rank, float) else where
         if isinstance(self.rank, Mapping):
             rank = f"by names, {min(self.taken.values())} to {max(self.taken.values())}"
-        rows = [*self.parts.items(), ("sum", self.total), ("memory", self.memory)]
-        rows.append(("at full rank", self.full_total))
+        rows = [*parts.items(), ("sum", sum(parts.values())), ("memory", self.memory)]
+        if not full_fits:
+            rows.append(("at full rank", self.full_total))
         width = max(len(name) for name, _ in rows)
         lines = [f"rank {rank}, {len(self.taken)} weights in the subspace", ""]
+        if full_fits:
+            sizes = f"{self.full_total / 1e9:.3f} GB of {self.memory / 1e9:.3f} GB"
+            lines = [f"full rank fits: {sizes}. Memory needs no smaller rank.", ""]
+        if self.gpus > 1:
+            lines[-1:] = [f"on each of {self.gpus} GPUs, sharded by FSDP2", ""]
         lines.append(f"{'':{width}}  {'GB':>9}  {'GiB':>9}")
         lines += [f"{name:{width}}  {v / 1e9:9.3f}  {v / 2**30:9.3f}" for name, v in rows]
-        if self.flops:
+        if self.flops and not full_fits:
             full, compact = self.flops["full rank"], self.flops["subspace"]
             lines += ["", f"FLOPs of their products per step: {compact:.3e} instead of {full:.3e}"]
         lines += ["", *(f"- {note}" for note in self.notes)]
@@ -112,6 +136,14 @@ def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """How gradients live, and how many processes share everything."""
+
+    in_backward: bool
+    gpus: int
+
+
 def _layer(name: str) -> str:
     """A parameter's layer: "layers.3" for "layers.3.mlp.up.weight"; without a number, its name."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
@@ -119,53 +151,64 @@ def _layer(name: str) -> str:
 
 
 def _measure(
-    parameters: list[Candidate], config: GrassConfig, moments: int, in_backward: bool
+    parameters: list[Candidate], config: GrassConfig, moments: int, setting: _Setting
 ) -> tuple[dict[str, int], dict[str, LinearCost]]:
     """The bytes of each part, without buffers and activations, and the taken weights' costs."""
     taken: dict[str, LinearCost] = {}
-    compact, dense, signs = 0, 0, 0
-    together: Counter[str] = Counter()
-    compact_state = dense_state = inputs = weights = 0
+    compact, dense, signs, scores = 0, 0, 0, 0
+    together, weights = Counter[str](), Counter[str]()
+    compact_state = dense_state = inputs = 0
+    temporary = [0]
     for p in parameters:
         cost = p.cost(config, moments)
-        weights += cost.weight_bytes
+        layer = _layer(p.name)
+        weights[layer] += cost.weight_bytes
         if p.candidate and (rank := config.of(p.name).rank_of(cost.selected)) <= cost.selected:
             cost = taken[p.name] = replace(cost, r=rank)
             compact += cost.gradient_bytes
-            together[_layer(p.name)] += cost.gradient_bytes + cost.sign_bytes
+            together[layer] += cost.gradient_bytes + cost.sign_bytes
             signs += cost.sign_bytes
             compact_state += cost.state_bytes
             inputs += cost.graph_input_bytes
+            scores += cost.score_bytes
         elif p.trains:
             dense += cost.full_gradient_bytes
-            together[_layer(p.name)] += cost.full_gradient_bytes
+            together[layer] += cost.full_gradient_bytes
             dense_state += cost.full_state_bytes
-    if in_backward:  # a graph's gradients exist together, and are freed before the next graph's
+            temporary.append(cost.weight_bytes)
+    n = setting.gpus
+    if setting.in_backward:  # a graph's gradients exist together, and are freed before the next's
         gradients = {"gradients of a layer": max(together.values(), default=0)}
     else:
-        gradients = {"compact gradients": compact, "dense gradients": dense}
+        gradients = {"compact gradients": -(-compact // n), "dense gradients": -(-dense // n)}
         if config.signs_every:
-            gradients["signs"] = signs
+            gradients["signs"] = -(-signs // n)
     parts = {
-        "weights": weights,
+        "weights": -(-weights.total() // n),
         **gradients,
-        "compact state": compact_state,
-        "dense state": dense_state,
+        "compact state": -(-compact_state // n),
+        "dense state": -(-dense_state // n),
         "selections": inputs,
     }
+    if n > 1:  # two layers are gathered, and all that is in no layer; one gradient is not reduced
+        root = sum(size for name, size in weights.items() if not name[-1:].isdigit())
+        layers = [size for name, size in weights.items() if name[-1:].isdigit()]
+        parts["gathered weights"] = 2 * max(layers, default=0) + root
+        if not setting.in_backward:
+            parts["gradients of a layer"] = max(together.values(), default=0)
     if any(cost.scoring for cost in taken.values()):
         transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
-        parts["scoring step"] = transient + sum(cost.score_bytes for cost in taken.values())
+        parts["scoring step"] = transient + scores
+    if taken and moments == MOMENTS["adamw"]:
+        parts["optimizer step"] = -(-max(sum(temporary), 2 * max(temporary)) // n)
     return parts, taken
 
 
-def _full_rank(
-    parameters: list[Candidate], config: GrassConfig, moments: int, in_backward: bool
-) -> int:
-    """The bytes with every parameter dense, and therefore without scoring steps."""
-    dense = [replace(p, candidate=False) for p in parameters]
-    parts, _ = _measure(dense, config, moments, in_backward)
-    return sum(size for name, size in parts.items() if name != "scoring step")
+def _with_activations(parts: dict[str, int], activations: dict[str, int]) -> dict[str, int]:
+    """All parts. Activations are gone when the optimizer's temporary tensors are there."""
+    temporary = parts.pop("optimizer step", 0) - sum(activations.values())
+    more = {"optimizer step": temporary} if temporary > 0 else {}
+    return {**parts, **{name: size for name, size in activations.items() if size}, **more}
 
 
 def _fractions(size: int, block: int) -> list[float]:
@@ -176,6 +219,34 @@ def _fractions(size: int, block: int) -> list[float]:
     return [rows / size for rows in range(unit, size, unit)] or [0.5]
 
 
+def _activations(
+    model: Any, given: Any, inputs: Any, checkpointing: bool, options: Mapping[str, Any]
+) -> tuple[Callable[[GrassConfig | None], dict[str, int]], list[str]]:
+    """The parts that activations are, by options (None: at full rank), and what to say of them."""
+    if inputs is not None:
+        if given is not None or not isinstance(model, nn.Module):
+            raise OptionError("inputs: give them with a module, and without activations.")
+        named = inputs if isinstance(inputs, Mapping) else {}
+        args = () if named else tuple(inputs)
+        try:
+            full, compact = traced(model, args, named, options)
+            note = "activations are counted by explain, at its default rank"
+        except Exception as error:
+            full = compact = activation_bytes(model, *args, **named)
+            note = "activations are those of an eager forward, a compiled one keeps fewer"
+            note += f"; the model was not traced: {type(error).__name__}"
+        return lambda config: {"activations": full if config is None else compact}, [note]
+    if isinstance(given, Activations):
+        again = ", each layer checkpointed" if checkpointing else ""
+        return lambda config: given.parts(config, checkpointing), [given.how + again]
+    if given is not None:
+        size = parse_memory(given)
+        return lambda config: {"activations": size}, []
+    return lambda config: {}, [
+        "activations are not counted: give tokens of a model with a name, activations, or inputs"
+    ]
+
+
 def plan(
     model: nn.Module | str | Shapes | Iterable[Sequence[int]],
     memory: int | str,
@@ -184,9 +255,11 @@ def plan(
     tokens: int | None = None,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
-    activations: int | str | None = None,
-    inputs: Sequence[Any] | None = None,
+    activations: int | str | Activations | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    checkpointing: bool = False,
     in_backward: bool = False,
+    gpus: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Find the largest rank with which training fits into ``memory``, and what uses that memory.
@@ -202,19 +275,25 @@ def plan(
 
     Args:
         model: a module on any device; on the meta device it needs no memory. Or shapes, as
-            {name: (m, n)} or a sequence of (m, n), or a name in ``inspect.cost.LLAMA``.
+            {name: (m, n)} or a sequence of (m, n), or a name in ``inspect.shapes.NAMES``.
         memory: bytes, or a string such as "40GB" (decimal) or "24GiB" (binary).
         rank: plan with this rank instead of the largest; values as for the backend's ``rank``,
             {pattern: value} among them.
-        tokens: b, the tokens of one step; needed only for FLOPs.
+        tokens: b, the tokens of one forward, for FLOPs, and for the activations of a model that is
+            known by name.
         dtype: the dtype of the parameters. None keeps their own; for shapes it is bfloat16.
         optimizer: "adamw", "momentum" or "sgd", with 2, 1 or 0 moments.
-        activations: bytes of activations, in the forms that ``memory`` takes.
-        inputs: the model's inputs, instead of ``activations``, to measure activations with
-            :func:`activation_bytes`.
+        activations: bytes of activations, in the forms that ``memory`` takes, or counted ones
+            (``inspect.activations``).
+        inputs: the model's inputs, instead of ``activations``: a sequence, or a dict of keyword
+            arguments. What the graphs save is counted as by :func:`grass_fx.explain`; if the model
+            cannot be traced, it is what an eager forward saves.
+        checkpointing: each layer is checkpointed. Not with ``inputs``, where the model decides.
         in_backward: plan for ``grass_fx.step_in_backward`` with layers that are compiled one by
             one. Then gradients exist for one layer at a time, where a layer is all parameters whose
             names agree up to the first number. In one graph of the whole model all exist together.
+        gpus: processes of FSDP2, each with a GPU. They share weights, gradients and state; each has
+            the activations of its own tokens, two gathered layers, and a layer's gradients.
         options: the backend's options, without ``rank``.
 
     Raises:
@@ -225,20 +304,22 @@ def plan(
         raise OptionError("options: give rank as an argument of plan, or leave it to be found.")
     if optimizer not in MOMENTS:
         raise OptionError(f"optimizer={optimizer!r} is not known: {nearest(optimizer, [*MOMENTS])}")
-    config, moments, other = GrassConfig.from_options(options), MOMENTS[optimizer], {}
+    if not isinstance(gpus, int) or gpus < 1:
+        raise OptionError(f"gpus={gpus!r} must be a number of processes, 1 or more.")
+    config, moments = GrassConfig.from_options(options), MOMENTS[optimizer]
+    setting = _Setting(in_backward, gpus)
     notes = ["which weights are taken is an estimate, made without tracing the model"]
-    if isinstance(model, nn.Module):
-        other["buffers"] = sum(buffer.nbytes for buffer in model.buffers())
+    buffers = sum(b.nbytes for b in model.buffers()) if isinstance(model, nn.Module) else 0
     parameters = candidates(model, config, dtype)
-    if inputs is not None:
-        if activations is not None or not isinstance(model, nn.Module):
-            raise OptionError("inputs: give them with a module, and without activations.")
-        other["activations"] = activation_bytes(model, *inputs)
-        notes.append("activations are those of an eager forward; a compiled one keeps fewer")
-    elif activations is not None:
-        other["activations"] = parse_memory(activations)
-    else:
-        notes.append("activations are not counted: give activations, or inputs of the model")
+    if isinstance(model, str) and tokens and activations is None and inputs is None:
+        activations = of_decoder(decoder(model), tokens, (dtype or torch.bfloat16).itemsize)
+    if checkpointing and not isinstance(activations, Activations):
+        raise OptionError(
+            "checkpointing: it counts only for a model that is known by name, with tokens, or for "
+            "--hf. With inputs the model's own checkpointing counts."
+        )
+    saved_at, note = _activations(model, activations, inputs, checkpointing, options)
+    notes += note
     names = [p.name for p in parameters]
     asked: Any = config.rank if rank is None else rank
     matrices = [p.name for p in parameters if len(p.shape) > 1]
@@ -247,29 +328,38 @@ def plan(
     if not sizes:
         raise OptionError("there is no linear weight to take: look at include and exclude.")
 
-    def parts_at(rank: Any) -> dict[str, int]:
-        ranked = replace(config, rank=rank)
-        parts, _ = _measure(parameters, ranked, moments, in_backward)
-        return {**parts, **{name: size for name, size in other.items() if size}}
+    def total_of(
+        ranked: GrassConfig, parameters: list[Candidate], full: bool = False
+    ) -> dict[str, int]:
+        parts, _ = _measure(parameters, ranked, moments, setting)
+        if full:  # without scoring steps
+            parts.pop("scoring step", None)
+        parts |= {"buffers": buffers} if buffers else {}
+        return _with_activations(parts, saved_at(None if full else ranked))
 
+    def parts_at(rank: Any) -> dict[str, int]:
+        return total_of(replace(config, rank=rank), parameters)
+
+    dense = [replace(p, candidate=False) for p in parameters]
+    full = {name: n for name, n in total_of(config, dense, full=True).items() if n}
+    searched = rank is None
     if rank is None:
         blocks = [config.of(p.name).block for p in parameters if p.candidate]
         fractions = _fractions(max(sizes), max(blocks))
         count = bisect.bisect_right(fractions, available, key=lambda f: sum(parts_at(f).values()))
-        if count == 0:
+        if count == 0 and sum(full.values()) > available:
             raise OptionError(
                 f"memory={memory!r} is too little: the smallest rank, {fractions[0]:.6g}, needs "
                 f"{sum(parts_at(fractions[0]).values()) / 1e9:.3f} GB. Use a smaller dtype, "
                 "gradient checkpointing, fewer tokens, or layers compiled one by one with "
                 "grass_fx.step_in_backward."
             )
-        rank = fractions[count - 1]
+        rank = fractions[max(count - 1, 0)]
     given: Any = rank
     config = replace(config, rank=given)
-    _, taken = _measure(parameters, config, moments, in_backward)
+    _, taken = _measure(parameters, config, moments, setting)
     if not taken:
         raise OptionError(f"rank={rank} exceeds the selected dimension of every weight.")
-    full = _full_rank(parameters, config, moments, in_backward)
     flops = None
     if tokens is not None:
         multiplied = {p.name for p in parameters if p.multiplied}
@@ -280,22 +370,28 @@ def plan(
         }
         if any(cost.matrices > 1 for cost in costs):
             notes.append("each matrix of a stack is counted with all tokens, as if it met them all")
-    if not config.lookups:
-        both = (config, replace(config, lookups=True))
-        dense, compact = (
-            sum(_measure(candidates(model, each, dtype), each, moments, in_backward)[0].values())
-            for each in both
+    if not config.lookups and not (searched and sum(full.values()) <= available):
+        plain, compact = (
+            sum(size for name, size in parts.items() if name != "optimizer step")
+            for parts in (
+                total_of(each, candidates(model, each, dtype))
+                for each in (config, replace(config, lookups=True))
+            )
         )
-        if (saved := dense - compact) > 0:
+        if (saved := plain - compact) > 0:
             less = readable(saved, "bytes")
             notes.append(f"embeddings train dense; lookups=True takes them, {less} less")
+    if gpus > 1:
+        notes.append(
+            f"weights, gradients and state are divided by {gpus}; activations are those of each GPU"
+        )
     if in_backward:
         notes.append("gradients: as if layers were compiled one by one")
     if "gradient" in config.scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
     largest = max(taken.values(), key=lambda cost: (cost.selected, cost.r))
     ranks = {name: cost.r for name, cost in taken.items()}
-    sums = full + sum(other.values())
     return Plan(
-        available, rank, largest.r, largest.selected, parts_at(rank), sums, ranks, flops, (*notes,)
-    )
+        available, rank, largest.r, largest.selected, parts_at(rank), full, ranks, flops, (*notes,),
+        searched, gpus,
+    )  # fmt: skip

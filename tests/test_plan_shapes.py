@@ -1,0 +1,206 @@
+"""`plan` for models by name, a config.json, or a function: shapes, activations, full rank."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import grass_fx
+from grass_fx.__main__ import main
+from grass_fx.config import GrassConfig
+from grass_fx.errors import OptionError
+from grass_fx.inspect import hf
+from grass_fx.inspect.activations import of_decoder, of_layers, traced
+from grass_fx.inspect.explain import explain
+from grass_fx.inspect.shapes import ALIASES, DECODERS, Decoder, decoder, named_shapes
+from llama import build
+
+PARAMETERS = {  # as published
+    "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824, "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B": 70_553_706_496, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-0.6B": 596_049_920, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200, "Qwen3-32B": 32_762_123_264, "Gemma-2-2B": 2_614_341_888,
+    "Gemma-2-9B": 9_241_705_984, "Gemma-3-270M": 268_098_176, "Gemma-3-1B": 999_885_952,
+    "Mistral-7B": 7_241_732_096, "Mixtral-8x7B": 46_702_792_704, "Llama-3-8B": 8_030_261_248,
+}  # fmt: skip
+CLASSES = {
+    "Llama-3.1-8B": "LlamaConfig", "Llama-3.2-1B": "LlamaConfig", "Qwen2.5-7B": "Qwen2Config",
+    "Qwen3-8B": "Qwen3Config", "Gemma-2-2B": "Gemma2Config", "Gemma-3-1B": "Gemma3TextConfig",
+    "Mistral-7B": "MistralConfig", "Mixtral-8x7B": "MixtralConfig",
+}  # fmt: skip
+TINY = Decoder(320, 64, 160, 3, 4, 2, 16)
+
+
+def config_of(it, kind):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, kind)(
+        vocab_size=it.vocab, hidden_size=it.hidden, intermediate_size=it.ffn,
+        num_hidden_layers=it.layers, num_attention_heads=it.heads, num_key_value_heads=it.kv_heads,
+        head_dim=it.head_dim, tie_word_embeddings=it.tied,
+        **({"num_local_experts": it.experts} if it.experts else {}),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What save_pretrained writes of a small model's configuration."""
+    path = tmp_path_factory.mktemp("model")
+    config_of(TINY, "LlamaConfig").save_pretrained(path)
+    return str(path)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*DECODERS])
+def test_named_models_have_the_published_number_of_parameters(name):
+    shapes, embedding = named_shapes(name.lower())
+    assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
+    assert embedding in shapes
+
+
+@pytest.mark.parametrize("name", [*CLASSES])
+def test_named_models_have_the_parameters_of_transformers(name):
+    it = decoder(name)
+    model = hf.build(config_of(it, CLASSES[name]), None, layers=1)
+    shapes, _ = named_shapes(name)
+    first = {key: shape for key, shape in shapes.items() if ".layers." not in key}
+    first |= {key: shape for key, shape in shapes.items() if ".layers.0." in key}
+    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == first
+
+
+def test_short_names_and_capitals_do_not_matter():
+    for short, name in ALIASES.items():
+        assert decoder(short) is decoder(name) is decoder(name.upper())
+
+
+def test_unknown_names_list_the_known_ones(capsys):
+    assert main(["plan", "--memory", "24GB", "--shape", "qwen3-8c"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean 'Qwen3-8B'" in told and "Llama-3.3-70B" in told and "--hf PATH" in told
+
+
+def test_help_is_plain_text_with_real_flags_only(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    told = capsys.readouterr().out
+    assert "`" not in told and ":func:" not in told and "Args:" not in told
+    for flag in ("--shape", "--hf", "--model", "--gpus", "--checkpointing", "--tokens"):
+        assert flag in told
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def test_full_rank_that_fits_is_said_to_fit():
+    fits = grass_fx.plan("llama-1b", "24GB")
+    assert fits.full_rank_fits and fits.full_total == sum(fits.full_parts.values())
+    assert str(fits).startswith("full rank fits: 10.713 GB of 24.000 GB.")
+    assert "weights in the subspace" not in str(fits)
+    asked = grass_fx.plan("llama-1b", "24GB", rank=0.25)
+    assert "weights in the subspace" in str(asked)
+    less = grass_fx.plan("llama-1b", "8GB")
+    assert not less.full_rank_fits and str(less).startswith("rank ")
+    assert less.to_dict()["full_rank_fits"] is False
+
+
+def test_activations_count_into_what_fits():
+    plans = [grass_fx.plan("llama-7b", "40GB", tokens=tokens) for tokens in (None, 2048)]
+    assert plans[1].rank < plans[0].rank and plans[1].total <= plans[1].memory
+    assert plans[1].parts["logits"] == 2 * 2 * 2048 * 32000
+    again = grass_fx.plan("llama-7b", "40GB", tokens=2048, checkpointing=True)
+    assert again.rank > plans[1].rank
+    assert again.parts["activations"] < plans[1].parts["activations"] / 5
+    with pytest.raises(OptionError, match="checkpointing"):
+        grass_fx.plan([(64, 64)], "1MB", checkpointing=True)
+
+
+def test_several_gpus_share_all_but_activations():
+    alone, shared = (
+        grass_fx.plan("llama-8b", "80GB", rank=0.25, tokens=512, gpus=gpus) for gpus in (1, 8)
+    )
+    for part in ("weights", "compact gradients", "dense gradients", "compact state"):
+        assert shared.parts[part] == -(-alone.parts[part] // 8)
+    assert shared.parts["activations"] == alone.parts["activations"]
+    layer = {n: s for n, s in named_shapes("llama-8b")[0].items() if ".layers.0." in n}
+    root = 2 * 128256 * 4096 + 4096
+    gathered = 2 * (2 * sum(map(math.prod, layer.values())) + root)
+    assert shared.parts["gathered weights"] == gathered
+    assert "divided by 8" in str(shared) and "on each of 8 GPUs" in str(shared)
+    with pytest.raises(OptionError, match="gpus=0"):
+        grass_fx.plan("llama-8b", "80GB", gpus=0)
+
+
+MEASURED = [  # GiB on an H100 at 1 x 256 tokens, docs/benchmarks.md: "Memory on a GPU"
+    ("llama-13b", 0.125, False, 35.77), ("llama-13b", 64, False, 27.69),
+    ("llama-7b", 0.125, False, 19.10), ("llama-7b", 0.125, True, 17.18),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rank", "in_backward", "gib"), MEASURED)
+def test_plans_are_what_a_gpu_took(name, rank, in_backward, gib):
+    plan = grass_fx.plan(
+        name, "40GB", rank=rank, tokens=256, checkpointing=True, in_backward=in_backward,
+        options={"exclude": ["head*"]},
+    )  # fmt: skip
+    assert plan.total / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def test_tracing_without_data_counts_what_explain_counts():
+    model, tokens = build("smoke"), torch.randint(256, (2, 32))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    options = {"rank": 0.25}
+    assert (
+        traced(model, [tokens], {}, options) == explain(model, tokens, options=options).activations
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_the_formula_is_what_tracing_counts():
+    it = Decoder(320, 1024, 2816, 3, 16, 4, 64)
+    config, options = config_of(it, "LlamaConfig"), {"rank": 0.25}
+    sizes = {"hidden": it.hidden, "vocab": it.vocab, "itemsize": 2}
+    counted = of_layers(lambda k: hf.build(config, None, k), 3, sizes, (1, 512), options)
+    formula, ranked = of_decoder(it, 512, 2), GrassConfig.from_options(options)
+    for checkpointing in (False, True):
+        for given in (None, ranked):
+            found, told = (sum(a.parts(given, checkpointing).values()) for a in (formula, counted))
+            assert found == pytest.approx(told, rel=0.03), (checkpointing, given)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_a_config_of_transformers_is_planned(folder, capsys):
+    given = ["--memory", "3MB", "--tokens", "1x64", "--rank", "16", "--json"]
+    for path, more in ((folder, []), (f"{folder}/config.json", ["--activations", "1kB"])):
+        main(["plan", "--hf", path, *given, *more])
+        found = json.loads(capsys.readouterr().out)
+        assert found["parts"]["weights"] == 2 * sum(map(math.prod, TINY.shapes().values()))
+        assert found["parts"]["activations"] > 0
+        assert any("counted by explain" in note for note in found["notes"]) == (not more)
+
+
+def test_a_missing_config_or_library_is_told(tmp_path, folder, capsys, monkeypatch):
+    assert main(["plan", "--memory", "1GB", "--hf", str(tmp_path)]) == 2
+    assert "there is no" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["plan", "--memory", "1GB", "--hf", folder]) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_function_is_planned_with_activations(capsys):
+    given = ["plan", "--memory", "1GB", "--model", "llama:build", "--inputs", "2x64:int64:256"]
+    assert main([*given, "--json", "--rank", "0.25"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = build()
+    assert found["parts"]["weights"] == sum(p.nbytes for p in model.parameters())
+    kept = explain(model, torch.zeros(2, 64, dtype=torch.int64), options={"rank": 0.25}).activations
+    assert (found["full_parts"]["activations"], found["parts"]["activations"]) == kept
