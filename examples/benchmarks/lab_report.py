@@ -244,7 +244,8 @@ def longer_table(plan: Plan) -> str:
         head = "tied" if dense.tied else "of its own"
         for job in (dense, *ways):
             kind, over = job.lookups or "dense", 100 * (plan.loss(job) / plan.loss(dense) - 1)
-            of = f"{fraction(job.lookup_rank)} | {job.lookup_every}" if job.lookups else " | "
+            by_columns = job.lookups not in ("", "factored")
+            of = f"{fraction(job.lookup_rank)} | {job.lookup_every}" if by_columns else " | "
             lines.append(
                 f"| {head} | {job.steps} | {job.seed} | {kind} | {of} | {plan.loss(job):.3f} "
                 f"| {over:+.1f} % |"
