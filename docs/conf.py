@@ -2,9 +2,9 @@
 
 Sphinx reads the same Markdown files that read well in a repository browser. Its source folder is
 the repository, so that links such as ``../README.md`` and ``../examples/zoo.py`` are what they are
-there: README and CONTRIBUTING are pages of the site, other files are copied beside it. Nothing is
-fetched while it builds, and no page loads anything from elsewhere: `check_offline` warns if one
-does, and warnings are errors.
+there: README, CONTRIBUTING and CHANGELOG are pages of the site, other files are copied beside it.
+Nothing is fetched while it builds, and no page loads anything from elsewhere: `check_offline` warns
+if one does, and warnings are errors.
 """
 
 import re
@@ -26,7 +26,7 @@ version = release = grass_fx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "README.md", "CONTRIBUTING.md"]
+include_patterns = ["docs/**.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 highlight_language = "none"  # an indented block is a command or what one prints
 nitpicky = True
 
@@ -38,10 +38,10 @@ autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 # Types of the standard library and of torch have their pages elsewhere, and are not fetched;
-# two helpers that docstrings refer to are no part of the API.
+# what else docstrings refer to is no part of the API.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|os|pathlib|sympy|Tensor|Any|Optimizer)\b.*"),
-    ("py:func", "matrix|activation_bytes"),
+    ("py:(func|class)", r"matrix|activation_bytes|grass_fx\.inspect\.activations\.Activations"),
 ]
 
 html_theme = "furo"

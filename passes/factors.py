@@ -34,19 +34,24 @@ def product_below(
             return args[0], args[1], dim
         if g.target is aten.bmm.default and g.meta["val"].shape[0] == 1 and dim > 0:
             return args[0], args[1], dim - 1
-        if g.target is aten.permute.default:
-            dim = args[1][dim]
-        elif g.target is aten.t.default:
-            dim = 1 - dim
-        elif g.target in RESHAPES:
-            below = dim_below_reshape(args[0].meta["val"].shape, g.meta["val"].shape, dim)
-            if below is None:
-                return None
-            dim = below
-        elif g.target not in (*CONVERSIONS, *COPIES):
+        below = one_below(g, dim)
+        if below is None:
             return None
-        g, user = args[0], user and g
+        g, dim, user = *below, user and g
     return None
+
+
+def one_below(g: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
+    """What a view, copy or conversion is made of, and what ``dim`` is there; None of others."""
+    x, *args = cast("tuple[Any, ...]", g.args)
+    if g.target is aten.permute.default:
+        return x, args[0][dim]
+    if g.target is aten.t.default:
+        return x, 1 - dim
+    if g.target in RESHAPES:
+        below = dim_below_reshape(x.meta["val"].shape, g.meta["val"].shape, dim)
+        return None if below is None else (x, below)
+    return (x, dim) if g.target in (*CONVERSIONS, *COPIES) else None
 
 
 def matrix_of(graph: fx.Graph, x: fx.Node) -> fx.Node:

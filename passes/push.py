@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from grass_fx.ops import SELECT
 
@@ -83,7 +84,7 @@ def planned_in(arguments: Any) -> Iterator[Planned]:
 
 def insert(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a node before another one; it gets its own value and the other node's origin."""
-    with before.meta["val"].fake_mode:
+    with tree_leaves(before.meta["val"])[0].fake_mode:  # an operator may return several
         value = target(*values(args), **values(kwargs))
     return _insert(before, target, args, kwargs, value)
 

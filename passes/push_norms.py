@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from grass_fx.ops import MM_SQUARED_NORMS, SELECT, SQUARED_NORMS
-from grass_fx.passes.factors import matrix_of, product_below
+from grass_fx.passes.factors import matrix_of, one_below, product_below
 from grass_fx.passes.facts import JointFacts, Result
 from grass_fx.passes.push import insert, make_early
 from grass_fx.passes.taps import INPUT
@@ -83,8 +83,8 @@ def push_norms_pass(graph: fx.Graph, facts: JointFacts) -> Result:
 def _take_factors(norms: fx.Node, result: Result) -> None:
     """Replace norms of a gradient by those of the factors from which it is selected."""
     g, dim, _ = cast("tuple[Any, ...]", norms.args)
-    summands = _summands(g)
-    found = [product for part in summands if (product := product_below(part, dim, None))]
+    summands = _summands(g, dim)
+    found = [product for part in summands if (product := product_below(*part, None))]
     if len(found) < len(summands):
         indices = _indices_beside(g)
         result.stopped[norms if indices is None else indices] = NO_PRODUCT
@@ -100,13 +100,19 @@ def _take_factors(norms: fx.Node, result: Result) -> None:
     result.rewritten.append(new)
 
 
-def _summands(g: fx.Node) -> list[fx.Node]:
-    """The addends of a weight gradient that sums several uses, else the gradient."""
-    if g.target is aten.add.Tensor and not g.kwargs:
-        a, b = g.args
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            return [*_summands(a), *_summands(b)]
-    return [g]
+def _summands(g: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
+    """The addends of a gradient that sums several uses, else itself; and what ``dim`` is there."""
+    x, along = g, dim
+    while x.op == "call_function":
+        if x.target is aten.add.Tensor and not x.kwargs:
+            a, b = x.args
+            if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                return [*_summands(a, along), *_summands(b, along)]
+        below = one_below(x, along)
+        if below is None:
+            break
+        x, along = below
+    return [(g, dim)]
 
 
 def _indices_beside(g: fx.Node) -> fx.Node | None:

@@ -16,6 +16,9 @@ from grass_fx.passes.push import insert
 
 aten = torch.ops.aten
 
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default)
+TURNS = (aten.permute.default, aten.t.default, aten.transpose.int)
+
 Key = tuple[fx.Node, str]
 """A tensor, and the views of it that lead to another: equal for nodes with equal values."""
 
@@ -40,13 +43,14 @@ def read_padded_pass(graph: fx.Graph, facts: JointFacts) -> Result:
         mm_1 = torch.ops.aten.mm.default(permute_1, select)
 
     The slice is a view, and its rows begin at multiples of 16 bytes. This is done for the operators
-    of grass_fx and for the products with what they select. A gather of the forward reads no copy
-    that the backward makes. Rewritten: the readers.
+    of grass_fx and for the products with what they select, if the copy is made for products alone.
+    A model's own padding stays. A gather of the forward reads no copy that the backward makes.
+    Rewritten: the readers.
     """
     result = Result()
     padded: dict[Key, list[fx.Node]] = {}
     for pad in graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default):
-        if all(size >= 0 for size in cast("list[int]", pad.args[1])):
+        if _is_of_products(pad):
             padded.setdefault(_key(pad.all_input_nodes[0]), []).append(pad)
     if not padded:
         return result
@@ -73,6 +77,13 @@ def _readers(graph: fx.Graph) -> Iterator[fx.Node]:
             yield node
 
 
+def _is_of_products(pad: fx.Node) -> bool:
+    """Whether products alone use a padded copy, and constant sizes are added."""
+    sizes = cast("list[Any]", pad.args[1])
+    constant = all(isinstance(size, int) and size >= 0 for size in sizes)
+    return constant and all(user.target in PRODUCTS for user in pad.users)
+
+
 def _key(x: fx.Node) -> Key:
     base, *views = views_of(x)
     return base, str([(view.target, view.args[1:], view.kwargs) for view in views])
@@ -84,6 +95,8 @@ def _copy_of(
     """The part of a padded copy that equals ``x``, in front of ``reader``; None without a copy."""
     views = views_of(x)
     for place in reversed(range(len(views))):
+        if any(view.target not in TURNS for view in views[place + 1 :]):
+            return None  # of a part of a tensor such a view may not exist
         for pad in padded.get(_key(views[place]), ()):
             if pad in backward and reader not in backward:
                 continue

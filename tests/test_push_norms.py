@@ -255,6 +255,11 @@ def summed(d, x):
     return aten.add.Tensor(one, aten.permute.default(two, [1, 0]))
 
 
+def turned(d, x):
+    """One transposed and converted sum, as of a weight that is turned once and used twice."""
+    return prims.convert_element_type.default(aten.permute.default(summed(x, d), [1, 0]), d.dtype)
+
+
 def converted(d, x):
     g = aten.mm.default(aten.permute.default(d, [1, 0]), x)
     return prims.convert_element_type.default(g, torch.float32)
@@ -267,8 +272,8 @@ def batched(d, x):
 
 @pytest.mark.parametrize(
     ("function", "times"),
-    [(summed, 2), (converted, 1), (batched, 1)],
-    ids=["sum", "conversion", "batch"],
+    [(summed, 2), (turned, 2), (converted, 1), (batched, 1)],
+    ids=["sum", "turned sum", "conversion", "batch"],
 )
 @pytest.mark.parametrize("dim", [0, 1])
 def test_the_factor_is_found_below_sums_conversions_and_batches(function, times, dim):

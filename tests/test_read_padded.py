@@ -13,7 +13,7 @@ from grass_fx.ops import SELECT, SELECTED_MM
 from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.pipeline import LATE, GrassPasses
 from grass_fx.passes.read_padded import read_padded_pass
-from helpers import text
+from helpers import Captured, text
 
 aten = torch.ops.aten
 B, M, N, R = 6, 5, 8, 3
@@ -76,13 +76,17 @@ def forward(self, x_1, d_1, w_1, indices_1):
 
 def both(x, d, w, indices):
     """Padded in both dimensions, on both sides, and read through a permutation."""
-    pad = padded(x, 1, 2, 3, 0)
-    return pad.sum(), SELECTED_MM(aten.t.default(d), x, indices, None, 1)
+    other = torch.ones(N + 3, 2, dtype=x.dtype)
+    return aten.mm.default(padded(x, 1, 2, 3, 0), other), SELECTED_MM(
+        aten.t.default(d), x, indices, None, 1
+    )
 
 
 def stack(x, d, w, indices):
-    pads = aten.constant_pad_nd.default(x.view(2, 3, N), [0, 1])
-    return pads, SELECT(x.view(2, 3, N), indices, None, 2)
+    x = x.view(2, 3, N)
+    pads = aten.constant_pad_nd.default(x, [0, 1])
+    other = torch.ones(2, N + 1, 2, dtype=x.dtype)
+    return aten.bmm.default(pads, other), SELECT(x, indices, None, 2)
 
 
 @pytest.mark.parametrize("function", [both, stack])
@@ -94,20 +98,23 @@ def test_padding_in_any_dimension_is_left_out(function):
 
 
 def of_another(x, d, w, indices):
-    return padded(w, 0, 3), SELECTED_MM(aten.t.default(d), x, indices, None, 1)
+    return aten.mm.default(padded(w, 0, 3), d.t().new_ones(N + 3, 2)), SELECTED_MM(
+        aten.t.default(d), x, indices, None, 1
+    )
 
 
 def through_another_view(x, d, w, indices):
     pads = padded(aten.view.default(x, [N, B]), 0, 2)
-    return pads, SELECT(x, indices, None, 1)
+    return aten.mm.default(pads, x.new_ones(B + 2, 2)), SELECT(x, indices, None, 1)
 
 
 def cut(x, d, w, indices):
-    return padded(x, 0, -3), SELECT(x, indices, None, 1)
+    return aten.mm.default(padded(x, 0, -3), x.new_ones(N - 3, 2)), SELECT(x, indices, None, 1)
 
 
 def dense(x, d, w, indices):
-    return padded(x, 0, 3), aten.mm.default(aten.t.default(d), x)
+    pads = padded(x, 0, 3)
+    return aten.mm.default(pads, x.new_ones(N + 3, 2)), aten.mm.default(aten.t.default(d), x)
 
 
 def early(x, tangents_1, w, indices):
@@ -124,7 +131,30 @@ def inference(x, d, w, indices):
     return aten.mm.default(padded(x, 0, 3), padded(aten.t.default(w), 0, 0, 0, 3))
 
 
-OTHERS = [of_another, through_another_view, cut, dense, early, unpadded, inference]
+def for_others_too(x, d, w, indices):
+    """A model's own padding, which is no copy for a product."""
+    return padded(x, 0, 3).sum(0), SELECT(x, indices, None, 1)
+
+
+def through_a_reshape(x, d, w, indices):
+    """Of a part of the padded tensor that view does not exist."""
+    x = x.view(2, 3, N)
+    pads = aten.constant_pad_nd.default(x, [0, 0, 1, 0])
+    product = aten.bmm.default(pads, w.t().expand(2, N, M))
+    return product, SELECT(aten.view.default(x, [B, N]), indices, None, 1)
+
+
+OTHERS = [
+    for_others_too,
+    through_a_reshape,
+    of_another,
+    through_another_view,
+    cut,
+    dense,
+    early,
+    unpadded,
+    inference,
+]
 
 
 @pytest.mark.parametrize("function", OTHERS)
@@ -158,6 +188,29 @@ class Gated(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
+class Shifted(nn.Module):
+    """A model that pads in time what a layer reads, by as much as its other input says."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x, by):
+        x = torch.tanh(self.embed(x))
+        shifted = nn.functional.pad(x, (0, 0, by.shape[0], 0))[:, : x.shape[1]]
+        return self.layer(x).sum() + (shifted * x).sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_models_own_padding_stays(dynamic):
+    model, x, by = Shifted().double(), torch.randn(3, 4, 6).double(), torch.ones(2)
+    torch.compile(model, backend=Captured(rank=4), dynamic=dynamic)(x, by).backward()
+    weights = [model.embed.weight, model.layer.weight]
+    full = torch.autograd.grad(model(x, by), weights)
+    for w, g in zip(weights, full, strict=True):
+        torch.testing.assert_close(w.grad.compact, w.grad.selection.project(g))
+
+
 @pytest.mark.parametrize("ffn", [5461, 11008, 13824, 5504])
 def test_nothing_is_stored_twice_where_inductor_pads(ffn):
     pytest.importorskip("triton")
@@ -177,6 +230,7 @@ def test_nothing_is_stored_twice_where_inductor_pads(ffn):
         return tuple(sum(math.prod(m.shape) in sizes for m in memories) for memories in kinds)
 
     full, grass = passes(None), passes({"rank": 0.125})
+    assert passes({"rank": 0.125, "rest": "sign"})[2] <= full[2]
     # gate, up and their product; their gradients, at full rank once for each of two products, and
     # twice more to fill the padding of each
     assert (full[2], grass[2]) == ((12 if odd else 6), 6)
