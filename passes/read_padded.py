@@ -78,10 +78,19 @@ def _readers(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _is_of_products(pad: fx.Node) -> bool:
-    """Whether products alone use a padded copy, and constant sizes are added."""
-    sizes = cast("list[Any]", pad.args[1])
-    constant = all(isinstance(size, int) and size >= 0 for size in sizes)
-    return constant and all(user.target in PRODUCTS for user in pad.users)
+    """Whether a copy is padded as Inductor does: for products alone, and constant sizes at ends."""
+    return all(user.target in PRODUCTS for user in pad.users) and all(
+        left == 0 and isinstance(right, int) and right >= 0 and isinstance(size, int)
+        for left, right, size in _padding(pad)
+        if left != 0 or right != 0
+    )
+
+
+def _padding(pad: fx.Node) -> Iterator[tuple[Any, Any, Any]]:
+    """(left, right) of the last dimension and its size before, of the dimension before, ..."""
+    x, sizes = cast("tuple[fx.Node, list[Any]]", pad.args[:2])
+    shape = reversed(x.meta["val"].shape)
+    return zip(sizes[::2], sizes[1::2], shape, strict=False)
 
 
 def _key(x: fx.Node) -> Key:
@@ -109,12 +118,8 @@ def _copy_of(
 
 def _unpadded(pad: fx.Node, reader: fx.Node) -> fx.Node:
     """A view of a padded copy, which leaves the padding out."""
-    x, sizes = cast("tuple[Any, list[int]]", pad.args[:2])
-    copy = pad
-    for k in range(0, len(sizes), 2):  # (left, right) of the last dimension, then the one before
-        dim = pad.meta["val"].dim() - 1 - k // 2
-        left, right = sizes[k : k + 2]
-        if left or right:
-            end = left + x.meta["val"].shape[dim]
-            copy = insert(reader, aten.slice.Tensor, copy, dim, left, end)
+    copy, last = pad, pad.meta["val"].dim() - 1
+    for k, (_, right, size) in enumerate(_padding(pad)):
+        if right:
+            copy = insert(reader, aten.slice.Tensor, copy, last - k, 0, size)
     return copy

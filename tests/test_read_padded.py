@@ -75,9 +75,9 @@ def forward(self, x_1, d_1, w_1, indices_1):
 
 
 def both(x, d, w, indices):
-    """Padded in both dimensions, on both sides, and read through a permutation."""
+    """Padded in both dimensions, and read through a permutation."""
     other = torch.ones(N + 3, 2, dtype=x.dtype)
-    return aten.mm.default(padded(x, 1, 2, 3, 0), other), SELECTED_MM(
+    return aten.mm.default(padded(x, 0, 3, 0, 2), other), SELECTED_MM(
         aten.t.default(d), x, indices, None, 1
     )
 
@@ -131,6 +131,11 @@ def inference(x, d, w, indices):
     return aten.mm.default(padded(x, 0, 3), padded(aten.t.default(w), 0, 0, 0, 3))
 
 
+def in_front(x, d, w, indices):
+    """Inductor pads at the end."""
+    return aten.mm.default(padded(x, 3, 0), x.new_ones(N + 3, 2)), SELECT(x, indices, None, 1)
+
+
 def for_others_too(x, d, w, indices):
     """A model's own padding, which is no copy for a product."""
     return padded(x, 0, 3).sum(0), SELECT(x, indices, None, 1)
@@ -145,6 +150,7 @@ def through_a_reshape(x, d, w, indices):
 
 
 OTHERS = [
+    in_front,
     for_others_too,
     through_a_reshape,
     of_another,
@@ -198,7 +204,8 @@ class Shifted(nn.Module):
     def forward(self, x, by):
         x = torch.tanh(self.embed(x))
         shifted = nn.functional.pad(x, (0, 0, by.shape[0], 0))[:, : x.shape[1]]
-        return self.layer(x).sum() + (shifted * x).sum()
+        flat = nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 3))  # as a product's factor
+        return self.layer(x).sum() + (shifted * x).sum() + (flat @ flat.new_ones(8, 2)).sum()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
