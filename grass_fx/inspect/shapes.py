@@ -108,9 +108,9 @@ def decoder(name: str) -> Decoder:
     if found:
         return DECODERS[found]
     close = nearest(name, [*NAMES, *ALIASES])
-    close = f"{close} " if close.startswith("did") else ""
+    close = f": {close}" if close.startswith("did") else "."
     raise OptionError(
-        f"shape {name!r} is not known: {close}The known ones are {', '.join(NAMES)}. "
+        f"shape {name!r} is not known{close} Known are {', '.join(NAMES)}. "
         "For any other model give a folder with its config.json: --hf PATH."
     )
 
