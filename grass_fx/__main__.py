@@ -1,4 +1,4 @@
-"""``python -m grass_fx``: ``explain`` a model, or ``plan`` the rank that fits into memory."""
+"""``python -m grass_fx``: ``explain`` a model, show its ``graphs``, or ``plan`` its memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from grass_fx.errors import GrassError, OptionError
 from grass_fx.inspect import hf
 from grass_fx.inspect.cost import MOMENTS
 from grass_fx.inspect.explain import explain
+from grass_fx.inspect.graphs import layer_graphs
 from grass_fx.inspect.planning import plan
 from grass_fx.inspect.shapes import NAMES
 
@@ -158,12 +159,8 @@ def _built(args: argparse.Namespace) -> tuple[nn.Module, Any, bool]:
     return model, inputs, False
 
 
-def _add_explain(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "explain",
-        help="what is rewritten in a model, what is not and why, what it saves",
-        description="The model is traced on the inputs; nothing is trained.",
-    )
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model it is, and on which inputs."""
     add = parser.add_argument
     add("--model", required=True, metavar="MODULE:FUNCTION",
         help="what makes the model, without arguments, from the current folder: "
@@ -172,8 +169,42 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     add("--inputs", nargs="+", default=[], metavar="SHAPE[:DTYPE[:BELOW]]",
         help="random ones: 8x512 or 2x128:int64:32000. Without: some that fit the first "
         "embedding or linear layer")  # fmt: skip
-    add("--device", default="cpu", help="to build and trace on; meta takes no memory (cpu)")
     add("--dtype", type=_dtype, help="of the model's parameters (as they are made)")
+
+
+def _add_graphs(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "graphs",
+        help="the graph of one layer, before and after each pass",
+        description="The model's forward runs once on the inputs; nothing is trained.",
+    )
+    _add_model(parser)
+    parser.add_argument("--layer", required=True, metavar="NAME",
+        help="a module's name, or a pattern: layers.0.mlp.gate, '*.gate'")  # fmt: skip
+    parser.add_argument("--rank", type=_rank, default=DEFAULTS.rank, help="as for explain")
+    _add_options(parser)
+    parser.set_defaults(run=_graphs)
+
+
+def _graphs(args: argparse.Namespace) -> int:
+    model, inputs, _ = _built(args)
+    options = {name: getattr(args, name) for name in ("rank", *CHOSEN)}
+    named = inputs if isinstance(inputs, Mapping) else {}
+    several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
+    for stage, text in layer_graphs(model, args.layer, several, named, options).items():
+        print(f"--- {stage}\n{text}\n")
+    return 0
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="what is rewritten in a model, what is not and why, what it saves",
+        description="The model is traced on the inputs; nothing is trained.",
+    )
+    add = parser.add_argument
+    _add_model(parser)
+    add("--device", default="cpu", help="to build and trace on; meta takes no memory (cpu)")
     add("--dynamic", action="store_true", help="with symbolic sizes")
     add("--rank", type=_rank, default=DEFAULTS.rank,
         help="a number, a fraction of the selected dimension, or these by names, as JSON: "
@@ -245,7 +276,7 @@ def _input_for(model: nn.Module) -> Tensor:
     raise OptionError("the model has no embedding and no linear layer to guess from: give --inputs")
 
 
-COMMANDS = (_add_explain, _add_plan)
+COMMANDS = (_add_explain, _add_graphs, _add_plan)
 """Each adds a subcommand, and sets ``run`` to the function that returns its exit status."""
 
 
