@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import fx
 
 from grass_fx._torch_compat import CustomGraphPass, copy_dynamo_graph, look_at_joint_graph
 from grass_fx.compile.sources import source_hash
+from grass_fx.config import GrassConfig
 from grass_fx.passes.accumulate_lookups import accumulate_lookups_pass
 from grass_fx.passes.ask_joint_graph import Answers, ask_joint_graph_pass
 from grass_fx.passes.facts import AskFacts, DynamoFacts, JointFacts, Result, TapFacts
@@ -22,6 +23,7 @@ from grass_fx.passes.push_norms import push_norms_pass
 from grass_fx.passes.push_selection import push_selection_pass
 from grass_fx.passes.push_signs import push_signs_pass
 from grass_fx.passes.read_padded import read_padded_pass
+from grass_fx.passes.signature import Signature, Variant
 from grass_fx.passes.tap_weights import tap_weights_pass
 
 
@@ -127,6 +129,29 @@ def tapped(
     inputs = apply(TAP, copy.graph, facts, observers).inputs
     copy.recompile()
     return copy, inputs
+
+
+class Prepared(NamedTuple):
+    """A tapped copy of a Dynamo graph, and what its further compilation needs."""
+
+    found: FoundWeights
+    signature: Signature
+    variant: Variant
+    graph: fx.GraphModule
+    inputs: Sequence[Any]
+    facts: JointFacts
+
+
+def prepare(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig, scoring: bool = False
+) -> Prepared:
+    """Find and tap the weights of a Dynamo graph for one variant; ``scoring`` if a rule scores."""
+    found = find(gm, DynamoFacts(config, inputs))
+    signature = Signature(found.taken, len(inputs))
+    variant = Variant(scoring=scoring and signature.with_scores)
+    graph, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
+    facts = JointFacts.of(config, signature)
+    return Prepared(found, signature, variant, graph, extended, facts)
 
 
 def run(

@@ -14,9 +14,7 @@ from grass_fx._torch_compat import compile_aot_eager
 from grass_fx.compile.dump import graph_text
 from grass_fx.config import GrassConfig
 from grass_fx.errors import OptionError
-from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
-from grass_fx.passes.pipeline import AOT, INDUCTOR, Event, GrassPasses, find, tapped
-from grass_fx.passes.signature import REGULAR, Signature
+from grass_fx.passes.pipeline import AOT, INDUCTOR, Event, GrassPasses, prepare
 
 
 def layer_graphs(
@@ -49,20 +47,16 @@ def layer_graphs(
         stages.setdefault(name, []).extend(_lines(graph, layer))
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = find(gm, DynamoFacts(config, inputs))
-        if not found.taken:
+        tapped = prepare(gm, inputs, config)
+        if not tapped.found.taken:
             return gm.forward
-        signature = Signature(found.taken, len(inputs))
-        graph, extended = tapped(gm, TapFacts(config, inputs, signature, REGULAR))
-        passes = GrassPasses(JointFacts.of(config, signature), [observe])
-        compiled = compile_aot_eager(graph, extended, passes)
-        more = extended[len(inputs) :]
+        passes = GrassPasses(tapped.facts, [observe])
+        compiled = compile_aot_eager(tapped.graph, tapped.inputs, passes)
+        more = [(each.shape, each.dtype, each.device) for each in tapped.inputs[len(inputs) :]]
 
         def run(*values: Any) -> Any:
-            filled = (
-                torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in more
-            )
-            return compiled(*values, *filled)
+            zeros = (torch.zeros(shape, dtype=dtype, device=on) for shape, dtype, on in more)
+            return compiled(*values, *zeros)
 
         return run
 

@@ -28,7 +28,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
@@ -41,11 +41,9 @@ from grass_fx._torch_compat import (
 from grass_fx.compile import lowering
 from grass_fx.compile.runtime import GrassCallable
 from grass_fx.config import GrassConfig
-from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
-from grass_fx.passes.find_linear_weights import find_linear_weights_pass
 from grass_fx.passes.observers import PushReport
-from grass_fx.passes.pipeline import GrassPasses, tapped
-from grass_fx.passes.signature import REGULAR, Signature, Variant
+from grass_fx.passes.pipeline import GrassPasses, prepare
+from grass_fx.passes.signature import REGULAR
 from grass_fx.testing.kernels import Kernel, kernel_of
 
 H100 = types.SimpleNamespace(
@@ -248,6 +246,50 @@ def generate(
     return Module(getattr(code, "value", code), measured)
 
 
+class Generated(BaseException):
+    """Ends a compilation whose code is there, because nothing here can load it."""
+
+
+def move_to_gpu(graph: fx.Graph) -> None:
+    """Let the fake tensors of a CPU's graph be those of a GPU."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        shape, strides = value.shape, value.stride()
+        with value.fake_mode:
+            return torch.empty_strided(shape, strides, dtype=value.dtype, device="cuda")
+
+    with virtual_gpu():
+        for node in graph.nodes:
+            node.meta["val"] = torch.utils._pytree.tree_map(moved, node.meta.get("val"))
+            node.meta.pop("tensor_meta", None)
+            if "device" in node.kwargs:
+                node.update_kwarg("device", torch.device("cuda", 0))
+
+
+def code_for_gpu(gm: fx.GraphModule, **kwargs: Any) -> Module:
+    """What Inductor generates for a CPU's graph on a GPU; ``kwargs`` are those of its compiler."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    codes: list[str] = []
+
+    def keep(code: Any) -> None:
+        codes.append(code)
+        raise Generated
+
+    move_to_gpu(gm.graph)
+    inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    no_state = mock.patch.multiple(
+        torch.cuda, get_rng_state=lambda: torch.zeros(1), set_rng_state=lambda state: None
+    )
+    kept = mock.patch.object(GraphLowering, "save_output_code", keep)
+    fake = V.set_fake_mode(fake_mode_of(inputs))
+    with contextlib.suppress(Generated), virtual_gpu(), no_state, kept, fake:
+        compile_fx_inner(gm, inputs, **kwargs)
+    return Module(codes[0])
+
+
 RETURN_INPUTS = """
 
 def call(args):
@@ -266,41 +308,21 @@ def generate_in_place(
     without CUDA cannot copy into a fake CUDA tensor; after that it compiles for a GPU. ``layouts``
     gives (shape, strides, dtype, device) for each input; the device is ignored.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.compile_fx import compile_fx
 
-    class Generated(BaseException):
-        """Ends the compilation, because nothing here can load the code."""
-
-    codes: list[str] = []
-
-    def keep(code: Any) -> None:
-        codes.append(code)
-        raise Generated
-
-    def on_gpu(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    modules: list[Module] = []
 
     def inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        no_state = mock.patch.multiple(
-            torch.cuda, get_rng_state=lambda: torch.zeros(1), set_rng_state=lambda state: None
-        )
-        with virtual_gpu(), no_state, fake_mode_of(fakes):
-            for node in gm.graph.nodes:
-                node.meta["val"] = torch.utils._pytree.tree_map(on_gpu, node.meta.get("val"))
-                if "device" in node.kwargs:
-                    node.update_kwarg("device", torch.device("cuda", 0))
-            return compile_fx_inner(gm, [on_gpu(value) for value in inputs], **kwargs)
+        modules.append(code_for_gpu(gm, **kwargs))
+        raise Generated
 
     lowering.register()
     here = [(shape, strides, dtype, torch.device("cpu")) for shape, strides, dtype, _ in layouts]
     gm, fakes = trace_static(function, here)
     patches = {**patches, "compile_threads": 1, "force_disable_caches": True}
-    kept = mock.patch.object(GraphLowering, "save_output_code", keep)
-    with torch.no_grad(), kept, contextlib.suppress(Generated):
+    with torch.no_grad(), contextlib.suppress(Generated):
         compile_fx(gm, fakes, inner_compile=inner_compile, config_patches=patches)
-    return Module(codes[0] + RETURN_INPUTS)
+    return Module(modules[0].code + RETURN_INPUTS)
 
 
 @dataclass
@@ -341,14 +363,12 @@ def tapped_backward(
         return run
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = find_linear_weights_pass(gm.graph, DynamoFacts(graph_config, inputs))
-        seen.weights = [tuple(inputs[w.position].shape) for w in found.taken]
-        signature = Signature(found.taken, len(inputs))
-        variant = Variant(scoring=signature.with_scores)
-        graph, extended = tapped(gm, TapFacts(graph_config, inputs, signature, variant))
-        passes = GrassPasses(JointFacts.of(graph_config, signature))
-        compiled = compile_aot_eager(graph, extended, passes, on_backward)
-        return GrassCallable(signature, {REGULAR: compiled, variant: compiled}, found, PushReport())
+        tapped = prepare(gm, inputs, graph_config, scoring=True)
+        seen.weights = [tuple(inputs[w.position].shape) for w in tapped.found.taken]
+        passes = GrassPasses(tapped.facts)
+        compiled = compile_aot_eager(tapped.graph, tapped.inputs, passes, on_backward)
+        graphs = {REGULAR: compiled, tapped.variant: compiled}
+        return GrassCallable(tapped.signature, graphs, tapped.found, PushReport())
 
     out = torch.compile(model, backend=backend, dynamic=dynamic)(x)
     out.square().sum().backward()  # a loss whose gradients differ in every element
