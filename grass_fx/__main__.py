@@ -47,7 +47,7 @@ def _dtype(text: str) -> torch.dtype:
 
 
 CHOSEN = ("selection", "scoring", "block", "side", "lookups", "rest", "rest_every", "exclude")
-"""Options of the backend that both commands take."""
+"""Options of the backend that all commands take."""
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +159,13 @@ def _built(args: argparse.Namespace) -> tuple[nn.Module, Any, bool]:
     return model, inputs, False
 
 
+def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional arguments and those with names, from a tensor, several, or a dict."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return ((inputs,) if isinstance(inputs, Tensor) else inputs), {}
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """Add what says which model it is, and on which inputs."""
     add = parser.add_argument
@@ -189,8 +196,7 @@ def _add_graphs(commands: argparse._SubParsersAction) -> None:
 def _graphs(args: argparse.Namespace) -> int:
     model, inputs, _ = _built(args)
     options = {name: getattr(args, name) for name in ("rank", *CHOSEN)}
-    named = inputs if isinstance(inputs, Mapping) else {}
-    several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
+    several, named = _arguments(inputs)
     for stage, text in layer_graphs(model, args.layer, several, named, options).items():
         print(f"--- {stage}\n{text}\n")
     return 0
@@ -222,8 +228,7 @@ def _explain(args: argparse.Namespace) -> int:
     with torch.device(args.device):
         model, inputs, guessed = _built(args)
     options = {name: getattr(args, name) for name in ("rank", "refresh_every", *CHOSEN)}
-    named = inputs if isinstance(inputs, Mapping) else {}
-    several = () if named else (inputs,) if isinstance(inputs, Tensor) else inputs
+    several, named = _arguments(inputs)
     try:
         report = explain(model, *several, **named, options=options, dynamic=args.dynamic or None)
     except (IndexError, RuntimeError, TypeError) as error:

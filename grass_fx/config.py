@@ -199,7 +199,7 @@ class GrassConfig:
                 raise OptionError(f"dump_dir={self.dump_dir!r} must be the path of a directory.")
             object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
         object.__setattr__(self, "disable_passes", self._passes())
-        if self._mapped:
+        if self.given_by_name:
             self._check_mapped()
             return
         self._check_rank()
@@ -244,14 +244,14 @@ class GrassConfig:
             raise OptionError(f"mode={self.mode!r} is not known: {nearest(self.mode, modes)}")
 
     @property
-    def _mapped(self) -> list[str]:
+    def given_by_name(self) -> list[str]:
         """The options that are given by names."""
         return [name for name in BY_NAME if isinstance(getattr(self, name), Mapping)]
 
     def _check_mapped(self) -> None:
         """Check each value by itself; :meth:`of` checks those that meet at one weight."""
         first = {}
-        for name in self._mapped:
+        for name in self.given_by_name:
             values = dict(getattr(self, name))
             object.__setattr__(self, name, values)
             if not values or not all(isinstance(pattern, str) for pattern in values):
@@ -279,10 +279,10 @@ class GrassConfig:
         Raises:
             OptionError: what patterns give this weight does not fit together.
         """
-        if not self._mapped:
+        if not self.given_by_name:
             return self
         chosen = {}
-        for option in self._mapped:
+        for option in self.given_by_name:
             default = getattr(type(self), option)
             values = getattr(self, option).items()
             chosen[option] = next((v for k, v in values if matches(k, names)), default)
@@ -296,7 +296,7 @@ class GrassConfig:
         known = [*names]
         return {
             (option, pattern): matches(pattern, known)
-            for option in self._mapped
+            for option in self.given_by_name
             for pattern in getattr(self, option)
         }
 

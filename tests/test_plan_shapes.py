@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from grass_fx.inspect.explain import explain
 from grass_fx.inspect.shapes import ALIASES, DECODERS, Decoder, decoder, named_shapes
 from llama import build
 
+ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = {  # as published
     "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824, "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.3-70B": 70_553_706_496, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-7B": 7_615_616_512,
@@ -58,6 +60,9 @@ def folder(tmp_path_factory):
 def test_named_models_have_the_published_number_of_parameters(name):
     shapes, embedding = named_shapes(name.lower())
     assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
+    counted = json.loads((ROOT / "docs/families.json").read_text())  # models of transformers
+    if name in counted:
+        assert counted[name]["parameters"] == PARAMETERS[name]
     assert embedding in shapes
 
 

@@ -225,26 +225,34 @@ def resting(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """What it brings that columns which are not selected move, too, by the length of a run."""
-    for seed in seeds:
-        for length in lengths:
-            base = replace(full, steps=round(length * full.steps), seed=seed)
-            grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
-            jobs = [base, *grass, *(replace(each, rest_scale=REST) for each in grass)]
-            if plan.want(jobs):
-                plan.resting.append(jobs)
+    plan.resting += pairs(plan, full, ranks, lengths, seeds, rest_scale=REST)
 
 
 def ruled(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """What it brings to draw columns by the norms of inputs, and not in turn."""
-    for length in lengths:
-        for seed in seeds:
+    plan.ruled += pairs(plan, full, ranks, lengths, seeds, selection="input_norm")
+
+
+def pairs(
+    plan: Plan,
+    full: Job,
+    ranks: Sequence[float],
+    lengths: Sequence[float],
+    seeds: Sequence[int],
+    **other: float | str,
+) -> list[list[Job]]:
+    """By seed and length: full gradients, then by ranks grass as it is, and with other settings."""
+    complete = []
+    for seed in seeds:
+        for length in lengths:
             base = replace(full, steps=round(length * full.steps), seed=seed)
             grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
-            jobs = [base, *grass, *(replace(each, selection="input_norm") for each in grass)]
+            jobs = [base, *grass, *(replace(each, **other) for each in grass)]
             if plan.want(jobs):
-                plan.ruled.append(jobs)
+                complete.append(jobs)
+    return complete
 
 
 def rest_rates(plan: Plan, full: Job, rank: float) -> None:

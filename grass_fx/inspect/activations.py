@@ -74,7 +74,7 @@ def of_decoder(it: Decoder, tokens: int, itemsize: int) -> Activations:
 
 def _share(config: GrassConfig, size: int) -> float:
     """The part of a layer's input that is saved: ρ, or all where something needs all of it."""
-    whole = config._mapped or config.side == "out" or config.signs_every
+    whole = config.given_by_name or config.side == "out" or config.signs_every
     whole = whole or "gradient" in config.scores
     return 1.0 if whole else min(config.rank_of(size) / size, 1.0)
 
