@@ -9,8 +9,8 @@ is not there; a block is the difference. Counted are the kernels that Inductor w
 reads and writes, the whole tensor once. From X a gather reads the granules of 64 bytes in which the
 columns of drawn selections lie, once for all gathers of one kernel. `pads` says whether Inductor
 pads every product with a size that is no multiple of 16 bytes, or none; on a GPU it measures each.
-Matrix products and attention are the libraries'. `scoring` is a scoring step. `kept` is what a
-block's forward saves for the backward. Needs triton.
+Matrix products and attention are the libraries'. `scoring` is a scoring step, and `no read_padded`
+leaves that pass out. `kept` is what a block's forward saves for the backward. Needs triton.
 """
 
 import argparse
@@ -100,6 +100,7 @@ def main() -> None:
         for block in ([1] if args.smoke else args.blocks)
     ]
     ways.append(("scoring, input_norm", {"rank": args.rank, "selection": "input_norm"}))
+    ways.append(("no read_padded", {"rank": args.rank, "disable_passes": ["read_padded"]}))
     print(f"One block of {size}, r = {args.rank}, {args.batch} sequences, bfloat16.\n")
     print("| | pads | gathers, GB | in kernels | others, GB | in kernels | kept, MB |")
     print("|---|---|---|---|---|---|---|")

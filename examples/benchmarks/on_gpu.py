@@ -102,7 +102,7 @@ PLAN = (
     ),
     Measurement(
         "step-1b-no-pads", 100,
-        "regular 0 to 17 ms longer than with pads, since their copies are read; 430 TFLOP/s in "
+        "1.24 of full rank's tokens/s as well: with pads grass moves less; 430 TFLOP/s in "
         "the products of 5461",
         f"{SIZE_1B} --rounds 8 --variants full regular --no-pads", RATIOS,
     ),
