@@ -199,7 +199,7 @@ def _measure(
     if any(cost.scoring for cost in taken.values()):
         transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
         parts["scoring step"] = transient + scores
-    if taken and moments == MOMENTS["adamw"]:
+    if taken and moments == MOMENTS["adamw"]:  # what a step of the dense weights makes and frees
         parts["optimizer step"] = -(-max(sum(temporary), 2 * max(temporary)) // n)
     return parts, taken
 
