@@ -152,15 +152,18 @@ def everything(
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
     if small_full:
+        other = replace(small_full, text=prose)
+        resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
+    looked_up(plan, words, (False,))
+    if small_full:
+        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
+        resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
         rest_varied(plan, small_full, RANKS[1])
-        other = replace(small_full, text=prose)
-        resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
+    looked_up_further(plan, words, prose)
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
-    looked_up(plan, words, (False,))
-    looked_up_further(plan, words, prose)
     if small_full:
         resting(plan, small_full, RESTING, LENGTHS, (0, 1))
         bfloat16 = replace(small_full, dtype="bfloat16")
