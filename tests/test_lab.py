@@ -16,7 +16,7 @@ import lab
 import lab_methods
 import lab_report
 import lab_train
-from lab_plan import Cell, Plan
+from lab_plan import Cell, Plan, of_peers
 from lab_train import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +104,29 @@ def test_a_sweep_ends_where_both_neighbours_are_worse():
     assert lab_report.ratio(cell) == pytest.approx(0.25)
 
 
+def test_peers_stand_beside_grass_at_their_own_rates():
+    best = {"adamw": 1e-3, "galore": 2e-3, "apollo": 0.016}
+
+    def loss(job):
+        return (
+            2 + abs(math.log2(job.linear_lr / best[job.method])) + job.rank * (job.rest_scale == 0)
+        )
+
+    def plan_of(plan):
+        of_peers(plan, JOB, (0.25,), (2,), (0, 1))
+        return plan
+
+    plan = decided(loss, plan_of)
+    assert len(plan.peers) == 2 and {job.steps for job in plan.peers[1]} == {1200}
+    shown = lab_report.peers_table(plan).splitlines()[3:7]
+    assert [line.split(" | ", 3)[3] for line in shown] == [
+        "grass | 1/4 | 100 | 4e-3 | 2.250 | +12.5 % |",
+        'grass, rest="sign" | 1/4 | 100 | 4e-3 | 2.000 | +0.0 % |',
+        "galore | 1/4 | 100 | 2e-3 | 2.250 | +12.5 % |",
+        "apollo | 1/4 | 200 | 1.6e-2 | 2.250 | +12.5 % |",
+    ]
+
+
 def test_what_a_rule_costs():
     tried = {2.0: 1.3, 4.0: 1.0, 8.0: 1.1}
     cell = Cell(
@@ -155,7 +178,16 @@ def test_the_page_has_the_tables_of_the_file():
     """If this fails and should: the command is on the page."""
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
     plan = lab.found(ROOT / "docs" / "lab.json")
-    tables = (lab_report.rates_table, lab_report.repeats_table, lab_report.roundings_table)
+    tables = (
+        lab_report.rates_table,
+        lab_report.repeats_table,
+        lab_report.roundings_table,
+        lab_report.resting_table,
+        lab_report.varied_table,
+        lab_report.lookups_table,
+        lab_report.longer_table,
+        lab_report.ruled_table,
+    )
     for table in tables:
         for line in table(plan).splitlines():
             assert not line.startswith("|") or line in page

@@ -51,7 +51,7 @@ from data import (
 )
 from finetune import matches
 from llama import build
-from peer_optimizers import MODULES, adamw8bit, galore, galore_groups, rows
+from peer_optimizers import MODULES, adamw8bit, apollo, galore, galore_groups, rows
 from pretrain import Parts, Settings, is_linear, training
 from pretrain import set_up as set_up_example
 
@@ -59,7 +59,7 @@ NEEDS = {
     "adamw8bit": MODULES["adamw8bit"],
     "grass8bit": MODULES["adamw8bit"],
     "galore": MODULES["galore"],
-    "apollo": "apollo_torch",
+    "apollo": MODULES["apollo"],
     "lora": "peft",
 }
 EPS = {"eps": 1e-8}  # GaLore and APOLLO would take 1e-6
@@ -163,15 +163,12 @@ def peer_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         linear = [p for name, p in named if is_linear(name, p)]
         groups = [{"params": dense}, {"params": linear, "lr": run.linear_lr}]
         return without_inductor(adamw8bit(groups, **settings), run)
-    groups = galore_groups(model, run.rank, is_linear, gap=run.refresh_every)
+    named = model.named_parameters()
+    groups = galore_groups(named, run.rank, is_linear, gap=run.refresh_every)
     for group in groups:
         if "rank" in group:
             group["lr"] = run.linear_lr
-            if run.method == "apollo":
-                group |= {"proj": "random", "scale_type": "channel"}
-    if run.method == "galore":
-        return galore(groups, **settings)
-    return importlib.import_module(NEEDS["apollo"]).APOLLOAdamW(groups, **settings)
+    return {"galore": galore, "apollo": apollo}[run.method](groups, **settings)
 
 
 def without_inductor(optimizer: torch.optim.Optimizer, run: Run) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,10 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import environment
 
 import lab_plan as plans
+from lab_methods import PEERS
 from lab_model import SIZES
 from lab_report import (
     longer_table,
     lookups_table,
+    peers_table,
     rates_table,
     repeats_table,
     resting_table,
@@ -46,6 +48,7 @@ from lab_report import (
     varied_table,
 )
 from lab_train import Job, compare, text_of, train
+from peer_optimizers import why_missing
 
 DATA = "/usr/share/perl/5.36:pm,pod"
 PROSE = "/usr/share/doc:txt,md,rst"
@@ -92,7 +95,7 @@ def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
         if "equal" not in results:
             makers = [("equal", partial(compare, first, out))]
         else:
-            wanted = planner(results).wanted
+            wanted = [job for job in planner(results).wanted if not missing(job.method)]
             makers = [(job.key, partial(train, job, out)) for job in wanted]
         if not makers:
             return
@@ -105,6 +108,15 @@ def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
                     break
         else:
             time.sleep(2)  # others are at all of them
+
+
+@cache
+def missing(method: str) -> bool:
+    """Whether a method's package is not installed; its runs are left for another machine."""
+    reason = why_missing(method) if method in PEERS else ""
+    if reason:
+        print(f"without {method}: {reason}", file=sys.stderr)
+    return bool(reason)
 
 
 def save(file: Path, out: Path, texts: list[str]) -> None:
@@ -176,7 +188,7 @@ def main(given: list[str] | None = None) -> None:
     else:
         plan = found(args.json, args.smoke)
         tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
-        tables += lookups_table, longer_table, ruled_table
+        tables += lookups_table, longer_table, ruled_table, peers_table
         print("\n\n".join(table(plan) for table in tables))
 
 

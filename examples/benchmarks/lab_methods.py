@@ -1,11 +1,13 @@
 """The lab's contenders: how each method steps the parameters of a run.
 
 A method is an optimizer of the blocks' matrices. Without a rank it takes their full gradients; with
-one, grass has it step r columns of each at a time. Whatever else trains is stepped by AdamW.
+one, grass has it step r columns of each at a time, but for peers, which project. Whatever else
+trains is stepped by AdamW.
 
     adamw   torch.optim.AdamW; with a rank grass_fx.AdamW
     sgd     torch.optim.SGD with momentum 0.9; with a rank grass_fx.subspace of it
     muon    torch.optim.Muon, its updates as large as AdamW's; with a rank grass_fx.subspace of it
+    galore, apollo   the packages' own, from full gradients, of that rank (peer_optimizers.py)
 
 grass runs by the project's own subspaces, compact gradients and optimizers. Only the compact
 product of its graph is replaced, by columns of the full gradient, so that no method needs a graph
@@ -29,6 +31,7 @@ from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.registry import registry
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
+from peer_optimizers import apollo, galore, galore_groups
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -72,6 +75,25 @@ def beside_adamw(
         optimizer = inner(linear.values(), **settings)
     return [rest, optimizer]
 
+
+def projected(
+    peer: Callable[..., Optimizer],
+    linear: Parameters,
+    dense: Parameters,
+    rates: Rates,
+    rank: float,
+    refresh_every: int,
+) -> list[Optimizer]:
+    """One of the PEERS, which step all parameters."""
+    named = {**dense, **linear}.items()
+    groups = galore_groups(named, rank, lambda name, p: name in linear, refresh_every)
+    for group in groups:
+        if "rank" in group:
+            group["lr"] = rates.linear
+    return [peer(groups, lr=rates.dense, weight_decay=0.0, eps=1e-8)]
+
+
+PEERS = {"galore": galore, "apollo": apollo}
 
 METHODS: dict[str, Callable[..., list[Optimizer]]] = {
     "adamw": adamw,

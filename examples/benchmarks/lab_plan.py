@@ -48,6 +48,9 @@ class Plan:
     resting: list[list[Job]] = field(default_factory=list)
     """Runs of one length and seed: full gradients, then by ranks without and with a step of the
     columns that are not selected."""
+    peers: list[list[Job]] = field(default_factory=list)
+    """Runs of one length and seed: full gradients, then by ranks grass without and with such a
+    step, and each of the peers."""
     ruled: list[list[Job]] = field(default_factory=list)
     """Runs of one length and seed: full gradients, then by ranks cyclic and by norms of inputs."""
     varied: list[Job] = field(default_factory=list)
@@ -157,6 +160,7 @@ def everything(
     looked_up(plan, words, (False,))
     if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
+        of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
         resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
@@ -229,6 +233,34 @@ def resting(
 ) -> None:
     """What it brings that columns which are not selected move, too, by the length of a run."""
     plan.resting += pairs(plan, full, ranks, lengths, seeds, rest_scale=REST)
+
+
+PEERS = (("galore", 4, 100), ("apollo", 8, 200))
+"""Where their sweeps begin: over the best rate with full gradients; and their period."""
+
+
+def of_peers(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """Methods that project full gradients, at the same ranks, each at its own best rate."""
+    found: dict[float, list[Job]] = {rank: [] for rank in ranks}
+    for method, factor, every in PEERS:
+        for rank in ranks:
+            start = replace(full, method=method, rank=rank, refresh_every=every)
+            start = replace(start, linear_lr=factor * full.linear_lr)
+            if best := plan.bracket(start, ("linear_lr",)):
+                found[rank].append(best)
+    if any(len(peers) < len(PEERS) for peers in found.values()):
+        return
+    for jobs in pairs(plan, full, ranks, lengths, seeds, rest_scale=REST):
+        base, *grass = jobs
+        longer = {"steps": base.steps, "seed": base.seed}
+        ways = [base]
+        for k, rank in enumerate(ranks):
+            ways += [grass[k], grass[len(ranks) + k]]
+            ways += [replace(peer, **longer) for peer in found[rank]]
+        if plan.want(ways):
+            plan.peers.append(ways)
 
 
 def ruled(

@@ -154,6 +154,29 @@ def resting_table(plan: Plan) -> str:
     return _pairs(plan, plan.resting, "none", "signs") or "Nothing is known of signs yet."
 
 
+def peers_table(plan: Plan) -> str:
+    """By length and seed: full gradients, grass, and methods that project them."""
+    lines = [
+        "| model | steps | seed | method | r | K | linear rate | held-out | over full |",
+        "|---" * 9 + "|",
+    ]
+    for full, *ways in plan.peers:
+        for job in (full, *ways):
+            name = f"{job.method}, all gradients"
+            if job.grass:
+                name = 'grass, rest="sign"' if job.rest_scale else "grass"
+            elif job.rank:
+                name = job.method
+            of = f"{fraction(job.rank)} | {job.refresh_every}" if job.rank else " | "
+            loss = plan.loss(job)
+            lines.append(
+                f"| {job.size} | {job.steps} | {job.seed} | {name} | {of} | "
+                f"{rate(job.linear_lr * job.scale)} | {loss:.3f} | "
+                f"{100 * (loss / plan.loss(full) - 1):+.1f} % |"
+            )
+    return "\n".join(lines) if plan.peers else "Nothing is known of peers yet."
+
+
 def ruled_table(plan: Plan) -> str:
     """By length and seed: full gradients, and columns in turn and by norms of inputs."""
     return _pairs(plan, plan.ruled, "cyclic", "input_norm") or "No other rule is known yet."

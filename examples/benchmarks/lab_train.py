@@ -49,7 +49,7 @@ class Job:
     scale: float = 1.0
     """grass: its compact updates have this times the linear rate."""
     rank: float = 0.0
-    """The part of the columns that grass selects; 0: full gradients."""
+    """The part of the columns that grass selects, or peers project to; 0: full gradients."""
     refresh_every: int = 100
     selection: str = "cyclic"
     """By another rule the real backend selects and projects, since norms of inputs are its own."""
@@ -91,6 +91,10 @@ class Job:
         }
 
     @property
+    def grass(self) -> bool:
+        return self.rank > 0 and self.method not in methods.PEERS
+
+    @property
     def subspace(self) -> dict:
         """What grass is given for the blocks' matrices."""
         names = "rank", "refresh_every", "seed", "selection"
@@ -129,7 +133,11 @@ class Training:
         linear, dense = split(self.stepped)
         rates = methods.Rates(job.lr, job.linear_lr, job.scale, job.rest_scale)
         looked_up = {name: dense.pop(name) for name in ["embed.weight"] if job.lookups}
-        self.optimizers = methods.METHODS[job.method](linear, dense, rates, job.rank > 0)
+        if peer := methods.PEERS.get(job.method):
+            of = linear, dense, rates, job.rank, job.refresh_every
+            self.optimizers = methods.projected(peer, *of)
+        else:
+            self.optimizers = methods.METHODS[job.method](linear, dense, rates, job.grass)
         settings = job.lookup_scale, job.lookup_rank, job.lookup_every, job.seed
         for p in looked_up.values():
             self.optimizers.append(lookups.optimizer_of(p, job.lookups, job.lr, *settings))
@@ -142,7 +150,7 @@ class Training:
             given = {"backend": "grass", "options": options}
         else:
             given = {"backend": job.compiler}
-            if job.rank:
+            if job.grass:
                 self.within = methods.subspaces(linear, GrassConfig(**job.subspace))
         self.compiled = torch.compile(self.model, **given, dynamic=False)
         self.rest = (
@@ -174,7 +182,7 @@ class Training:
             methods.give(p, self.stepped[name], self.within.get(name), votes.get(name))
         before = {name: subspace.selection.indices for name, subspace in self.within.items()}
         with warnings.catch_warnings():
-            if not self.job.rank:  # grass_fx.AdamW steps full gradients where it is to round
+            if not self.job.grass:  # grass_fx.AdamW steps full gradients where it is to round
                 warnings.filterwarnings("ignore", "no compact gradient")
             for optimizer in self.optimizers:
                 optimizer.step()

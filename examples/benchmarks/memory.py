@@ -100,7 +100,7 @@ def optimizers(method: str, model: nn.Module, args) -> list[torch.optim.Optimize
         GaLoreProjector.get_orthogonal_matrix = lambda self, g, rank, type: (
             g[:, :rank] if type == "left" else g[:rank]
         ).clone()
-    groups = galore_groups(model, args.rank, is_linear)
+    groups = galore_groups(model.named_parameters(), args.rank, is_linear)
     if method == "galore":
         return [galore(groups, **settings)]
     own = {group["params"][0]: galore([group], **settings) for group in groups}

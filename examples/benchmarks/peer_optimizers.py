@@ -1,7 +1,7 @@
 """The peers that grass is measured beside: their optimizers, and the bytes that they hold."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import grass_fx
 from grass_fx.config import GrassConfig
 
-MODULES = {"adamw8bit": "torchao.optim", "galore": "galore_torch"}
+MODULES = {"adamw8bit": "torchao.optim", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
 def why_missing(peer: str) -> str:
@@ -31,8 +31,17 @@ def galore(groups: list[dict], **settings) -> torch.optim.Optimizer:
     return module.GaLoreAdamW(groups, no_deprecation_warning=True, **settings)
 
 
+def apollo(groups: list[dict], **settings) -> torch.optim.Optimizer:
+    """In groups as GaLore's; scaling by channel, random projections and scale 1, as its README
+    advises."""
+    module = importlib.import_module(MODULES["apollo"])
+    low = {"proj": "random", "scale_type": "channel"}
+    groups = [group | (low if "rank" in group else {}) for group in groups]
+    return module.APOLLOAdamW(groups, **settings)
+
+
 def galore_groups(
-    model: nn.Module,
+    named: Iterable[tuple[str, nn.Parameter]],
     rank: int | float,
     projected: Callable[[str, nn.Parameter], bool],
     gap: float = 200,
@@ -41,7 +50,7 @@ def galore_groups(
     low = {"update_proj_gap": gap, "scale": 1, "proj_type": "std"}
     return [
         {"params": [p]} | (low | {"rank": rows(p, rank)} if projected(name, p) else {})
-        for name, p in model.named_parameters()
+        for name, p in named
     ]
 
 

@@ -181,7 +181,7 @@ def set_up_peer(name: str, model: nn.Module, args: argparse.Namespace, rates: di
     compiled = plain(model, args)
     if name == "adamw8bit":
         return Variant(model, compiled, adamw8bit(list(model.parameters()), **rates), peer=True)
-    groups = galore_groups(model, args.rank, is_taken, gap=NEVER)
+    groups = galore_groups(model.named_parameters(), args.rank, is_taken, gap=NEVER)
     optimizer = galore(groups, **rates)
     keep = partial(project_every, optimizer, NEVER)
     return Variant(model, compiled, optimizer, prepare=keep, peer=True)
