@@ -192,3 +192,18 @@ def test_the_page_has_the_tables_of_the_file():
         for line in table(plan).splitlines():
             assert not line.startswith("|") or line in page
     assert len(plan.cells) > 4 and plan.results["equal"]["losses"] < 1e-3
+
+
+def test_runs_of_one_folder_have_one_text(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    for name in "abc":
+        (text / name).parent.mkdir(exist_ok=True)
+        (text / name).write_text(f"{name} few words more " * 40)
+    monkeypatch.setattr(lab, "SMOKE_TEXT", str(text))
+    given = ["work", "--smoke", "--minutes", "0", "--out", str(tmp_path / "out")]
+    lab.main(given)
+    lab.main(given)
+    (text / "b").write_text("other words")
+    lab_train.text_of.cache_clear()
+    with pytest.raises(SystemExit, match="the texts have changed since the runs in"):
+        lab.main(given)

@@ -87,6 +87,23 @@ def claim(out: Path, key: str) -> Iterator[bool]:
             yield key not in read(out)  # another may just have finished it
 
 
+def check_texts(args: argparse.Namespace) -> None:
+    """Runs are compared with those that are there, so their texts must be the same."""
+    vocab, cached = SIZES["3.7m"].vocab, args.out / "texts"
+    names = dict.fromkeys((args.data, args.prose))
+    facts = [text_of(args.data, name, vocab, cached).facts() for name in names]
+    for each in facts:
+        print(json.dumps(each))
+    file = args.out / "texts.json"
+    if not file.exists():
+        file.write_text(json.dumps(facts))
+    elif (before := json.loads(file.read_text())) != facts:
+        raise SystemExit(
+            f"the texts have changed since the runs in {args.out} began: they were {before}. "
+            "Put the files back, or name another --out."
+        )
+
+
 def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
     """Make runs of a plan until none is missing, or until the time is up."""
     torch._dynamo.config.recompile_limit = 64  # a graph for each size of model
@@ -178,9 +195,7 @@ def main(given: list[str] | None = None) -> None:
     planner, base = planner_of(args)
     if args.command == "work":
         args.out.mkdir(parents=True, exist_ok=True)
-        for name in (args.data, args.prose):
-            text = text_of(args.data, name, SIZES[base.size].vocab, args.out / "texts")
-            print(json.dumps(text.facts()))
+        check_texts(args)
         first = replace(base, rank=0.25, scale=4.0, refresh_every=20, rest_scale=plans.REST)
         work(planner, first, args.out, time.monotonic() + 60 * args.minutes)
     elif args.command == "save":
