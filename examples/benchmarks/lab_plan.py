@@ -157,11 +157,12 @@ def everything(
     if small_full:
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
-    looked_up(plan, words, (False,))
-    if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
         of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
+        resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
         resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
+    looked_up(plan, words, (False,))
+    if small_full:
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
         rest_varied(plan, small_full, RANKS[1])
