@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +16,8 @@ from grass_fx.config import GrassConfig, check_matched, nearest
 from grass_fx.errors import OptionError
 from grass_fx.inspect.activations import Activations, of_decoder, traced
 from grass_fx.inspect.candidates import Candidate, Shapes, candidates
-from grass_fx.inspect.cost import MOMENTS, LinearCost
+from grass_fx.inspect.cost import MOMENTS
+from grass_fx.inspect.parts import Setting, measure, with_activations
 from grass_fx.inspect.shapes import decoder
 from grass_fx.inspect.text import readable
 
@@ -136,81 +136,6 @@ def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """How gradients live, and how many processes share everything."""
-
-    in_backward: bool
-    gpus: int
-
-
-def _layer(name: str) -> str:
-    """A parameter's layer: "layers.3" for "layers.3.mlp.up.weight"; without a number, its name."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return match[0] if match else name
-
-
-def _measure(
-    parameters: list[Candidate], config: GrassConfig, moments: int, setting: _Setting
-) -> tuple[dict[str, int], dict[str, LinearCost]]:
-    """The bytes of each part, without buffers and activations, and the taken weights' costs."""
-    taken: dict[str, LinearCost] = {}
-    compact, dense, signs, scores = 0, 0, 0, 0
-    together, weights = Counter[str](), Counter[str]()
-    compact_state = dense_state = inputs = 0
-    temporary = [0]
-    for p in parameters:
-        cost = p.cost(config, moments)
-        layer = _layer(p.name)
-        weights[layer] += cost.weight_bytes
-        if p.candidate and (rank := config.of(p.name).rank_of(cost.selected)) <= cost.selected:
-            cost = taken[p.name] = replace(cost, r=rank)
-            compact += cost.gradient_bytes
-            together[layer] += cost.gradient_bytes + cost.sign_bytes
-            signs += cost.sign_bytes
-            compact_state += cost.state_bytes
-            inputs += cost.graph_input_bytes
-            scores += cost.score_bytes
-        elif p.trains:
-            dense += cost.full_gradient_bytes
-            together[layer] += cost.full_gradient_bytes
-            dense_state += cost.full_state_bytes
-            temporary.append(cost.weight_bytes)
-    n = setting.gpus
-    if setting.in_backward:  # a graph's gradients exist together, and are freed before the next's
-        gradients = {"gradients of a layer": max(together.values(), default=0)}
-    else:
-        gradients = {"compact gradients": -(-compact // n), "dense gradients": -(-dense // n)}
-        if config.signs_every:
-            gradients["signs"] = -(-signs // n)
-    parts = {
-        "weights": -(-weights.total() // n),
-        **gradients,
-        "compact state": -(-compact_state // n),
-        "dense state": -(-dense_state // n),
-        "selections": inputs,
-    }
-    if n > 1:  # two layers are gathered, and all that is in no layer; one gradient is not reduced
-        root = sum(size for name, size in weights.items() if not name[-1:].isdigit())
-        layers = [size for name, size in weights.items() if name[-1:].isdigit()]
-        parts["gathered weights"] = 2 * max(layers, default=0) + root
-        if not setting.in_backward:
-            parts["gradients of a layer"] = max(together.values(), default=0)
-    if any(cost.scoring for cost in taken.values()):
-        transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
-        parts["scoring step"] = transient + scores
-    if taken and moments == MOMENTS["adamw"]:  # what a step of the dense weights makes and frees
-        parts["optimizer step"] = -(-max(sum(temporary), 2 * max(temporary)) // n)
-    return parts, taken
-
-
-def _with_activations(parts: dict[str, int], activations: dict[str, int]) -> dict[str, int]:
-    """All parts. Activations are gone when the optimizer's temporary tensors are there."""
-    temporary = parts.pop("optimizer step", 0) - sum(activations.values())
-    more = {"optimizer step": temporary} if temporary > 0 else {}
-    return {**parts, **{name: size for name, size in activations.items() if size}, **more}
-
-
 def _fractions(size: int, block: int) -> list[float]:
     """The fractions of ``size`` to try: multiples of lcm(8, block) rows, less for small sizes."""
     unit = math.lcm(8, block)
@@ -307,7 +232,7 @@ def plan(
     if not isinstance(gpus, int) or gpus < 1:
         raise OptionError(f"gpus={gpus!r} must be a number of processes, 1 or more.")
     config, moments = GrassConfig.from_options(options), MOMENTS[optimizer]
-    setting = _Setting(in_backward, gpus)
+    setting = Setting(in_backward, gpus)
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     buffers = sum(b.nbytes for b in model.buffers()) if isinstance(model, nn.Module) else 0
     parameters = candidates(model, config, dtype)
@@ -331,11 +256,11 @@ def plan(
     def total_of(
         ranked: GrassConfig, parameters: list[Candidate], full: bool = False
     ) -> dict[str, int]:
-        parts, _ = _measure(parameters, ranked, moments, setting)
+        parts, _ = measure(parameters, ranked, moments, setting)
         if full:  # without scoring steps
             parts.pop("scoring step", None)
         parts |= {"buffers": buffers} if buffers else {}
-        return _with_activations(parts, saved_at(None if full else ranked))
+        return with_activations(parts, saved_at(None if full else ranked))
 
     def parts_at(rank: Any) -> dict[str, int]:
         return total_of(replace(config, rank=rank), parameters)
@@ -357,7 +282,7 @@ def plan(
         rank = fractions[max(count - 1, 0)]
     given: Any = rank
     config = replace(config, rank=given)
-    _, taken = _measure(parameters, config, moments, setting)
+    _, taken = measure(parameters, config, moments, setting)
     if not taken:
         raise OptionError(f"rank={rank} exceeds the selected dimension of every weight.")
     flops = None
