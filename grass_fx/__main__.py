@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from grass_fx.inspect.explain import explain
 from grass_fx.inspect.graphs import layer_graphs
 from grass_fx.inspect.planning import plan
 from grass_fx.inspect.shapes import NAMES
+from grass_fx.inspect.speed import PEAKS
 
 DEFAULTS = GrassConfig()
 
@@ -100,6 +100,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     add("--checkpointing", action="store_true", help="each layer is checkpointed")
     add("--activations", metavar="MEMORY", help="what they take, such as 6GB, instead of a count")
     add("--gpus", type=int, default=1, metavar="N", help="processes that share all by FSDP2 (1)")
+    add("--card", metavar="NAME",
+        help=f"predict tokens/s on this GPU: {', '.join(PEAKS)}")  # fmt: skip
     add("--dtype", type=_dtype, help="of all parameters (bfloat16; of --model as it is made)")
     add("--optimizer", choices=[*MOMENTS], default="adamw", help="(adamw)")
     add("--in-backward", action="store_true", help="with grass_fx.step_in_backward")
@@ -111,7 +113,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 def _plan(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in CHOSEN}
     model, inputs, activations = args.shape, None, args.activations
-    tokens: int | None = math.prod(args.tokens)
+    tokens: tuple[int, int] | None = args.tokens
     if args.hf:
         config = hf.read_config(args.hf)
         model = hf.build(config, args.dtype)
@@ -139,6 +141,7 @@ def _plan(args: argparse.Namespace) -> int:
         checkpointing=args.checkpointing,
         in_backward=args.in_backward,
         gpus=args.gpus,
+        card=args.card,
         options=options,
     )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)

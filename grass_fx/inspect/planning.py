@@ -19,6 +19,7 @@ from grass_fx.inspect.candidates import Candidate, Shapes, candidates
 from grass_fx.inspect.cost import MOMENTS
 from grass_fx.inspect.parts import Setting, measure, with_activations
 from grass_fx.inspect.shapes import decoder
+from grass_fx.inspect.speed import ERRORS, Speed, predicted
 from grass_fx.inspect.text import readable
 
 
@@ -48,6 +49,8 @@ class Plan:
     searched: bool = True
     """Whether the rank was found, not given."""
     gpus: int = 1
+    speed: Speed | None = None
+    """The predicted speed on a card that was named."""
 
     @property
     def full_total(self) -> int:
@@ -96,6 +99,8 @@ class Plan:
         if self.flops and not full_fits:
             full, compact = self.flops["full rank"], self.flops["subspace"]
             lines += ["", f"FLOPs of their products per step: {compact:.3e} instead of {full:.3e}"]
+        if self.speed:
+            lines += ["", self.speed.line(self.full_rank_fits, full_fits)]
         lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
 
@@ -177,7 +182,7 @@ def plan(
     memory: int | str,
     *,
     rank: int | float | Mapping[str, int | float] | None = None,
-    tokens: int | None = None,
+    tokens: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
     activations: int | str | Activations | None = None,
@@ -185,6 +190,7 @@ def plan(
     checkpointing: bool = False,
     in_backward: bool = False,
     gpus: int = 1,
+    card: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Find the largest rank with which training fits into ``memory``, and what uses that memory.
@@ -204,8 +210,8 @@ def plan(
         memory: bytes, or a string such as "40GB" (decimal) or "24GiB" (binary).
         rank: plan with this rank instead of the largest; values as for the backend's ``rank``,
             {pattern: value} among them.
-        tokens: b, the tokens of one forward, for FLOPs, and for the activations of a model that is
-            known by name.
+        tokens: of one forward, for FLOPs, speed, and the activations of a model that is known by
+            name: (sequences, tokens of each), or the tokens of one sequence.
         dtype: the dtype of the parameters. None keeps their own; for shapes it is bfloat16.
         optimizer: "adamw", "momentum" or "sgd", with 2, 1 or 0 moments.
         activations: bytes of activations, in the forms that ``memory`` takes, or counted ones
@@ -219,6 +225,8 @@ def plan(
             names agree up to the first number. In one graph of the whole model all exist together.
         gpus: processes of FSDP2, each with a GPU. They share weights, gradients and state; each has
             the activations of its own tokens, two gathered layers, and a layer's gradients.
+        card: predict tokens/s of a regular step on this card, by ``inspect.speed``. That needs
+            tokens and counted activations, one GPU, and bfloat16.
         options: the backend's options, without ``rank``.
 
     Raises:
@@ -236,6 +244,8 @@ def plan(
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     buffers = sum(b.nbytes for b in model.buffers()) if isinstance(model, nn.Module) else 0
     parameters = candidates(model, config, dtype)
+    batch = (1, tokens) if isinstance(tokens, int) else tokens
+    tokens = None if batch is None else math.prod(batch)
     if isinstance(model, str) and tokens and activations is None and inputs is None:
         activations = of_decoder(decoder(model), tokens, (dtype or torch.bfloat16).itemsize)
     if checkpointing and not isinstance(activations, Activations):
@@ -314,9 +324,20 @@ def plan(
         notes.append("gradients: as if layers were compiled one by one")
     if "gradient" in config.scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
+    speed = None
+    if card is not None:
+        whole = [(p, p.cost(config, moments)) for p in dense]
+        ranked = [(p, taken.get(p.name, cost)) for p, cost in whole]
+        weights = {"full rank": whole, "subspace": ranked}
+        told = predicted(card, batch, weights, activations, checkpointing, gpus)
+        if isinstance(told, Speed):
+            speed = told
+            notes.append(f"tokens/s are those of a regular step; {ERRORS}")
+        else:
+            notes.append(f"tokens/s are not predicted: {told}")
     largest = max(taken.values(), key=lambda cost: (cost.selected, cost.r))
     ranks = {name: cost.r for name, cost in taken.items()}
     return Plan(
         available, rank, largest.r, largest.selected, parts_at(rank), full, ranks, flops, (*notes,),
-        searched, gpus,
+        searched, gpus, speed,
     )  # fmt: skip
