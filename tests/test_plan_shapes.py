@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import which_card
 
 import grass_fx
 from grass_fx.__main__ import main
@@ -144,6 +145,12 @@ MEASURED = [  # GiB on an H100 at 1 x 256 tokens, docs/benchmarks.md: "Memory on
     ("llama-13b", 0.125, False, 35.77), ("llama-13b", 64, False, 27.69),
     ("llama-7b", 0.125, False, 19.10), ("llama-7b", 0.125, True, 17.18),
 ]  # fmt: skip
+
+
+def test_the_page_has_the_cards_that_the_script_prints():
+    for gpus, model in ((1, "Llama-3.2-3B"), (8, "Llama-3.2-1B")):
+        assert f"| {' | '.join(which_card.row(model, gpus, [2048, 8192], False))} |" in PAGE
+    assert [which_card.smallest(size) for size in (15, 15.1, 79, 79.1)] == ["16", "24", "80", "-"]
 
 
 @pytest.mark.parametrize(("name", "rank", "in_backward", "gib"), MEASURED)
