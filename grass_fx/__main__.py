@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from grass_fx.inspect.explain import explain
 from grass_fx.inspect.graphs import layer_graphs
 from grass_fx.inspect.planning import plan
 from grass_fx.inspect.shapes import NAMES
+from grass_fx.inspect.speed import PEAKS
 
 DEFAULTS = GrassConfig()
 
@@ -52,29 +52,33 @@ CHOSEN = ("selection", "scoring", "block", "side", "lookups", "rest", "rest_ever
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add options of the backend, with its defaults."""
+    group = parser.add_argument_group("options of the backend, as in training")
 
     def add(name: str, text: str, **settings: Any) -> None:
         default = getattr(DEFAULTS, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **settings)
+        group.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **settings)
 
-    add("selection", "the rule", choices=[*RULES])
-    add("scoring", "of rules that look at norms", choices=SCORINGS)
-    add("block", "how many are selected together", type=int)
-    add("side", "which features are selected", choices=SIDES)
-    add("lookups", "also take embeddings", action="store_true")
-    add("rest", "what becomes of all others", choices=RESTS)
-    add("rest-every", "with --rest sign: in every so many steps", type=int)
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN",
-        help="weights that stay dense")  # fmt: skip
+    add("selection", "the rule that selects columns", choices=[*RULES])
+    add("scoring", "how a rule by norms gets them", choices=SCORINGS)
+    add("block", "columns that are selected together", type=int, metavar="N")
+    add("side", "select input or output features", choices=SIDES)
+    group.add_argument("--lookups", action="store_true", help="also take embeddings")
+    add("rest", "the update of columns that are not selected", choices=RESTS)
+    add("rest-every", "with --rest sign: update them every N steps", type=int, metavar="N")
+    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN",
+        help="names of weights that stay dense")  # fmt: skip
 
 
 PLAN = """\
 Print the largest rank with which training fits into a memory, and what uses that memory. If full
-rank fits, say so. Nothing is allocated.
+rank fits, say so. Nothing is allocated. With --card, also print predicted tokens/s.
 
 Which weights are taken is an estimate, made without tracing the model: all matrices but those of
 embeddings and convolutions. Activations are those of --tokens: by a formula for models with a name,
 and counted as explain does for --hf and --model.
+
+  python -m grass_fx plan --memory 24GB --shape llama-8b --checkpointing --lookups
+  python -m grass_fx plan --memory 80GB --shape qwen3-8b --tokens 1x8192 --checkpointing --card h100
 """
 
 
@@ -83,35 +87,45 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "plan", help="the largest rank that fits into a memory", description=PLAN
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--memory", required=True, help='such as "40GB" (decimal) or "24GiB" (binary)')
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--shape", metavar="NAME", help=f"a model by its name: {', '.join(NAMES)}")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    group = parser.add_argument_group("the model")
+    models = group.add_mutually_exclusive_group(required=True)
+    models.add_argument("--shape", metavar="NAME", help=f"by its name: {', '.join(NAMES)}")
     models.add_argument("--hf", metavar="PATH",
-        help="a config.json, or a folder that has one; needs transformers")  # fmt: skip
+        help="by a config.json, or a folder that has one; needs transformers")  # fmt: skip
     models.add_argument("--model", metavar="MODULE:FUNCTION",
-        help="what makes the model, as for explain")  # fmt: skip
+        help="by a function that makes it, as for explain")  # fmt: skip
+    add = group.add_argument
     add("--inputs", nargs="+", default=[], metavar="SHAPE[:DTYPE[:BELOW]]",
-        help="of --model, as for explain")  # fmt: skip
-    add("--rank", type=_rank, help="this rank, a number or a fraction, instead of the largest; "
-        'or by names, as JSON: {"*.mlp.*": 0.125, "*": 0.25}')  # fmt: skip
-    add("--tokens", type=_batch, metavar="BxT", default=(1, 2048),
-        help="of one forward on one GPU, not for --model (1x2048)")  # fmt: skip
-    add("--checkpointing", action="store_true", help="each layer is checkpointed")
-    add("--activations", metavar="MEMORY", help="what they take, such as 6GB, instead of a count")
-    add("--gpus", type=int, default=1, metavar="N", help="processes that share all by FSDP2 (1)")
+        help="inputs of --model, as for explain")  # fmt: skip
     add("--dtype", type=_dtype, help="of all parameters (bfloat16; of --model as it is made)")
+    group = parser.add_argument_group("memory and training")
+    add = group.add_argument
+    add("--memory", required=True, help='of one GPU: "40GB" (decimal) or "24GiB" (binary)')
+    add("--gpus", type=int, default=1, metavar="N",
+        help="GPUs that share weights, gradients and state by FSDP2 (1)")  # fmt: skip
+    add("--card", metavar="NAME",
+        help=f"predict tokens/s on this GPU: {', '.join(PEAKS)}")  # fmt: skip
+    add("--rank", type=_rank, help="plan with this rank, a number or a fraction, instead of the "
+        'largest; or by names, as JSON: {"*.mlp.*": 0.125, "*": 0.25}')  # fmt: skip
+    add("--tokens", type=_batch, metavar="BxT", default=(1, 2048),
+        help="sequences x tokens of one forward on one GPU, not for --model (1x2048)")  # fmt: skip
+    add("--checkpointing", action="store_true", help="each layer is checkpointed")
+    add(
+        "--activations",
+        metavar="MEMORY",
+        help="bytes of activations, such as 6GB, instead of a count",
+    )
     add("--optimizer", choices=[*MOMENTS], default="adamw", help="(adamw)")
-    add("--in-backward", action="store_true", help="with grass_fx.step_in_backward")
+    add("--in-backward", action="store_true", help="train with grass_fx.step_in_backward")
     _add_options(parser)
-    add("--json", action="store_true", help="print all of it as JSON")
     parser.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in CHOSEN}
     model, inputs, activations = args.shape, None, args.activations
-    tokens: int | None = math.prod(args.tokens)
+    tokens: tuple[int, int] | None = args.tokens
     if args.hf:
         config = hf.read_config(args.hf)
         model = hf.build(config, args.dtype)
@@ -139,6 +153,7 @@ def _plan(args: argparse.Namespace) -> int:
         checkpointing=args.checkpointing,
         in_backward=args.in_backward,
         gpus=args.gpus,
+        card=args.card,
         options=options,
     )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)

@@ -3,10 +3,12 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import which_card
 
 import grass_fx
 from grass_fx.__main__ import main
@@ -19,6 +21,7 @@ from grass_fx.inspect.shapes import ALIASES, DECODERS, Decoder, decoder, named_s
 from llama import build
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/memory-planning.md").read_text(encoding="utf-8")
 PARAMETERS = {  # as published
     "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824, "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.3-70B": 70_553_706_496, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-7B": 7_615_616_512,
@@ -92,7 +95,7 @@ def test_help_is_plain_text_with_real_flags_only(capsys):
         main(["plan", "--help"])
     told = capsys.readouterr().out
     assert "`" not in told and ":func:" not in told and "Args:" not in told
-    for flag in ("--shape", "--hf", "--model", "--gpus", "--checkpointing", "--tokens"):
+    for flag in ("--shape", "--hf", "--model", "--gpus", "--checkpointing", "--tokens", "--card"):
         assert flag in told
 
 
@@ -144,6 +147,12 @@ MEASURED = [  # GiB on an H100 at 1 x 256 tokens, docs/benchmarks.md: "Memory on
 ]  # fmt: skip
 
 
+def test_the_page_has_the_cards_that_the_script_prints():
+    for gpus, model in ((1, "Llama-3.2-3B"), (8, "Llama-3.2-1B")):
+        assert f"| {' | '.join(which_card.row(model, gpus, [2048, 8192], False))} |" in PAGE
+    assert [which_card.smallest(size) for size in (15, 15.1, 79, 79.1)] == ["16", "24", "80", "-"]
+
+
 @pytest.mark.parametrize(("name", "rank", "in_backward", "gib"), MEASURED)
 def test_plans_are_what_a_gpu_took(name, rank, in_backward, gib):
     plan = grass_fx.plan(
@@ -151,6 +160,75 @@ def test_plans_are_what_a_gpu_took(name, rank, in_backward, gib):
         options={"exclude": ["head*"]},
     )  # fmt: skip
     assert plan.total / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+STEPS = [  # layers, sequences of 1024 tokens, tokens/s of an H100: full rank, r = 1/8, their ratio
+    ("1b", 24, 16, 63_284, 76_934, 1.216), ("7b", 4, 8, 97_696, 132_321, 1.354),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layers", "batch", "full", "grass", "ratio"), STEPS)
+def test_predictions_are_near_what_a_gpu_did(name, layers, batch, full, grass, ratio):
+    """docs/benchmarks.md, "Whole steps", and docs/memory-planning.md beside predictions."""
+    it = replace(decoder(f"llama-{name}"), layers=layers)
+    with torch.device("meta"):
+        model = build(name, layers=layers).to(torch.bfloat16)
+    found = grass_fx.plan(
+        model, "80GB", rank=0.125, tokens=(batch, 1024), card="H100",
+        activations=of_decoder(it, batch * 1024, 2),
+    ).speed  # fmt: skip
+    assert found.tokens["full rank"] == pytest.approx(full, rel=0.07)
+    assert found.tokens["subspace"] == pytest.approx(grass, rel=0.07)
+    assert found.ratio == pytest.approx(ratio, abs=0.06)
+    for value in (*found.tokens.values(), *found.seconds.values(), found.ratio):
+        assert value == float(f"{value:.2g}")
+    predicted = [f"{value:,.0f}" for value in found.tokens.values()]
+    cells = f"| {full:,} | {predicted[0]} | {grass:,} | {predicted[1]} | {ratio} | {found.ratio} |"
+    assert cells in PAGE
+
+
+def test_the_prediction_follows_what_is_counted():
+    def at(**given):
+        given = {"rank": 0.25, "tokens": (8, 1024), "card": "rtx4090", **given}
+        return grass_fx.plan("llama-7b", "80GB", **given).speed
+
+    plain, again, long = at(), at(checkpointing=True), at(tokens=(1, 8192))
+    assert again.tokens["subspace"] < plain.tokens["subspace"]
+    assert long.tokens["full rank"] < plain.tokens["full rank"]  # attention
+    assert again.ratio < plain.ratio and at(rank=0.5).ratio < plain.ratio < at(rank=64).ratio
+    assert at(card="h200").tokens["full rank"] > 4 * plain.tokens["full rank"]
+
+
+def test_no_time_is_told_where_something_is_not_known():
+    known = {"rank": 0.25, "tokens": (1, 512), "card": "h100"}
+    for model, given, why in (
+        ("llama-60m", {"tokens": None}, "give tokens"),
+        ({"up": (64, 64)}, {}, "give tokens"),
+        ("llama-60m", {"activations": "1GB"}, "give tokens"),
+        ("llama-60m", {"gpus": 8}, "the network"),
+        ("llama-60m", {"dtype": torch.float32}, "rates are those of"),
+        ("mixtral-8x7b", {}, "products of mixtures"),
+    ):
+        found = grass_fx.plan(model, "900GB", **{**known, **given})
+        assert found.speed is None and f"tokens/s are not predicted: {why}" in str(found)
+    assert "tokens/s" not in str(grass_fx.plan("llama-60m", "1GB", tokens=512))
+    with pytest.raises(OptionError, match="card='tpu' is not known. Known are h100, h200, a100"):
+        grass_fx.plan("llama-60m", "1GB", tokens=512, card="tpu")
+
+
+def test_the_command_line_predicts_tokens_a_second(capsys):
+    given = ["plan", "--shape", "llama-13b", "--tokens", "1x2048", "--card", "a100", "--memory"]
+    assert main([*given, "200GB"]) == 0
+    assert "for one a100: 2,100 tokens/s at full rank\n" in capsys.readouterr().out
+    assert main([*given, "40GB", "--rank", "64"]) == 0
+    told = "3,100 tokens/s, 1.5 times full rank's 2,100, which does not fit\n"
+    assert told in capsys.readouterr().out
+    assert main([*given, "200GB", "--rank", "64", "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert speed["card"] == "a100" and speed["tokens"] == {"full rank": 2100, "subspace": 3100}
 
 
 # --- activations ----------------------------------------------------------------------------------

@@ -18,15 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from grass_fx.inspect.activations import of_decoder
+from grass_fx.inspect.speed import Rates, Times, of_other
 from scaling_model import (
     MEMORY,
     SHARDS,
     WAYS,
-    Compute,
-    Device,
     Model,
     Network,
     Setting,
+    compute,
     data_parallel,
     held_bytes,
     saved_bytes,
@@ -54,8 +55,6 @@ WHOLE_STEPS = {  # size, layers, sequences of 1024 tokens; (forward + backward, 
 }
 PROFILE = {"weight gradients": 61, "attention": 25, "pointwise": 45, "optimizer": 8.9}
 """Of the 1b model's step at full rank."""
-PICKED = (0.164, 0.236)
-"""A compact product with its gather, as part of the full product: 20 cases at r = 1/8."""
 CPU_RATIO, CPU_OPTIMIZER, CPU_CORES = 0.774, (23.7, 11.9), 2
 """Forward and backward of a regular step / full rank; both optimizers, on so many cores."""
 SLOW = {  # (bits/s, tokens of a process): DDP, grass
@@ -70,18 +69,19 @@ ACTIVATIONS = (28, 23)
 """MB in float32 with temporaries, 256 tokens: with all inputs kept, and with selected ones only."""
 
 
-def fitted_device() -> Device:
-    """An H100: from the profile of one step, and single products."""
+def fitted_device() -> Rates:
+    """An H100, from the profile of one step: `ATTAINED` of its peaks, but for rounding."""
     size, layers, batch, *_ = WHOLE_STEPS["1b"]
     tokens, seq, it = 1024 * batch, 1024, shape(size, layers=layers)
     model = Model(it, None)
     took = {name: ms / 1e3 for name, ms in PROFILE.items()}
-    return Device(
+    kept = of_decoder(it.decoder, tokens, 2)
+    as_bytes = Rates(math.inf, math.inf, 1)
+    moved = model.all.moved + sum(each.total for each in of_other(kept, tokens, seq, as_bytes))
+    return Rates(
         products=2 * tokens * model.elements / took["weight gradients"],
         attention=7 * tokens * seq * it.hidden * it.layers / took["attention"],
-        pointwise=tokens * it.hidden * it.layers / took["pointwise"],
-        memory=model.all.moved / took["optimizer"],
-        beside=sum(PICKED) / 2 - 0.125,
+        memory=moved / (took["pointwise"] + took["optimizer"]),
     )
 
 
@@ -98,11 +98,11 @@ class Slow:
     host: float
     wire: float = 1
 
-    def work(self, model: Model, tokens: int) -> Compute:
+    def work(self, model: Model, tokens: int) -> Times:
         whole = self.products * tokens / 256
         ratio = 1 if model.rank is None else CPU_RATIO
         optimizer = CPU_CORES * CPU_OPTIMIZER[model.rank is not None] / 1e3
-        return Compute(whole / 3, whole * (ratio - 1 / 3), optimizer)
+        return Times(whole / 3, whole * (ratio - 1 / 3), optimizer)
 
     def link(self, bits: float) -> Network:
         return Network("", math.inf, bits / 8 * self.wire, 0, 5e-5, node=1)
@@ -149,14 +149,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_of_constants(device: Device, slow: Slow) -> str:
+def table_of_constants(device: Rates, slow: Slow) -> str:
     profile = "profile of the 1b step"
     rows = [
         ["products", f"{device.products / 1e12:.0f} TFLOP/s", f"weight gradients, {profile}"],
         ["attention", f"{device.attention / 1e12:.0f} TFLOP/s", profile],
-        ["pointwise", f"{device.pointwise / 1e9:.1f} G elements/s", profile],
-        ["optimizer", f"{device.memory / 1e12:.2f} TB/s", "1b, full rank"],
-        ["x, gathers and slower products", f"{device.beside:.3f}", "single products, 1/8"],
+        ["pointwise and optimizer", f"{device.memory / 1e12:.2f} TB/s", profile],
         ["two CPUs: forward and backward", f"{1e3 * slow.products:.0f} ms", "both on the loopback"],
         ["two CPUs: a byte that is sent", f"{1e9 * slow.host:.2f} ns", "both on the loopback"],
         ["part of the rate for gradients", f"{slow.wire:.3f}", "DDP at 200 Mbit/s"],
@@ -164,13 +162,13 @@ def table_of_constants(device: Device, slow: Slow) -> str:
     return table(["constant", "value", "fitted to"], rows)
 
 
-def checks(device: Device, slow: Slow) -> Iterator[tuple[str, float, float, bool]]:
+def checks(device: Rates, slow: Slow) -> Iterator[tuple[str, float, float, bool]]:
     """Run and unit, measured, computed, and whether a constant was fitted to it."""
     for name, (size, layers, batch, *measured) in WHOLE_STEPS.items():
         whole = []
         for rank, (products, optimizer) in zip((None, 0.125), measured, strict=True):
             model = Model(shape(size, layers=layers), rank)
-            work = device.compute(model, 1024 * batch, 1024)
+            work = compute(device, model, 1024 * batch, 1024)
             label, own = f"H100, {name}, {rank_name(rank)}", name == "1b" and rank is None
             computed = 1e3 * (work.forward + work.backward), 1e3 * work.optimizer
             yield f"{label}, forward + backward, ms", products, computed[0], own
@@ -197,7 +195,7 @@ def rank_name(rank: float | None) -> str:
     return "full rank" if rank is None else f"1/{1 / rank:.0f}"
 
 
-def table_of_checks(device: Device, slow: Slow) -> str:
+def table_of_checks(device: Rates, slow: Slow) -> str:
     rows = [
         [name, f"{measured:.4g}", f"{computed:.4g}", f"{computed / measured - 1:+.1%}",
          "fitted" if own else "held out"]

@@ -2,15 +2,14 @@
 
 `scaling.py` prints its tables. Everything here is arithmetic in seconds and bytes.
 
-Compute, of a micro-batch of b tokens. N is the number of elements of all linear weights, h the
-hidden size, L the number of layers, s the tokens of a sequence:
+Compute is that of `grass_fx.inspect.speed`, of a micro-batch of b tokens:
 
-    products    6 b N / (FLOP/s): a third each for forward, input gradients and weight gradients.
-                grass needs r/n + x of the last third; x is what gathers and slower products add.
-    attention   7 b s h L / (FLOP/s), causal; 2/7 of it in the forward.
-    pointwise   b h L / (elements/s), for norms, rotation, SwiGLU and loss; a third in the forward.
-    optimizer   bytes / (bytes/s). The bytes are those of LinearCost. For grass all of W is added,
-                because single columns of r = n/8 touch nearly all cache lines of W.
+    products    6 b N / (FLOP/s) at full rank, for N elements of all linear weights: a third each
+                for forward, input gradients and weight gradients. With grass the last third is
+                what remains of it, by FLOPs or by bytes, and the gathers.
+    attention   7 b s h L / (FLOP/s), causal: h the hidden size, L layers, s tokens of a sequence.
+    pointwise   bytes / (bytes/s), for norms, rotation, SwiGLU and loss: 4 times what is saved.
+    optimizer   bytes / (bytes/s). As it was when it was measured: with a pass over W in each step.
 
 Collectives, by the alpha-beta model of a ring (R. Thakur, R. Rabenseifner, W. Gropp: Optimization
 of Collective Communication Operations in MPICH. International Journal of High Performance Computing
@@ -35,7 +34,7 @@ Overlap. F and B are the seconds of forward and backward, a is the number of mic
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -43,7 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grass_fx.config import GrassConfig
 from grass_fx.distributed.data_parallel import BUCKET_BYTES
+from grass_fx.inspect.activations import of_decoder
 from grass_fx.inspect.cost import LinearCost
+from grass_fx.inspect.shapes import Decoder
+from grass_fx.inspect.speed import Rates, Times, of_other, of_products, optimizer_bytes
 from llama import SIZES
 
 WAYS = ("data parallel", "HSDP", "FSDP2")
@@ -95,6 +97,11 @@ class Shape:
     def head(self) -> tuple[int, int]:
         return self.vocab, self.hidden
 
+    @property
+    def decoder(self) -> Decoder:
+        heads = self.hidden // 64
+        return Decoder(self.vocab, self.hidden, self.ffn, self.layers, heads, heads, 64)
+
 
 def shape(size: str, layers: int | None = None) -> Shape:
     if size == "70b":  # its keys and values are grouped, which examples/llama.py does not do
@@ -115,11 +122,10 @@ def held(matrices: tuple[tuple[int, int], ...], rank: float | None, itemsize: in
     for m, n in matrices:
         it = cost(m, n, rank, itemsize)
         if rank is None:
-            own = it.full_gradient_bytes, it.full_state_bytes, it.full_optimizer_traffic
+            own = it.full_gradient_bytes, it.full_state_bytes
         else:
-            strided = 2 * (it.full_size - it.compact_size) * itemsize
-            own = it.gradient_bytes, it.state_bytes, it.optimizer_traffic + strided
-        total += Held(it.weight_bytes, *own)
+            own = it.gradient_bytes, it.state_bytes
+        total += Held(it.weight_bytes, *own, optimizer_bytes(it))
     return total
 
 
@@ -158,13 +164,6 @@ class Model:
         layer = sum(m * n for m, n in self.shape.layer)
         return self.shape.layers * layer + math.prod(self.shape.head)
 
-    @cached_property
-    def selected(self) -> float:
-        """The part of those elements that has a gradient: r/n, 1 at full rank."""
-        layer = sum(cost(m, n, self.rank, 2).compact_size for m, n in self.shape.layer)
-        head = cost(*self.shape.head, self.rank, 2).compact_size
-        return (self.shape.layers * layer + head) / self.elements
-
     def gathered(self, part: Held) -> float:
         """Bytes of a gathering, which is in bfloat16 on GPUs whatever the shards are."""
         return part.weights * min(1, 2 / self.itemsize)
@@ -173,35 +172,21 @@ class Model:
 model_of = cache(Model)
 
 
-@dataclass(frozen=True)
-class Compute:
-    """Seconds of one process's micro-batch, and of the optimizer for the whole model."""
+@cache
+def compute(rates: Rates, model: Model, tokens: int, seq: int, recompute: bool = False) -> Times:
+    """Seconds of one process's micro-batch, and of the optimizer for the whole model.
 
-    forward: float
-    backward: float
-    optimizer: float
-
-
-@dataclass(frozen=True)
-class Device:
-    """Rates that a step attains; ``beside`` is x above."""
-
-    products: float
-    attention: float
-    pointwise: float
-    memory: float
-    beside: float
-
-    def compute(self, model: Model, tokens: int, seq: int, recompute: bool = False) -> Compute:
-        """``recompute``: activation checkpointing, another forward in the backward."""
-        it = model.shape
-        product = 2 * tokens * model.elements / self.products
-        attention = 7 * tokens * seq * it.hidden * it.layers / self.attention
-        pointwise = tokens * it.hidden * it.layers / self.pointwise
-        forward = product + attention * 2 / 7 + pointwise / 3
-        share = model.selected + (0 if model.rank is None else self.beside)
-        backward = product * (1 + share) + attention * 5 / 7 + pointwise * 2 / 3
-        return Compute(forward, backward + recompute * forward, model.all.moved / self.memory)
+    ``recompute``: activation checkpointing, another forward of the layers in the backward.
+    """
+    it = model.shape
+    layer, head = (
+        [of_products(replace(cost(*each, model.rank, 2), b=tokens), rates) for each in matrices]
+        for matrices in (it.layer, (it.head,))
+    )
+    inside, loss = of_other(of_decoder(it.decoder, tokens, 2), tokens, seq, rates)
+    layers = sum(layer, Times()) * it.layers + inside
+    optimizer = Times(optimizer=model.all.moved / rates.memory)
+    return (layers.checkpointed if recompute else layers) + sum(head, Times()) + loss + optimizer
 
 
 @dataclass(frozen=True)
@@ -241,7 +226,7 @@ def in_buckets(size: float, network: Network, ranks: int) -> tuple[int, float]:
 
 
 def data_parallel(
-    model: Model, work: Compute, network: Network, ranks: int, micro: int = 1, once: bool = True
+    model: Model, work: Times, network: Network, ranks: int, micro: int = 1, once: bool = True
 ) -> float:
     """Seconds of a step; ``once``: gradients are averaged once, not in each micro-batch."""
     computed, gradients = work.forward + work.backward, model.all.gradients
@@ -259,7 +244,7 @@ def data_parallel(
 
 
 def sharded(
-    model: Model, work: Compute, network: Network, ranks: int, group: int,
+    model: Model, work: Times, network: Network, ranks: int, group: int,
     micro: int = 1, once: bool = True,
 ) -> float:  # fmt: skip
     """Seconds of a step under FSDP2 in groups of ``group`` shards; fewer than ``ranks``: HSDP."""
@@ -318,7 +303,7 @@ def held_bytes(
 class Setting:
     """What a GPU does in a micro-batch. ``itemsize`` is of weights, gradients and moments."""
 
-    device: Device
+    device: Rates
     tokens: int = 8192
     seq: int = 1024
     itemsize: int = 2
@@ -328,7 +313,7 @@ class Setting:
     ) -> float | None:
         """Seconds of a step, accumulated in the faster way that fits; None if neither does."""
         group = {"data parallel": 1, "HSDP": SHARDS, "FSDP2": ranks}[way]
-        work = self.device.compute(model, self.tokens, self.seq, recompute)
+        work = compute(self.device, model, self.tokens, self.seq, recompute)
         found = []
         for once in (True, False)[: 1 + (micro > 1)]:
             if held_bytes(model, self.tokens, group, recompute, once and micro > 1) > MEMORY:

@@ -37,6 +37,8 @@ class Activations:
     """The logits and their gradient."""
     how: str
     """A sentence for the plan."""
+    width: int
+    """Heads times head_dim."""
 
     def parts(self, config: GrassConfig | None, checkpointing: bool) -> dict[str, int]:
         """Name of a part -> bytes; ``config`` is None at full rank."""
@@ -68,7 +70,7 @@ def of_decoder(it: Decoder, tokens: int, itemsize: int) -> Activations:
     size = tokens * itemsize
     return Activations(
         it.layers, size * it.hidden, layer(None), layer, 2 * size * it.hidden, 2 * size * it.vocab,
-        f"activations are counted by a formula for {tokens:,} tokens",
+        f"activations are counted by a formula for {tokens:,} tokens", wide,
     )  # fmt: skip
 
 
@@ -133,8 +135,8 @@ def of_layers(
 ) -> Activations:
     """The activations of a language model of ``layers`` layers, from models of one and of two.
 
-    ``build`` makes a model of so many layers, on the meta device. ``sizes`` has "hidden", "vocab"
-    and "itemsize". ``batch`` is (sequences, tokens of each).
+    ``build`` makes a model of so many layers, on the meta device. ``sizes`` has "hidden", "vocab",
+    "itemsize", and "width", heads times head_dim. ``batch`` is (sequences, tokens of each).
     """
     ids = torch.empty(batch, dtype=torch.int64, device="meta")
     one, two = (traced(build(depth), (), {"input_ids": ids}, options) for depth in (1, 2))
@@ -145,4 +147,5 @@ def of_layers(
         layers, size * sizes["hidden"], full, lambda config: compact, one[0] - full,
         2 * size * sizes["vocab"],
         f"activations are counted by explain, for {batch[0]} x {batch[1]} tokens at rank {rank}",
+        sizes["width"],
     )  # fmt: skip

@@ -73,15 +73,18 @@ def activations(
 ) -> Activations:
     """Counted on models of one and two layers; by the formula for LLaMAs if these do not trace."""
     itemsize = (dtype or torch.bfloat16).itemsize
-    sizes = {"hidden": config.hidden_size, "vocab": config.vocab_size, "itemsize": itemsize}
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = {
+        "hidden": config.hidden_size, "vocab": config.vocab_size, "itemsize": itemsize,
+        "width": heads * width,
+    }  # fmt: skip
     try:
         return of_layers(
             lambda layers: build(config, dtype, layers),
             config.num_hidden_layers, sizes, batch, options,
         )  # fmt: skip
     except Exception as error:
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         it = Decoder(
             config.vocab_size, config.hidden_size, ffn, config.num_hidden_layers, heads, heads,

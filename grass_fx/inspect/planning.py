@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,8 +16,10 @@ from grass_fx.config import GrassConfig, check_matched, nearest
 from grass_fx.errors import OptionError
 from grass_fx.inspect.activations import Activations, of_decoder, traced
 from grass_fx.inspect.candidates import Candidate, Shapes, candidates
-from grass_fx.inspect.cost import MOMENTS, LinearCost
+from grass_fx.inspect.cost import MOMENTS
+from grass_fx.inspect.parts import Setting, measure, with_activations
 from grass_fx.inspect.shapes import decoder
+from grass_fx.inspect.speed import ERRORS, Speed, predicted
 from grass_fx.inspect.text import readable
 
 
@@ -48,6 +49,8 @@ class Plan:
     searched: bool = True
     """Whether the rank was found, not given."""
     gpus: int = 1
+    speed: Speed | None = None
+    """The predicted speed on a card that was named."""
 
     @property
     def full_total(self) -> int:
@@ -96,6 +99,8 @@ class Plan:
         if self.flops and not full_fits:
             full, compact = self.flops["full rank"], self.flops["subspace"]
             lines += ["", f"FLOPs of their products per step: {compact:.3e} instead of {full:.3e}"]
+        if self.speed:
+            lines += ["", self.speed.line(self.full_rank_fits, full_fits)]
         lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines)
 
@@ -134,81 +139,6 @@ def activation_bytes(model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(*inputs, **kwargs)
     return sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in owned)
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """How gradients live, and how many processes share everything."""
-
-    in_backward: bool
-    gpus: int
-
-
-def _layer(name: str) -> str:
-    """A parameter's layer: "layers.3" for "layers.3.mlp.up.weight"; without a number, its name."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return match[0] if match else name
-
-
-def _measure(
-    parameters: list[Candidate], config: GrassConfig, moments: int, setting: _Setting
-) -> tuple[dict[str, int], dict[str, LinearCost]]:
-    """The bytes of each part, without buffers and activations, and the taken weights' costs."""
-    taken: dict[str, LinearCost] = {}
-    compact, dense, signs, scores = 0, 0, 0, 0
-    together, weights = Counter[str](), Counter[str]()
-    compact_state = dense_state = inputs = 0
-    temporary = [0]
-    for p in parameters:
-        cost = p.cost(config, moments)
-        layer = _layer(p.name)
-        weights[layer] += cost.weight_bytes
-        if p.candidate and (rank := config.of(p.name).rank_of(cost.selected)) <= cost.selected:
-            cost = taken[p.name] = replace(cost, r=rank)
-            compact += cost.gradient_bytes
-            together[layer] += cost.gradient_bytes + cost.sign_bytes
-            signs += cost.sign_bytes
-            compact_state += cost.state_bytes
-            inputs += cost.graph_input_bytes
-            scores += cost.score_bytes
-        elif p.trains:
-            dense += cost.full_gradient_bytes
-            together[layer] += cost.full_gradient_bytes
-            dense_state += cost.full_state_bytes
-            temporary.append(cost.weight_bytes)
-    n = setting.gpus
-    if setting.in_backward:  # a graph's gradients exist together, and are freed before the next's
-        gradients = {"gradients of a layer": max(together.values(), default=0)}
-    else:
-        gradients = {"compact gradients": -(-compact // n), "dense gradients": -(-dense // n)}
-        if config.signs_every:
-            gradients["signs"] = -(-signs // n)
-    parts = {
-        "weights": -(-weights.total() // n),
-        **gradients,
-        "compact state": -(-compact_state // n),
-        "dense state": -(-dense_state // n),
-        "selections": inputs,
-    }
-    if n > 1:  # two layers are gathered, and all that is in no layer; one gradient is not reduced
-        root = sum(size for name, size in weights.items() if not name[-1:].isdigit())
-        layers = [size for name, size in weights.items() if name[-1:].isdigit()]
-        parts["gathered weights"] = 2 * max(layers, default=0) + root
-        if not setting.in_backward:
-            parts["gradients of a layer"] = max(together.values(), default=0)
-    if any(cost.scoring for cost in taken.values()):
-        transient = max((cost.scoring_transient_bytes for cost in taken.values()), default=0)
-        parts["scoring step"] = transient + scores
-    if taken and moments == MOMENTS["adamw"]:  # what a step of the dense weights makes and frees
-        parts["optimizer step"] = -(-max(sum(temporary), 2 * max(temporary)) // n)
-    return parts, taken
-
-
-def _with_activations(parts: dict[str, int], activations: dict[str, int]) -> dict[str, int]:
-    """All parts. Activations are gone when the optimizer's temporary tensors are there."""
-    temporary = parts.pop("optimizer step", 0) - sum(activations.values())
-    more = {"optimizer step": temporary} if temporary > 0 else {}
-    return {**parts, **{name: size for name, size in activations.items() if size}, **more}
 
 
 def _fractions(size: int, block: int) -> list[float]:
@@ -252,7 +182,7 @@ def plan(
     memory: int | str,
     *,
     rank: int | float | Mapping[str, int | float] | None = None,
-    tokens: int | None = None,
+    tokens: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
     activations: int | str | Activations | None = None,
@@ -260,6 +190,7 @@ def plan(
     checkpointing: bool = False,
     in_backward: bool = False,
     gpus: int = 1,
+    card: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Find the largest rank with which training fits into ``memory``, and what uses that memory.
@@ -279,8 +210,8 @@ def plan(
         memory: bytes, or a string such as "40GB" (decimal) or "24GiB" (binary).
         rank: plan with this rank instead of the largest; values as for the backend's ``rank``,
             {pattern: value} among them.
-        tokens: b, the tokens of one forward, for FLOPs, and for the activations of a model that is
-            known by name.
+        tokens: of one forward, for FLOPs, speed, and the activations of a model that is known by
+            name: (sequences, tokens of each), or the tokens of one sequence.
         dtype: the dtype of the parameters. None keeps their own; for shapes it is bfloat16.
         optimizer: "adamw", "momentum" or "sgd", with 2, 1 or 0 moments.
         activations: bytes of activations, in the forms that ``memory`` takes, or counted ones
@@ -294,6 +225,8 @@ def plan(
             names agree up to the first number. In one graph of the whole model all exist together.
         gpus: processes of FSDP2, each with a GPU. They share weights, gradients and state; each has
             the activations of its own tokens, two gathered layers, and a layer's gradients.
+        card: predict tokens/s of a regular step on this card, by ``inspect.speed``. That needs
+            tokens and counted activations, one GPU, and bfloat16.
         options: the backend's options, without ``rank``.
 
     Raises:
@@ -307,10 +240,12 @@ def plan(
     if not isinstance(gpus, int) or gpus < 1:
         raise OptionError(f"gpus={gpus!r} must be a number of processes, 1 or more.")
     config, moments = GrassConfig.from_options(options), MOMENTS[optimizer]
-    setting = _Setting(in_backward, gpus)
+    setting = Setting(in_backward, gpus)
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     buffers = sum(b.nbytes for b in model.buffers()) if isinstance(model, nn.Module) else 0
     parameters = candidates(model, config, dtype)
+    batch = (1, tokens) if isinstance(tokens, int) else tokens
+    tokens = None if batch is None else math.prod(batch)
     if isinstance(model, str) and tokens and activations is None and inputs is None:
         activations = of_decoder(decoder(model), tokens, (dtype or torch.bfloat16).itemsize)
     if checkpointing and not isinstance(activations, Activations):
@@ -331,11 +266,11 @@ def plan(
     def total_of(
         ranked: GrassConfig, parameters: list[Candidate], full: bool = False
     ) -> dict[str, int]:
-        parts, _ = _measure(parameters, ranked, moments, setting)
+        parts, _ = measure(parameters, ranked, moments, setting)
         if full:  # without scoring steps
             parts.pop("scoring step", None)
         parts |= {"buffers": buffers} if buffers else {}
-        return _with_activations(parts, saved_at(None if full else ranked))
+        return with_activations(parts, saved_at(None if full else ranked))
 
     def parts_at(rank: Any) -> dict[str, int]:
         return total_of(replace(config, rank=rank), parameters)
@@ -357,7 +292,7 @@ def plan(
         rank = fractions[max(count - 1, 0)]
     given: Any = rank
     config = replace(config, rank=given)
-    _, taken = _measure(parameters, config, moments, setting)
+    _, taken = measure(parameters, config, moments, setting)
     if not taken:
         raise OptionError(f"rank={rank} exceeds the selected dimension of every weight.")
     flops = None
@@ -389,9 +324,20 @@ def plan(
         notes.append("gradients: as if layers were compiled one by one")
     if "gradient" in config.scores and config.scoring == "auto":
         notes.append('scoring="auto" is counted as "gradient"; on a GPU large gradients use tiles')
+    speed = None
+    if card is not None:
+        whole = [(p, p.cost(config, moments)) for p in dense]
+        ranked = [(p, taken.get(p.name, cost)) for p, cost in whole]
+        weights = {"full rank": whole, "subspace": ranked}
+        told = predicted(card, batch, weights, activations, checkpointing, gpus)
+        if isinstance(told, Speed):
+            speed = told
+            notes.append(f"tokens/s are those of a regular step; {ERRORS}")
+        else:
+            notes.append(f"tokens/s are not predicted: {told}")
     largest = max(taken.values(), key=lambda cost: (cost.selected, cost.r))
     ranks = {name: cost.r for name, cost in taken.items()}
     return Plan(
         available, rank, largest.r, largest.selected, parts_at(rank), full, ranks, flops, (*notes,),
-        searched, gpus,
+        searched, gpus, speed,
     )  # fmt: skip
