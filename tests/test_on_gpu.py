@@ -1,5 +1,6 @@
 """The one command that measures on a GPU: what it runs, keeps, leaves out and goes on with."""
 
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -60,6 +61,14 @@ def test_in_small_no_gpu_is_needed():
 
 def test_names_are_unique():
     assert len({each.name for each in PLAN}) == len(PLAN)
+
+
+def test_the_page_names_measurements_that_exist():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    table = page.partition("### Not measured")[2].partition("\n## ")[0]
+    last = "".join(row.rsplit("|", 2)[1] for row in table.splitlines() if row.startswith("| "))
+    named = {name for name in re.findall(r"`([^`]*)`", last) if not name.startswith("-")}
+    assert len(named) > 9 and named - {each.name for each in PLAN} == set()
 
 
 @pytest.mark.parametrize("each", PLAN, ids=lambda each: each.name)

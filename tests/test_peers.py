@@ -170,6 +170,19 @@ def test_the_mean_over_a_period():
     assert found["bytes"]["activations"] == 9 - 4 and found["peak"] == 8 + 2 + 20
 
 
+def test_what_a_step_costs_is_told_without_losses(tmp_path, capsys):
+    held = {"weights": 4_000_000, "gradients": 1_000_000, "state": 2_000_000}
+    timed = {"times": [[9.0], [1.0], [1.0], [1.0], [3.0]], "held": [held] * 5}
+    timed["peaks_above"] = [2_500_000, 1_500_000, 1_500_000, 1_500_000, 1_500_000]
+    facts = {"environment": {"date": "that day"}, "threads": 1, "rounds": 1}
+    (tmp_path / "timing.json").write_text(json.dumps({**facts, "measured": {"adamw": timed}}))
+    peers.main([*SMOKE, "--stage", "report", "--out", str(tmp_path)])
+    row = "| adamw | 4.00 | 1.00 | 2.00 | 0.50 | 7.50 | 8.50 | 1.0 | 9.0 | 6.0 | 1000 |"
+    assert row in capsys.readouterr().out  # the mean is over the smoke run's period of two steps
+    saved = json.loads((tmp_path / "peers.json").read_text())
+    assert saved["timing"] == {**facts, "measured": ["adamw"]}
+
+
 def test_adapters_are_as_large_as_compact_gradients():
     weights = [torch.nn.Parameter(torch.empty(128, 128)) for _ in range(4)]
     weights += [torch.nn.Parameter(torch.empty(344, 128)) for _ in range(3)]

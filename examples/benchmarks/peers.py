@@ -292,14 +292,15 @@ class Stages:
         carry_out(self.everything(imagined, stages), imagine)
         return len(asked), sum(asked.values())
 
-    def time(self, rounds: int) -> None:
-        """The timing stage: one measurement of all."""
+    def time(self, rounds: int, facts: dict) -> None:
+        """The timing stage: one measurement of all, which may be of another day than the losses."""
         if time.monotonic() + TIMING_SECONDS > self.runner.end:
             raise Stopped
         prepare(self.scale.base.device)
         runs = {each.name: each.run for each in self.entries}
         measured = timing.measure(runs, rounds)
-        contents = {"rounds": rounds, "threads": torch.get_num_threads(), "measured": measured}
+        contents = {"environment": facts, "rounds": rounds, "threads": torch.get_num_threads()}
+        contents["measured"] = measured
         (self.runner.out / "timing.json").write_text(json.dumps(contents))
 
 
@@ -352,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             runner.complete(stages.everything(runner.results, wanted))
         if "timing" in wanted and (args.stage == "timing" or not (out / "timing.json").exists()):
-            stages.time(args.timing_rounds)
+            stages.time(args.timing_rounds, facts)
     except Stopped:
         print("Time is up: the same command goes on from here.")
     finally:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
+from environment import as_line
 
 from contenders import Run
 from peers_plan import PERIODIC, SWEPT, Panels, Results, Scale, loss_of, with_seeds
@@ -131,15 +132,9 @@ def goals(rows: dict[str, dict]) -> list[dict]:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """One line for each contender, in Markdown."""
-    columns = [
-        "", "lr / linear lr / K", "runs tried", "held-out", "spread (seeds)", "/ AdamW",
-        "weights MB", "gradients", "state", "activations", "sum", "peak", "ms regular", "special",
-        "mean", "sent kB/step",
-    ]  # fmt: skip
-    timed = any("bytes" in row for row in rows.values())
+    """The losses, one line for each contender, in Markdown."""
+    columns = ["", "lr / linear lr / K", "runs tried", "held-out", "spread (seeds)", "/ AdamW"]
     old = any("old_text" in row for row in rows.values())
-    columns = columns if timed else columns[:6]
     if old:
         columns += ["held-out before", "old text after"]
     lines = [f"| {' | '.join(columns)} |", f"|:--|{'--:|' * (len(columns) - 1)}"]
@@ -152,16 +147,23 @@ def table(rows: dict[str, dict]) -> str:
             f"{row['spread']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "- (1)",
             f"{row['mean'] / rows['adamw']['mean'] - 1:+.2%}" if "adamw" in rows else "-",
         ]
-        if "bytes" in row:
-            sizes = [row["bytes"][part] for part in PARTS]
-            cells += [f"{size / 1e6:.2f}" for size in (*sizes, sum(sizes), row["peak"])]
-            cells += [f"{row[f'{kind}_ms']:.1f}" for kind in ("regular", "special", "mean")]
-            cells.append(f"{row['traffic'] / 1e3:.0f}")
-        elif timed:
-            cells += ["-"] * 10
         if old:
             cells += [f"{row['curve'][0][1]:.3f}", f"{row['old_text']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_costs(costs: dict[str, dict]) -> str:
+    columns = [
+        "", "weights MB", "gradients", "state", "activations", "sum", "peak", "ms regular",
+        "special", "mean", "sent kB/step",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|:--|{'--:|' * (len(columns) - 1)}"]
+    for name, row in costs.items():
+        sizes = [row["bytes"][part] for part in PARTS]
+        cells = [name, *(f"{size / 1e6:.2f}" for size in (*sizes, sum(sizes), row["peak"]))]
+        cells += [f"{row[f'{kind}_ms']:.1f}" for kind in ("regular", "special", "mean")]
+        lines.append(f"| {' | '.join(cells)} | {row['traffic'] / 1e3:.0f} |")
     return "\n".join(lines)
 
 
@@ -190,16 +192,18 @@ def about(scale: Scale) -> str:
 
 NOTES = """\
 - The spread is the most less the least over the seeds; with one seed there is none.
-- Memory: read off the tensors; activations and temporaries are the most that the allocator's record
-  of a regular step has above what was held, less all gradients. That is too little where the peak
-  comes before all of these exist: look at "sum", and at "peak", the most of all kinds of steps.
-- ms: of one step, all contenders in turns. "special" is the slowest kind of a period's steps
-  (scoring, new rows, projections with their SVD), "mean" what a step takes in the mean at K.
-- Sent: gradients, as a data-parallel step would send them; for grass with the scores.
 - LoRA: adapters on frozen random matrices; embedding, norms and head train. It is no method of
   pretraining, and stands here for its bytes.
 - Variants of grass and 8-bit states have the dense rate and the K of what they vary, and the best
   of a few multiples of its linear rate, with none beyond them."""
+COSTS = """\
+- Memory: read off the tensors; activations and temporaries are the most that the allocator's record
+  of a regular step has above what was held, less all gradients. That is too little where the peak
+  comes before all of these exist: look at "sum", and at "peak", the most of all kinds of steps.
+- ms: of one step, all contenders in turns. "special" is the slowest kind of a period's steps
+  (scoring, new rows, projections with their SVD), "mean" what a step takes in the mean at the best
+  K, or at the first one where none was swept.
+- Sent: gradients, as a data-parallel step would send them; for grass with the scores."""
 
 
 def report(
@@ -218,7 +222,14 @@ def report(
             lines.append(f"| {each['goal']} | {each['measured']} | {met} |")
         parts += ["### Goals", "\n".join(lines)]
     if timed:
-        parts.append(f"Times: {timed['threads']} thread(s), {timed['rounds']} periods of 5 steps.")
+        how = f"{timed['threads']} thread(s), {timed['rounds']} periods of 5 steps, in turns"
+        first = {"run": asdict(scale.base)}
+        costs = {
+            name: timing_summary(measured, rows.get(name, first)["run"]["refresh_every"])
+            for name, measured in timed["measured"].items()
+        }
+        parts += ["## What a step costs", f"{as_line(timed['environment'])}; {how}."]
+        parts += [table_of_costs(costs), COSTS]
     swept = "side, selection, on_refresh and block, which have the rates of the table"
     parts += ["## Ablations", f"No new rates, but for {swept}; seeds that all of a line have."]
     parts.append(table_of_panels(found["panels"], results))
@@ -230,6 +241,7 @@ def report(
         "environment": facts,
         "settings": asdict(scale),
         "left_out": missing,
+        "timing": timed and {**timed, "measured": [*timed["measured"]]},
         "pretraining": rows,
         "goals": reached,
         "ablations": {

@@ -46,7 +46,7 @@ NETWORKS = (
 """The first two have nodes of 8 GPUs, with 50 GB/s for each GPU and with 10 Gbit/s for all 8. In
 the others each GPU is a machine of its own. Bandwidths are for each direction."""
 
-# --- measured, in milliseconds: docs/benchmarks.md ------------------------------------------------
+# --- measured, in milliseconds: docs/benchmarks.md and its log ------------------------------------
 
 WHOLE_STEPS = {  # size, layers, sequences of 1024 tokens; (forward + backward, optimizer) of both
     "1b": ("1b", 24, 16, (250.0, 8.9), (207.4, 5.5)),

@@ -2,7 +2,7 @@
 
 The kernel (selected_mm.py.jinja) gathers rows of A or columns of B while it loads its tiles, so the
 gathered matrix is never written. Whether that pays depends on how the gathered elements lie in
-memory, see :func:`takes_template`. Measured on an H100: docs/benchmarks.md, "On a GPU".
+memory, see :func:`takes_template`. Measured on an H100: docs/benchmarks-log.md.
 """
 
 from __future__ import annotations
