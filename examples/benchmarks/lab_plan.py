@@ -161,6 +161,9 @@ def everything(
         of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
         resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
         resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
+        in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
+        if in_bfloat16:
+            resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
     looked_up(plan, words, (False,))
     if small_full:
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
@@ -196,7 +199,8 @@ def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
     Returns the best job with full gradients.
     """
     start = tuning(plan, full, prose)
-    return start and plan.sweep(f"{full.size}, fine-tuning", start, RANKS[:2])
+    weights = "" if full.dtype == "float32" else f" in {full.dtype}"
+    return start and plan.sweep(f"{full.size}, fine-tuning{weights}", start, RANKS[:2])
 
 
 def tuning(plan: Plan, full: Job, prose: str) -> Job | None:

@@ -190,6 +190,7 @@ def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> s
     for full, *grass in runs:
         reference, count = plan.loss(full), len(grass) // 2
         of = f"{full.size}{', fine-tuning' if full.start else ''}"
+        of += "" if full.dtype == "float32" else f", {full.dtype}"
         text = "the other" if full.text and not full.start else "the first"
         for still, moving in zip(grass[:count], grass[count:], strict=True):
             cells = [of, text, str(full.steps), str(full.seed), f"{reference:.3f}"]
