@@ -431,15 +431,6 @@ def test_a_model_on_the_meta_device_is_explained_without_memory():
     assert report.after.gradient == report.weight_bytes // 4
 
 
-def test_a_loss_that_torch_cannot_differentiate_there_is_reported():
-    with torch.device("meta"):
-        model = build("smoke")
-        batch = tokens(model)
-    reasons = {w.reason for w in grass_fx.explain(model, *batch).weights if w.taken}
-    assert all("no gradient reaches it" in each and "meta" in each for each in reasons) and reasons
-    assert {w.status for w in grass_fx.explain(model, batch[0]).weights} == {"pushed", "dense"}
-
-
 def test_what_cannot_be_explained_says_so():
     model, x = mlp(24, 48, 16), torch.randn(20, 24)
     with pytest.raises(OptionError, match="no torch.nn.Module"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ from grass_fx.config import GrassConfig, check_matched
 from grass_fx.errors import OptionError
 from grass_fx.inspect.cost import MOMENTS, LinearCost
 from grass_fx.inspect.findings import Cost, GraphNode, Weight
+from grass_fx.inspect.paper import without_data
 from grass_fx.inspect.report import Report
 from grass_fx.inspect.text import readable
 
@@ -38,8 +39,8 @@ def explain(
 
     Graphs are traced, differentiated and rewritten, but no code is generated for them. This takes
     seconds even where Inductor takes minutes. The model's forward runs once, without gradients, on
-    the given inputs; on the meta device it allocates nothing. Weights, gradients, buffers, random
-    generators and selections stay as they are.
+    the given inputs. On the meta device it is traced as on a CPU, and allocates nothing. Weights,
+    gradients, buffers, random generators and selections stay as they are.
 
     Amounts "before" are those of the same graphs at full rank. FLOPs and traffic count only matrix
     products with weights (docs/method.md, "What follows from the equations"). Optimizer state is
@@ -64,25 +65,31 @@ def explain(
             "explain: the model's parameters are sharded. Call explain before fully_shard: the "
             "same weights are rewritten, and amounts are those of all processes together."
         )
-    leaves = tree_leaves((args, kwargs))
-    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     config = GrassConfig.from_options(options)
     named = [*model.named_parameters()]
     matrices = [name for name, p in named if p.dim() > 1]
     check_matched(config.matched(name for name, _ in named), matrices)
-    watcher = _Watcher(model, config, inputs)
     from grass_fx._torch_compat import compiled_apart
 
-    with _left_as_it_is(model), compiled_apart(_call, watcher, dynamic) as compiled:
+    with contextlib.ExitStack() as stack:
+        if any(p.is_meta for p in model.parameters()):
+            model, args, kwargs = stack.enter_context(without_data(model, args, kwargs))
+        watcher = _Watcher(model, config, _tensors((args, kwargs)))
+        stack.enter_context(_left_as_it_is(model))
+        compiled = stack.enter_context(compiled_apart(_call, watcher, dynamic))
         compiled(model, args, kwargs)
-    return watcher.report(model, dict(options or {}))
+        return watcher.report(model, dict(options or {}))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return model(*args, **kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Undo a forward's changes to buffers and random generators."""
     from grass_fx._torch_compat import is_fake

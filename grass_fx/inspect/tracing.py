@@ -32,7 +32,6 @@ BOTH = "tiles, with signs"
 INDEX_ADD = "index add"
 DECIDED = " (decided by the joint graph)"
 UNREACHED = "no gradient reaches it in this graph"
-ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
 
 
 @dataclass
@@ -215,7 +214,7 @@ class _Tracer:
             else:
                 reason = self.push.stopped.get(f"{place}", "")
                 if not reason and not after.picture:  # the pushed gradient became constant zeros
-                    reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
+                    reason = UNREACHED
             traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
             traced.lookup = self.found.lookups.get(name)
             if weight is not None:
