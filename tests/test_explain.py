@@ -71,6 +71,7 @@ def test_the_fate_of_every_weight_and_why():
     assert {*fates.values()} == {("dense", "1 dimension, only matrices are taken")}
     up = report["up.weight"]
     assert (up.shape, up.side, up.rank, up.kernel) == ((64, 32), "in", 8, "gather + mm")
+    assert up.selects == "columns" and "8  columns" in str(report)
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
@@ -231,6 +232,7 @@ def test_a_stack_of_matrices_has_the_costs_of_all_of_them():
     report = grass_fx.explain(Experts(), torch.randn(4, 10, 16), options=OPTIONS)
     weight = report["experts"]
     assert (weight.status, weight.rank, weight.side) == ("pushed", 8, "in")
+    assert weight.selects == "rows"  # x @ W: features of the input are rows of W
     of = LinearCost(16, 8, r=8, b=10, itemsize=4, side="out", matrices=4)
     assert weight.before.weight_gradient_flops == of.full_gradient_flops
     assert weight.after.weight_gradient_flops == of.compact_gradient_flops
@@ -467,6 +469,7 @@ def test_the_command_line_explains_the_example(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "15 of 16 weight matrices get compact gradients" in text
     assert "embed.weight" in text and "used by embedding" in text
+    assert text.startswith("llama:build on meta, inputs (2, 8) int64; rank = 0.125.\n")
     for wrong in ("llama:nothing", "no_such_module:build", "llama:Config"):
         assert main(["explain", "--model", wrong]) == 2
         assert f"--model {wrong}" in capsys.readouterr().err
