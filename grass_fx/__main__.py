@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -253,6 +254,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"the model failed on made-up inputs, {type(error).__name__}: {error}. Give --inputs, "
             "such as 4x32:int64:2000."
         ) from error
+    report = replace(report, subject=replace(report.subject, model=args.model))
     print(report.to_json() if args.json else report)
     if args.html:
         report.to_html(args.html)

@@ -13,14 +13,14 @@ import sympy
 import torch
 
 from grass_fx.errors import MissingPackageError
-from grass_fx.inspect.explain import Cost, GraphNode, Weight, explain
+from grass_fx.inspect.explain import Cost, GraphNode, Saved, Subject, Weight, explain
 from grass_fx.inspect.html import as_html
 from grass_fx.inspect.layers import HEIGHT, WIDTH, place, roles
 from grass_fx.inspect.plot import as_figure, bars
 from grass_fx.inspect.report import Report
 from helpers import mlp
 
-VOID = {"meta", "link", "input", "br", "hr", "img"}
+VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,14 @@ def weight(name, status="pushed", reason="", **more):
     """A made up weight of 8 kB, and its gradient of 1 kB."""
     after = Cost(weight_gradient_flops=100, gradient=1000, state=2000)
     before = Cost(weight_gradient_flops=800, gradient=8000, state=16000)
-    more = {"before": before, "after": after, "side": "out", "rank": 5, **more}
+    more = {"before": before, "after": after, "selects": "rows", "rank": 5, **more}
     return Weight(name, (40, 50), "float32", status, reason, kernel="gather + mm", **more)
 
 
 def made_up(*weights, **more):
-    found = {"activations": (100, 100), "scoring_step": 0, "graphs": 1, "options": {}}
-    return Report(weights, 1000, **{**found, "symbols": {}, **more})
+    subject = Subject("Made", ("(2, 3) int64",), "cpu", "2026-11-30", {"torch": "2.13.0"})
+    found = {"activations": (100, 100), "saved": (), "scoring_step": 0, "graphs": 1}
+    return Report(subject, weights, 1000, **{**found, "options": {}, "symbols": {}, **more})
 
 
 class Page(HTMLParser):
@@ -92,10 +93,10 @@ def test_the_tables_have_what_the_report_has(report):
     page = Page(as_html(report))
     first = report["0.weight"]
     row = page.row("0.weight")
-    assert row[1:7] == ["(48, 32)", "float32", "in", "4", "pushed", first.kernel]
-    assert row[7:11] == ["6.14 kB", "768 bytes", "12.3 kB", "1.62 kB"]
+    assert row[1:4] == ["(48, 32)float32", "4 columns", f"pushed{first.kernel}"]
+    assert row[4:8] == ["6.14 kB", "768 bytes", "12.3 kB", "1.62 kB"]
     assert (first.before.gradient, first.after.state) == (6144, 2 * 768 + 16 * 4 + 16)
-    assert page.row("2.weight")[3] == report["2.weight"].reason != ""
+    assert page.row("2.weight")[2] == report["2.weight"].reason != ""
     assert page.row("memory in all")[1] in str(report)
     assert "1 of 2 weight matrices get compact gradients" in as_html(report)
 
@@ -152,9 +153,22 @@ def test_names_are_escaped():
     assert [*data_of(text)["weights"]] == [name]
 
 
+def test_the_page_says_what_was_explained_and_by_which_modules_activations_are_made():
+    saved = [Saved(f"h.{k}.up", 2000, 500) for k in range(3)]
+    saved += [Saved("", 30, 30), Saved(None, 7, 7)]
+    text = as_html(made_up(saved=(*saved,), options={"rank": 3, "side": "in"}))
+    assert "Made on cpu, inputs (2, 3) int64; rank = 3.<" in text  # "in" is the default
+    assert "2026-11-30, torch 2.13.0." in text
+    page = Page(text)
+    assert page.row("h.*.up × 3")[1:] == ["6 kB", "1.5 kB", "0.250"]
+    assert page.row("h.2.up")[1:] == ["2 kB", "500 bytes", "0.250"]
+    assert page.row("(the model itself)")[1] == "30 bytes"
+    assert page.row("(no module, or one that is not known)")[1] == "7 bytes"
+
+
 def test_symbolic_amounts_are_shown_as_they_are(symbolic):
     flops = symbolic["0.weight"].after.weight_gradient_flops
-    cell = Page(as_html(symbolic)).row("0.weight")[12]
+    cell = Page(as_html(symbolic)).row("0.weight")[9]
     assert flops.free_symbols and cell.startswith(str(flops))
     assert symbolic.evaluated(flops) == 2 * 8 * 48 * 4
     assert cell.endswith("3.07 kFLOP")
@@ -174,11 +188,11 @@ def test_reports_of_every_kind():
     empty = as_html(made_up(graphs=0))
     assert "No training graph was compiled" in empty and 'id="graph"' not in Page(empty).ids
     dense = as_html(made_up(weight("w", "dense", "frozen in", after=Cost(gradient=8000))))
-    assert 'data-sort="sort"' not in dense and Page(dense).row("w")[3] == "frozen in"
+    assert 'data-sort="sort"' not in dense and Page(dense).row("w")[2] == "frozen in"
     stopped = Page(as_html(made_up(weight("w", "taken", "no rule for aten.foo"))))
-    assert stopped.row("w")[5] == "takenno rule for aten.foo"
+    assert stopped.row("w")[2:4] == ["5 rows", "takengather + mmno rule for aten.foo"]
     stack = replace(weight("w"), shape=(4, 40, 50))
-    assert Page(as_html(made_up(stack))).row("w")[1] == "(4, 40, 50)"
+    assert Page(as_html(made_up(stack))).row("w")[1] == "(4, 40, 50)float32"
 
 
 def test_alike_weights_share_a_row_and_a_drawing():
@@ -190,7 +204,7 @@ def test_alike_weights_share_a_row_and_a_drawing():
     text = as_html(made_up(*weights))
     assert len(data_of(text)["drawings"]) == 1
     assert text.count("<tbody>") == 4  # three of totals
-    assert Page(text).row("layers.*.w × 300")[8] == "300 kB"
+    assert Page(text).row("layers.*.w × 300")[5] == "300 kB"
     assert len(text) < 600_000
 
 

@@ -104,6 +104,27 @@ def parameter_name(node: fx.Node) -> str:
     return ".".join(parts) if parts else re.sub(r"^[lLgG]_", "", node.name).rstrip("_")
 
 
+def input_source(node: fx.Node) -> str:
+    """Where a placeholder's value was in the frame: ``L['self'].layers.0.up.weight``; or ""."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else _plain(source.name)
+
+
+def module_source(node: fx.Node) -> str:
+    """Where the innermost module that a node belongs to was in the frame: ``L['self'].layers.0``.
+
+    A node of a backward belongs to the module of its forward. The result is "" outside of modules.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return _plain([*stack.values()][-1][0]) if stack else ""
+
+
+def _plain(source: str) -> str:
+    """Dynamo's source with names of submodules and parameters as attributes."""
+    kinds = r"\.(?:__dict__\[')?_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]"
+    return re.sub(kinds, r".\1", source)
+
+
 def managed_by_fsdp(node: fx.Node) -> bool:
     """Whether a placeholder's parameter belongs to a module that FSDP gathers and shards by hooks.
 

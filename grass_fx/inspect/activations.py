@@ -7,16 +7,16 @@ that keep no matrix of scores.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from grass_fx.config import GrassConfig
+from grass_fx.inspect.explain import explain
+from grass_fx.inspect.paper import without_data
 from grass_fx.inspect.shapes import Decoder
 
 
@@ -86,44 +86,13 @@ def traced(
 ) -> tuple[int, int]:
     """Bytes that the graphs of ``model(*args, **kwargs)`` save: at full rank, and with ``options``.
 
-    The count is that of :func:`grass_fx.explain`. It is made on a copy without data, as on a CPU,
-    whose attention saves what a GPU's does. The model may be on any device, also on "meta".
+    The count is that of :func:`grass_fx.explain`, made without data and as on a CPU, whose
+    attention saves what a GPU's does. The model may be on any device, also on "meta".
     """
-    from grass_fx._torch_compat import without_data  # loads Inductor
-    from grass_fx.inspect.explain import explain
-
-    paper = copy_of_structure(model)
-    known: dict[int, Tensor] = {}
-    with without_data("cpu"):
-
-        def drawn(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in known:
-                known[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype
-                ).requires_grad_(value.requires_grad)
-            return known[id(value)]
-
-        for module in paper.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    if id(p) not in known:
-                        plain = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
-                        known[id(p)] = nn.Parameter(plain, p.requires_grad)
-                    module._parameters[name] = known[id(p)]  # type: ignore[assignment]
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = drawn(buffer)
-        found = explain(paper, *tree_map(drawn, [*args]), options=options,
-            **tree_map(drawn, {**kwargs}))  # fmt: skip
+    with without_data(model, args, kwargs) as (paper, drawn, named):
+        found = explain(paper, *drawn, options=options, **named)
     before, after = (int(found.evaluated(amount) or 0) for amount in found.activations)
     return before, after
-
-
-def copy_of_structure(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares all parameters and buffers with them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def of_layers(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from grass_fx.config import GrassConfig, check_matched
 from grass_fx.errors import OptionError
 from grass_fx.inspect.cost import MOMENTS, LinearCost
-from grass_fx.inspect.findings import Cost, GraphNode, Weight
+from grass_fx.inspect.findings import Cost, GraphNode, Saved, Subject, Weight
+from grass_fx.inspect.kept import module_names
+from grass_fx.inspect.paper import without_data
 from grass_fx.inspect.report import Report
 from grass_fx.inspect.text import readable
 
@@ -38,8 +43,8 @@ def explain(
 
     Graphs are traced, differentiated and rewritten, but no code is generated for them. This takes
     seconds even where Inductor takes minutes. The model's forward runs once, without gradients, on
-    the given inputs; on the meta device it allocates nothing. Weights, gradients, buffers, random
-    generators and selections stay as they are.
+    the given inputs. On the meta device it is traced as on a CPU, and allocates nothing. Weights,
+    gradients, buffers, random generators and selections stay as they are.
 
     Amounts "before" are those of the same graphs at full rank. FLOPs and traffic count only matrix
     products with weights (docs/method.md, "What follows from the equations"). Optimizer state is
@@ -64,25 +69,42 @@ def explain(
             "explain: the model's parameters are sharded. Call explain before fully_shard: the "
             "same weights are rewritten, and amounts are those of all processes together."
         )
-    leaves = tree_leaves((args, kwargs))
-    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     config = GrassConfig.from_options(options)
     named = [*model.named_parameters()]
     matrices = [name for name, p in named if p.dim() > 1]
     check_matched(config.matched(name for name, _ in named), matrices)
-    watcher = _Watcher(model, config, inputs)
+    subject = _subject(model, _tensors((args, kwargs)))
     from grass_fx._torch_compat import compiled_apart
 
-    with _left_as_it_is(model), compiled_apart(_call, watcher, dynamic) as compiled:
+    with contextlib.ExitStack() as stack:
+        if any(p.is_meta for p in model.parameters()):
+            model, args, kwargs = stack.enter_context(without_data(model, args, kwargs))
+        watcher = _Watcher(model, config, _tensors((args, kwargs)))
+        stack.enter_context(_left_as_it_is(model))
+        compiled = stack.enter_context(compiled_apart(_call, watcher, dynamic))
         compiled(model, args, kwargs)
-    return watcher.report(model, dict(options or {}))
+        return watcher.report(model, subject, dict(options or {}))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _subject(model: nn.Module, inputs: Sequence[Tensor]) -> Subject:
+    return Subject(
+        type(model).__name__,
+        tuple(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs),
+        ", ".join(dict.fromkeys(str(p.device) for p in model.parameters())) or "cpu",
+        datetime.date.today().isoformat(),
+        {"grass-fx": version("grass-fx"), "torch": torch.__version__},
+    )
 
 
 def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return model(*args, **kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Undo a forward's changes to buffers and random generators."""
     from grass_fx._torch_compat import is_fake
@@ -130,13 +152,18 @@ class _Watcher:
     def __init__(self, model: nn.Module, config: GrassConfig, given: Sequence[Any]) -> None:
         self.config = config
         self.found = {p: _Found() for p in model.parameters()}
+        self.names: dict[Tensor, list[str]] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(p, []).append(name)
         self.symbols: dict[str, int | None] = {}
         self.graphs: set[int] = set()
-        self.kept: list[Any] = [0, 0]
+        self.kept: list[dict[str | None, Any]] = [{}, {}]  # bytes by module, before and after
+        self.makers: dict[StorageWeakRef, str | None] = {}  # storages of graphs' outputs -> modules
         owned = {_storage(t) for t in (*model.parameters(), *model.buffers(), *given)}
         self.seen = [owned, set(owned)]  # storages that no longer count as kept, before and after
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from grass_fx._torch_compat import module_source
         from grass_fx.inspect.tracing import trace
 
         graph = trace(gm, inputs, self.config)
@@ -144,20 +171,23 @@ class _Watcher:
             self._tell_apart(graph)
 
         def run(*args: Any) -> Any:
-            if graph is not None:
-                self._note(graph, args)
+            name_of = self._note(graph, args) if graph is not None else None
             with torch.no_grad():
                 outputs = gm(*args)
+            for out, maker in zip(outputs, makers, strict=True):
+                if isinstance(out, Tensor):
+                    self.makers[_storage(out)] = name_of(maker) if name_of else None
             return [
                 out.detach().requires_grad_() if needs and not out.requires_grad else out
                 for out, needs in zip(outputs, needed, strict=True)
             ]
 
-        (results,) = gm.graph.output_node().args
+        results = cast("Sequence[Any]", gm.graph.output_node().args[0])
         needed = [
             getattr(getattr(node, "meta", {}).get("example_value"), "requires_grad", False)
-            for node in cast("Sequence[Any]", results)
+            for node in results
         ]
+        makers = [module_source(node) if isinstance(node, fx.Node) else "" for node in results]
         return run
 
     def _tell_apart(self, graph: TracedGraph) -> None:
@@ -172,20 +202,29 @@ class _Watcher:
             self.symbols[new[name]] = value
         graph.rename({name: other for name, other in new.items() if name != other})
 
-    def _note(self, graph: TracedGraph, args: Sequence[Any]) -> None:
-        """Add one call of a graph to the findings; many layers may call the same graph."""
+    def _note(self, graph: TracedGraph, args: Sequence[Any]) -> Callable[[str], str | None]:
+        """Add one call of a graph to the findings; many layers may call the same graph.
+
+        It returns the function from places in the graph's frame to names of modules.
+        """
         self.graphs.add(id(graph))
+        name_of = module_names(
+            {source: self.names.get(args[place], []) for place, source in graph.sources.items()}
+        )
         for place, traced in graph.weights.items():
             if args[place] in self.found:
                 self.found[args[place]].traced.append(traced)
         for k, kept in enumerate((graph.before, graph.after)):
-            self.kept[k] += kept.bytes
+            amounts = [(name_of(source), size) for source, size in kept.made_by.items()]
             for value in (args[place] for place in kept.inputs if place < len(args)):
-                if isinstance(value, Tensor) and _storage(value) not in self.seen[k]:
-                    self.seen[k].add(_storage(value))
-                    self.kept[k] += value.untyped_storage().nbytes()
+                if isinstance(value, Tensor) and (at := _storage(value)) not in self.seen[k]:
+                    self.seen[k].add(at)
+                    amounts.append((self.makers.get(at), value.untyped_storage().nbytes()))
+            for name, size in amounts:
+                self.kept[k][name] = self.kept[k].get(name, 0) + size
+        return name_of
 
-    def report(self, model: nn.Module, options: Mapping[str, Any]) -> Report:
+    def report(self, model: nn.Module, subject: Subject, options: Mapping[str, Any]) -> Report:
         """The report on everything that was found."""
         weights, transient, scores = [], [0], 0
         for name, parameter in model.named_parameters():
@@ -197,14 +236,23 @@ class _Watcher:
                 transient += [traced.scoring_step for traced in found.traced]
                 scores += 4 * found.taken.spec.rows
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        order = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        before, after = self.kept
+        saved = [
+            Saved(name, before.get(name, 0), after.get(name, 0))
+            for name in dict.fromkeys([*order, *before, *after])
+            if name in before or name in after
+        ]
+        saved.sort(key=lambda row: row.module is None)
         return Report(
-            tuple(weights), held, (self.kept[0], self.kept[1]), max(transient) + scores,
-            len(self.graphs), dict(options), self.symbols,
+            subject, tuple(weights), held, (sum(before.values()), sum(after.values())),
+            tuple(saved), max(transient) + scores, len(self.graphs), dict(options), self.symbols,
         )  # fmt: skip
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """A key for the tensor's memory, which no other memory has as long as the key exists."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
@@ -243,6 +291,7 @@ def _weight(name: str, parameter: Tensor, found: _Found) -> Weight:
         status="taken" if found.reason else "pushed",
         side=spec.side,
         rank=spec.rank,
+        selects="rows" if spec.dim == (spec.stack is not None) else "columns",
         kernel=taken.kernel,
         pictures=taken.pictures,
         after=replace(

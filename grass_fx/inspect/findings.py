@@ -15,6 +15,11 @@ Amount = Any
 """A number or, with dynamic shapes, a sympy expression in the names of the sizes."""
 
 
+def folded(name: str) -> str:
+    """A name with "*" for its numbers, such as layers' indices."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of weights in one training step: FLOPs and traffic of products, and bytes held.
@@ -90,7 +95,9 @@ class Weight:
     side: str | None = None
     """"out" or "in": whether output or input features are selected; None if dense."""
     rank: int | None = None
-    """r, the number of selected rows; for a stack, the number in each of its matrices."""
+    """r, the number of selected columns or rows; for a stack, the number in each matrix."""
+    selects: str | None = None
+    """"columns" or "rows" of the weight as it is stored; None if dense."""
     kernel: str | None = None
     """How the compact gradient is computed: "gather + mm", "triton template" or "autotuned", or
     several of them if the weight has several uses. "mm, then gather" if it is not pushed."""
@@ -107,9 +114,38 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """Bytes that the forward saves for the backward of what one module made."""
+
+    module: str | None
+    """As in ``model.named_modules()``, "" for the model itself; None for what no module made, or a
+    module that is not known."""
+    before: Amount
+    """At full rank."""
+    after: Amount
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was explained, when, and with which versions."""
+
+    model: str
+    """The name of the model's class, or what made it on the command line."""
+    inputs: tuple[str, ...]
+    """Shape and dtype of each input, such as "(4, 64) int64"."""
+    device: str
+    """Of the model's parameters."""
+    date: str
+    """As "2026-11-30"."""
+    versions: Mapping[str, str]
+    """Of "grass-fx" and "torch"."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that :func:`grass_fx.explain` found, and its totals."""
 
+    subject: Subject
     weights: tuple[Weight, ...]
     """Every trainable parameter."""
     weight_bytes: int
@@ -117,6 +153,8 @@ class Findings:
     activations: tuple[Amount, Amount]
     """Bytes that the graphs save for the backward, before and after. Parameters, buffers and the
     model's inputs are not counted."""
+    saved: tuple[Saved, ...]
+    """The same by the module that made it, in the model's order; the sums are ``activations``."""
     scoring_step: Amount
     """Extra bytes in a scoring step: the largest full gradient that it forms, and all scores."""
     graphs: int
@@ -203,10 +241,17 @@ class Findings:
         """
         found: dict[Any, list[Weight]] = {}
         for weight in self.weights:
-            name = re.sub(r"\b\d+\b", "*", weight.name)
+            name = folded(weight.name)
             key = name, weight.shape, weight.status, weight.reason, weight.rank, weight.kernel
             found.setdefault(key, []).append(weight)
         return [(key[0] if len(g) > 1 else g[0].name, g) for key, g in found.items()]
+
+    def saved_groups(self) -> list[tuple[str | None, list[Saved]]]:
+        """(name, rows) of modules whose names differ only in numbers."""
+        found: dict[str | None, list[Saved]] = {}
+        for row in self.saved:
+            found.setdefault(row.module and folded(row.module), []).append(row)
+        return [(name if len(g) > 1 else g[0].module, g) for name, g in found.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON; symbolic amounts become strings."""

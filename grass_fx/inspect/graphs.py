@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from grass_fx._torch_compat import compile_aot_eager
+from grass_fx._torch_compat import compile_aot_eager, module_source
 from grass_fx.compile.dump import graph_text
 from grass_fx.config import GrassConfig
 from grass_fx.errors import OptionError
@@ -71,9 +71,7 @@ def layer_graphs(
 
 def _module_of(node: fx.Node) -> str:
     """The name of the innermost module that a node belongs to, or whose backward it is part of."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    path = [entry[0] for entry in stack.values()][-1:]
-    return re.sub(r"^L\[[^]]*\]\.?|^_orig_mod\.?", "", path[0]) if path else ""
+    return re.sub(r"^L\[[^]]*\]\.?|^_orig_mod\.?", "", module_source(node))
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from grass_fx.inspect.findings import Amount, Findings, Weight
 from grass_fx.inspect.layers import place, shown
 from grass_fx.inspect.plot import MEMORY, PRODUCTS, Bars, bars
-from grass_fx.inspect.text import amount_text, headline, readable
+from grass_fx.inspect.text import amount_text, headline, readable, setting
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -37,16 +37,19 @@ def as_html(report: Findings) -> str:
     dense = [group for group in groups if not group[1][0].taken]
     parts = {
         "headline": "".join(f"<p>{escape(line)}</p>" for line in headline(report).splitlines()),
+        "model": escape(report.subject.model),
         "facts": _facts(report),
         "bars": "".join(_panel(report, each) for each in bars(report)),
         "others": _others(report),
         "taken": _rows(report, taken, _cells),
         "dense": _rows(report, dense, _dense_cells),
+        "saved": _saved(report),
         "choices": _choices(taken),
+        "selected": " or ".join(sorted({str(weight.selects) for _, (weight, *_) in taken})),
         "data": _data(report.weights),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
-    for name in ("taken", "dense", "choices"):
+    for name in ("taken", "dense", "choices", "saved"):
         if not parts[name]:  # leave <!--if name--> ... <!--end name--> out
             page = re.sub(rf"<!--if {name}-->.*?<!--end {name}-->", "", page, flags=re.S)
     page = re.sub(r"<!--(if|end) \w+-->\n?", "", page)
@@ -54,9 +57,9 @@ def as_html(report: Findings) -> str:
 
 
 def _facts(report: Findings) -> str:
-    """The options and symbols, as paragraphs."""
-    options = ", ".join(f"{name} = {value!r}" for name, value in report.options.items())
-    lines = [f"Options: {options or 'the defaults'}."]
+    """What was explained, when, and symbols, as paragraphs."""
+    versions = (f"{name} {version}" for name, version in report.subject.versions.items())
+    lines = [setting(report), f"{report.subject.date}, {', '.join(versions)}."]
     if report.symbols:
         known = ", ".join(f"{name} = {value}" for name, value in report.symbols.items())
         lines.append(f"Sizes are symbolic. Bars and small numbers are at {known}.")
@@ -101,12 +104,18 @@ def _segments(of: Bars, values: Sequence[float], most: float) -> str:
 def _total(
     report: Findings, colour: str, name: str, before: Amount, after: Amount, unit: str
 ) -> str:
+    swatch = f'<i class="swatch {colour}"></i>' if colour else ""
+    kind = "" if colour else ' class="sum"'
+    cells = _compared(report, before, after, unit)
+    return f'<tr{kind}><th scope="row">{swatch}{name}</th>{cells}</tr>'
+
+
+def _compared(report: Findings, before: Amount, after: Amount, unit: str) -> str:
+    """Table cells: an amount at full rank, with grass, and their ratio."""
     pair = report.evaluated(before), report.evaluated(after)
     ratio = f"{pair[1] / pair[0]:.3f}" if pair[0] and pair[1] is not None else ""
-    swatch = f'<i class="swatch {colour}"></i>' if colour else ""
     cells = "".join(_amount(report, each, unit) for each in (before, after))
-    kind = "" if colour else ' class="sum"'
-    return f'<tr{kind}><th scope="row">{swatch}{name}</th>{cells}<td class="n">{ratio}</td></tr>'
+    return f'{cells}<td class="n">{ratio}</td>'
 
 
 def _others(report: Findings) -> str:
@@ -157,34 +166,58 @@ def _row(
     report: Findings, name: str, group: Sequence[Weight], cells: Cells, member: bool = False
 ) -> str:
     first = group[0]
-    text = escape(name)
+    text = _name(name)
     if first.pictures:
         text = f'<button class="pick" data-weight="{escape(first.name)}">{text}</button>'
-    if len(group) > 1:
-        fold = f'aria-expanded="false" aria-label="the {len(group)} weights of {escape(name)}"'
-        text = f'<button class="fold" {fold}></button>{text} <small>× {len(group)}</small>'
+    shape = f"{escape(str(first.shape))}<small>{escape(first.dtype)}</small>"
+    more = f'<td data-v="{math.prod(first.shape)}">{shape}</td>{cells(report, group)}'
+    return _named(name, text, len(group), more, member)
+
+
+def _named(name: str, text: str, count: int, cells: str, member: bool) -> str:
+    """A table row that begins with a name, and a button that unfolds it if it stands for more."""
+    if count > 1:
+        fold = f'aria-expanded="false" aria-label="the {count} of {escape(name)}"'
+        text = f'<button class="fold" {fold}></button>{text} <small>× {count}</small>'
     kind = ' class="member" hidden' if member else ""
-    shape = escape(str(first.shape))
-    return (
-        f'<tr{kind}><th scope="row" data-v="{escape(name)}">{text}</th>'
-        f'<td data-v="{math.prod(first.shape)}">{shape}</td><td>{escape(first.dtype)}</td>'
-        f"{cells(report, group)}</tr>"
-    )
+    return f'<tr{kind}><th scope="row" data-v="{escape(name)}">{text}</th>{cells}</tr>'
+
+
+def _name(name: str) -> str:
+    """A name that may be broken after its dots."""
+    return escape(name).replace(".", ".<wbr>")
+
+
+def _saved(report: Findings) -> str:
+    """The rows of the table of activations: a ``tbody`` for modules alike but for numbers."""
+    bodies = []
+    for name, group in report.saved_groups():
+        lines = [(name, group), *([(row.module, [row]) for row in group] if group[1:] else [])]
+        text = ""
+        for k, (module, rows) in enumerate(lines):
+            before, after = (sum(getattr(r, when) for r in rows) for when in ("before", "after"))
+            label = {None: "(no module, or one that is not known)", "": "(the model itself)"}
+            title = label.get(module, str(module))
+            cells = _compared(report, before, after, "bytes")
+            text += _named(title, _name(title), len(rows), cells, member=k > 0)
+        bodies.append(f"<tbody>{text}</tbody>")
+    return "\n".join(bodies)
 
 
 def _cells(report: Findings, group: Sequence[Weight]) -> str:
     first = group[0]
     status = f'<span class="{first.status}" title="{STATUS[first.status]}">{first.status}</span>'
-    if first.reason:
-        status += f"<small>{escape(first.reason)}</small>"
+    status += "".join(
+        f"<small>{escape(text)}</small>" for text in (first.kernel, first.reason) if text
+    )
     amounts = "".join(
         _amount(report, sum(getattr(getattr(w, when), kind) for w in group), unit)
         for _, kind, unit in AMOUNTS
         for when in ("before", "after")
     )
     return (
-        f'<td>{escape(str(first.side))}</td><td class="n" data-v="{first.rank}">{first.rank}</td>'
-        f"<td>{status}</td><td>{escape(first.kernel or 'none')}</td>{amounts}"
+        f'<td data-v="{first.rank}" title="side {first.side}">{first.rank} {first.selects}</td>'
+        f"<td>{status}</td>{amounts}"
     )
 
 
@@ -223,7 +256,7 @@ def _data(weights: Sequence[Weight]) -> str:
         if not weight.pictures:
             continue
         entry: dict[str, Any] = {
-            "text": f"{weight.shape}, side {weight.side}, r = {weight.rank}: "
+            "text": f"{weight.shape}, of which {weight.rank} {weight.selects} are selected: "
             f"{STATUS[weight.status]}" + (f" ({weight.reason})" if weight.reason else "")
         }
         for when in ("before", "after"):

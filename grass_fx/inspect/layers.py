@@ -24,7 +24,7 @@ def roles(nodes: Sequence[GraphNode]) -> list[str]:
     """The role of each node: "full" or "compact" for gradients of the weight, else its kind.
 
     Products and all nodes computed from them are gradients. They are compact from the node on that
-    selects rows.
+    selects columns or rows.
     """
     found: dict[str, str] = {}
     for node in nodes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
+from grass_fx.config import GrassConfig
 from grass_fx.inspect.findings import Amount, Findings, Weight
 
 UNITS = {"bytes": ("kB", "MB", "GB", "TB"), "FLOPs": ("kFLOP", "MFLOP", "GFLOP", "TFLOP")}
@@ -21,12 +23,23 @@ def readable(value: float, unit: str) -> str:
 
 
 def as_text(report: Findings) -> str:
-    """A headline and the tables of a report; alike weights share a line."""
-    parts = [headline(report), _weights(report), _left(report), _totals(report)]
+    """What was explained, a headline and the tables of a report; alike weights share a line."""
+    head = f"{setting(report)}\n{headline(report)}"
+    parts = [head, _weights(report), _left(report), _totals(report)]
     symbols = ", ".join(f"{name} = {value}" for name, value in report.symbols.items())
     if symbols:
         parts.append(f"Amounts at {symbols}; report.flops and others have them as symbols.")
     return "\n\n".join(part for part in parts if part)
+
+
+def setting(report: Findings) -> str:
+    """A sentence with the model, its device and inputs, and the options that are no defaults."""
+    subject, config = report.subject, GrassConfig.from_options(report.options)
+    changed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    given = {"rank": config.rank, **report.options}
+    options = [f"{k} = {v!r}" for k, v in given.items() if k == "rank" or k in changed]
+    inputs = f", inputs {', '.join(subject.inputs)}" if subject.inputs else ""
+    return f"{subject.model} on {subject.device}{inputs}; {', '.join(options)}."
 
 
 def headline(report: Findings) -> str:
@@ -50,9 +63,9 @@ def _weights(report: Findings) -> str:
     groups = [(name, group) for name, group in report.groups() if group[0].taken]
     if not groups:
         return ""
-    head = ["compact", "", "shape", "side", "r", "gradient products", "", "kernel"]
+    head = ["compact", "", "shape", "selected", "", "gradient products", "", "kernel"]
     rows = [_row(report, name, group) for name, group in groups]
-    return _table([head, *rows], "l>lrr>ll")
+    return _table([head, *rows], "l>l>l>ll")
 
 
 def _row(report: Findings, name: str, group: Sequence[Weight]) -> list[str]:
@@ -65,7 +78,7 @@ def _row(report: Findings, name: str, group: Sequence[Weight]) -> list[str]:
     kernel = first.kernel or "none"
     if first.reason:
         kernel += f"  ({first.reason})"
-    cells = (first.shape, first.side, first.rank, f"{before} ->", after, kernel)
+    cells = (first.shape, first.rank, first.selects, f"{before} ->", after, kernel)
     return [name, count, *map(str, cells)]
 
 
@@ -108,7 +121,7 @@ def _table(rows: Sequence[Sequence[str]], align: str) -> str:
     lines = []
     for row in rows:
         cells = [
-            f"{cell:{'>' if side in '>r' else '<'}{width}}"
+            f"{cell:{'>' if side == '>' else '<'}{width}}"
             for cell, width, side in zip(row, widths, align, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())

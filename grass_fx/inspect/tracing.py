@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
@@ -16,8 +15,9 @@ from grass_fx.compile.lowering.selected_mm import GATHER, way
 from grass_fx.config import GrassConfig
 from grass_fx.inspect.excerpts import draw
 from grass_fx.inspect.findings import Cost, GraphNode
+from grass_fx.inspect.kept import Kept
 from grass_fx.inspect.products import Lookup, Product, WeightProducts, weight_products
-from grass_fx.inspect.sizes import size_expression, sizes_of_symbols
+from grass_fx.inspect.sizes import sizes_of_symbols
 from grass_fx.ops import MM_SIGNS, SELECTED_MM
 from grass_fx.passes.facts import DynamoFacts, JointFacts, TapFacts
 from grass_fx.passes.find_linear_weights import FoundWeights
@@ -32,7 +32,6 @@ BOTH = "tiles, with signs"
 INDEX_ADD = "index add"
 DECIDED = " (decided by the joint graph)"
 UNREACHED = "no gradient reaches it in this graph"
-ON_META = ": on the meta device torch differentiates no cross_entropy, leave the loss out"
 
 
 @dataclass
@@ -54,19 +53,13 @@ class TracedWeight:
 
 
 @dataclass
-class Kept:
-    """What a graph saves for its backward: bytes of intermediates, and positions of inputs."""
-
-    bytes: Any = 0
-    inputs: list[int] = field(default_factory=list)
-
-
-@dataclass
 class TracedGraph:
     """The result of :func:`trace`; ``weights`` is keyed by input position."""
 
     weights: dict[int, TracedWeight]
     symbols: dict[str, int | None]
+    sources: dict[int, str]
+    """Where each parameter was in the frame, by input position."""
     before: Kept = field(default_factory=Kept)
     after: Kept = field(default_factory=Kept)
 
@@ -83,7 +76,7 @@ class TracedGraph:
             weight.before, weight.after = weight.before.map(renamed), weight.after.map(renamed)
             weight.scoring_step = renamed(weight.scoring_step)
         for kept in (self.before, self.after):
-            kept.bytes = renamed(kept.bytes)
+            kept.map(renamed)
 
 
 def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> TracedGraph | None:
@@ -94,13 +87,15 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     if not any(isinstance(value, Tensor) for value in inputs):
         return None
     found = find(gm, DynamoFacts(config, inputs))
-    graph = TracedGraph({}, sizes_of_symbols(inputs))
-
-    def keep(which: Kept, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        which.bytes, which.inputs = _kept(forward, backward)
-
+    places = enumerate(gm.graph.find_nodes(op="placeholder"))
+    sources = {
+        place: compat.input_source(node)
+        for place, node in places
+        if isinstance(inputs[place], nn.Parameter)
+    }
+    graph = TracedGraph({}, sizes_of_symbols(inputs), sources)
     plain = compat.copy_dynamo_graph(gm)
-    compat.compile_aot_eager(plain, inputs, None, on_partition=partial(keep, graph.before))
+    compat.compile_aot_eager(plain, inputs, None, on_partition=graph.before.add)
     signature = Signature(found.taken, len(inputs))
     variant = Variant(signing=config.signs_every > 1)  # which holds the most
     taps, extended = tapped(gm, TapFacts(config, inputs, signature, variant))
@@ -109,33 +104,9 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Any], config: GrassConfig) -> Tra
     compat.compile_aot_eager(taps, extended, passes, on_partition=tracer.partitioned)
     if not tracer.parts:
         return None
-    keep(graph.after, *tracer.parts)
+    graph.after.add(*tracer.parts)
     graph.weights = tracer.weights()
     return graph
-
-
-def _kept(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, list[int]]:
-    """Bytes of intermediates saved for the backward, and positions of the inputs it reads."""
-    places = forward.graph.find_nodes(op="placeholder")
-    of_inputs = {_storage(node): compat.input_position(node) for node in places if _storage(node)}
-    total: Any = 0
-    inputs, seen = set(), set()
-    for node in backward.graph.find_nodes(op="placeholder"):
-        storage = _storage(node)
-        if storage is None or node.name.startswith("tangents") or storage in seen:
-            continue
-        seen.add(storage)
-        if storage in of_inputs:
-            inputs.add(of_inputs[storage])
-        else:
-            total += size_expression(node.meta["val"].untyped_storage().nbytes())
-    return total, sorted(place for place in inputs if place is not None)
-
-
-def _storage(node: fx.Node) -> Any:
-    """A key that fake tensors have in common if they share memory; None if it is no tensor."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 class _Tracer:
@@ -215,7 +186,7 @@ class _Tracer:
             else:
                 reason = self.push.stopped.get(f"{place}", "")
                 if not reason and not after.picture:  # the pushed gradient became constant zeros
-                    reason = UNREACHED + (ON_META if value.device.type == "meta" else "")
+                    reason = UNREACHED
             traced = TracedWeight(weight, reason, before.cost(again), after.cost(again))
             traced.lookup = self.found.lookups.get(name)
             if weight is not None:
