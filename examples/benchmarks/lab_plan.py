@@ -161,6 +161,7 @@ def everything(
         of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
         resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
         resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
+        rest_varied(plan, small_full, RANKS[1])
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
         if in_bfloat16:
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
@@ -168,7 +169,6 @@ def everything(
     if small_full:
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
-        rest_varied(plan, small_full, RANKS[1])
     looked_up_further(plan, words, prose)
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
