@@ -56,6 +56,7 @@ smoke: setup
 	$(BIN)/python examples/lightning_module.py --smoke
 	$(BIN)/python examples/inspect_graphs.py
 	$(BIN)/python examples/selected_rows.py --smoke
+	$(BIN)/python examples/run_notebook.py examples/story.ipynb
 	$(BIN)/python -m grass_fx explain --model examples.llama:build --rank 0.125
 	$(BIN)/python examples/which_card.py --gpus 8
 	$(BIN)/python examples/benchmarks/step_time.py --smoke --profile runs/profile.txt

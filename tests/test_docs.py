@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import re
 import runpy
 import sys
@@ -17,6 +18,7 @@ from test_structure import FLOORS, MODULES, floor_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
 OF_THE_READER = ("train.py", "first.py", "graphs/03_pushed_regular.py")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -185,9 +187,18 @@ def test_scripts_know_the_options_they_are_told_to_run_with(script, monkeypatch,
     assert COMMANDS[script] - {*re.findall(r"--[\w-]+", capsys.readouterr().out)} == set()
 
 
-@every_page
+def words(page):
+    """The text of a page, of a notebook that of its Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(words(page))):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
