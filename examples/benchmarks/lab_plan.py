@@ -150,7 +150,7 @@ def everything(
     if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
     if full:
-        rest_rates(plan, full, RANKS[1])
+        rest_rates(plan, full, RANKS[1], LENGTHS[0], (1, 2, 8, 1 / 2))
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
@@ -162,6 +162,10 @@ def everything(
         resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
         resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
         rest_varied(plan, small_full, RANKS[1])
+    if full:
+        resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
+        rest_rates(plan, full, RANKS[1], LENGTHS[1], (1, 2, 4))
+    if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
         if in_bfloat16:
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
@@ -295,10 +299,10 @@ def pairs(
     return complete
 
 
-def rest_rates(plan: Plan, full: Job, rank: float) -> None:
+def rest_rates(plan: Plan, full: Job, rank: float, length: float, factors: Sequence[float]) -> None:
     """The rate of such columns in a larger model, in wide steps."""
-    grass = replace(full, steps=round(LENGTHS[0] * full.steps), rank=rank, scale=1 / rank)
-    jobs = [replace(grass, rest_scale=REST * factor) for factor in (1, 2, 8, 1 / 2)]
+    grass = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
+    jobs = [replace(grass, rest_scale=REST * factor) for factor in factors]
     if plan.want(jobs):
         plan.varied.append(jobs[0])
 
