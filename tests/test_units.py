@@ -83,10 +83,11 @@ def test_places_of_a_last_unit():
 
 def test_norms_are_those_of_the_units_own_rows():
     s = torch.tensor([9.0, 16.0, 0.0, 4.0, 1.0, 3.0, 36.0])
-    assert Units(7, 3).norms(s).tolist() == [5.0, math.sqrt(8), 6.0]
+    assert Units(7, 3).norms(s).tolist() == pytest.approx([5.0, math.sqrt(8), 6.0], rel=1e-15)
     assert Units(7, 3).norms(s.expand(2, 3, 7)).shape == (2, 3, 3)
     # With replacement rows 4 and 5 are halves in two units: 1/4 and 3/4 of their squares in each.
-    assert Units(7, 3, True).norms(s).tolist() == [5.0, math.sqrt(4 + 1), math.sqrt(1 + 36)]
+    halves = [5.0, math.sqrt(4 + 1), math.sqrt(1 + 36)]
+    assert Units(7, 3, True).norms(s).tolist() == pytest.approx(halves, rel=1e-15)
     assert s.tolist()[4:6] == [1.0, 3.0]  # it changes nothing of the scores
 
 
