@@ -187,6 +187,7 @@ def test_the_page_has_the_tables_of_the_file():
         lab_report.lookups_table,
         lab_report.longer_table,
         lab_report.ruled_table,
+        lab_report.peers_table,
     )
     for table in tables:
         for line in table(plan).splitlines():
