@@ -52,6 +52,8 @@ def read(path: Path, settings: Any, text: int, parts: dict[str, Any]) -> int:
     """Load into `parts` what `write` wrote; the step after which it was written."""
     if settings.parallel == "sharded":
         raise SystemExit("--resume: not with --parallel sharded, whose files have weights only")
+    if not path.is_file():
+        raise SystemExit(f"--resume {path}: there is no such file")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if "optimizer" not in saved:
         raise SystemExit(f"--resume {path}: it has weights, but no state of an optimizer")

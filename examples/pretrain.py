@@ -1,6 +1,6 @@
-"""Train a small LLaMA on Python source text, with compact weight gradients or with full ones.
+"""Train a LLaMA on text, with compact weight gradients or with full ones.
 
-    python examples/pretrain.py                      # grass, a quarter of the rows at a time
+    python examples/pretrain.py                      # grass, a quarter of the columns at a time
     python examples/pretrain.py --method full        # Inductor and torch.optim.AdamW
     python examples/pretrain.py --selection top --rank 0.125 --log runs/top.jsonl
     python examples/pretrain.py --save runs/tiny.pt --every 100
@@ -49,7 +49,7 @@ def option(default, text: str, choices=None, kind=None):
 
 
 def rank(text: str) -> int | float:
-    """`64` is a number of rows, `0.25` a fraction of them."""
+    """`64` is a number of columns, `0.25` a fraction of them."""
     return int(text) if text.isdigit() else float(text)
 
 
@@ -70,19 +70,21 @@ class Settings:
     seq: int = option(128, "tokens per sequence; without a tokenizer bytes")
     # Embedding and head want a rate of their own: with one rate for everything AdamW is badly
     # tuned, and grass seems to beat it. Both were swept at the default size and length.
-    lr: float = option(1.6e-2, "learning rate of embedding, head and norms")
-    linear_lr: float = option(2e-3, "learning rate of the linear weights")
+    lr: float = option(1.6e-2, "learning rate of the other weights: embedding, norms, head")
+    linear_lr: float = option(
+        2e-3, "learning rate of the layers' matrices (--include-head: and head)"
+    )
     scale: float | str = option("auto", "grass: multiplies linear_lr; auto is n / r", kind=scale)
     weight_decay: float = option(0.0, "decoupled weight decay, both methods")
-    rank: int | float = option(0.25, "grass: selected rows, a number or a fraction", kind=rank)
+    rank: int | float = option(0.25, "grass: selected columns, a number or a fraction", kind=rank)
     selection: str = option(
         "cyclic",
-        "grass: rule that selects the rows",
+        "grass: rule that selects the columns",
         ("cyclic", "top", "multinomial_norm", "multinomial_norm_sq", "uniform", "frozen_top"),
     )
     refresh_every: int = option(50, "grass: steps between two selections")
-    warmup_steps: int = option(20, "grass: steps over which newly selected rows reach full rate")
-    block: int = option(1, "grass: consecutive rows selected together")
+    warmup_steps: int = option(20, "grass: steps over which newly selected columns reach full rate")
+    block: int = option(1, "grass: consecutive columns selected together")
     include_head: bool = option(False, "grass: take the output head as well")
     compiler: str = option("inductor", "what compiles the graphs", ("inductor", "aot_eager"))
     device: str = option("cpu", "where to train", kind=str)

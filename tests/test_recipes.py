@@ -94,6 +94,8 @@ def test_what_cannot_be_resumed_is_told(corpus, tmp_path):
             checkpoints.read(path, replace(settings, **change), len(corpus.train), given)
     with pytest.raises(SystemExit, match="tokens of text, not 7"):
         checkpoints.read(path, settings, 7, given)
+    with pytest.raises(SystemExit, match="other.pt: there is no such file"):
+        checkpoints.read(tmp_path / "other.pt", settings, len(corpus.train), given)
     pretrain.save(parts[0], path)
     with pytest.raises(SystemExit, match="no state of an optimizer"):
         checkpoints.read(path, settings, 7, given)

@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -140,6 +146,7 @@ def train(args: argparse.Namespace) -> Trainer:
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks of one length need no padding
         optimizers=(grass_fx.AdamW(groups, lr=args.lr, seed=args.seed), None),
     )
     return finish(trainer, args)
@@ -166,20 +173,30 @@ def parser(description: str) -> argparse.ArgumentParser:
     add = made.add_argument
     add("--model", help="a folder, or a name on the hub, as from_pretrained takes it")
     add("--data", type=Path, help="a text file, or a folder of *.txt and *.md")
-    add("--out", type=Path, default=Path("runs/finetuned"), help="checkpoints, and the model")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/finetuned"),
+        help="checkpoints, and the model (%(default)s)",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--rank", type=rank, default=0.0625, help="trained columns: a number, or a fraction")
-    add("--refresh-every", type=int, default=100, help="steps between two selections")
+    add(
+        "--rank",
+        type=rank,
+        default=0.0625,
+        help="trained columns, number or fraction (%(default)s)",
+    )
+    add("--refresh-every", type=int, default=100, help="steps between two selections (%(default)s)")
     add("--lookups", action="store_true", help="take embeddings too: less memory, a higher loss")
     add("--freeze", nargs="*", default=[], metavar="PATTERN", help="names that do not train")
-    add("--lr", type=float, default=1e-5, help="as for AdamW with full gradients")
+    add("--lr", type=float, default=1e-5, help="as for AdamW with full gradients (%(default)s)")
     add("--weight-decay", type=float, default=0.0)
-    add("--seq", type=int, default=2048, help="tokens per sequence")
-    add("--batch", type=int, default=1, help="sequences per backward")
-    add("--accumulate", type=int, default=16, help="backwards per optimizer step")
-    add("--steps", type=int, default=1000, help="optimizer steps")
-    add("--save-every", type=int, default=200, help="steps between two checkpoints")
-    add("--held-out", type=int, default=32, help="sequences that are evaluated")
+    add("--seq", type=int, default=2048, help="tokens per sequence (%(default)s)")
+    add("--batch", type=int, default=1, help="sequences per backward (%(default)s)")
+    add("--accumulate", type=int, default=16, help="backwards per optimizer step (%(default)s)")
+    add("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
+    add("--save-every", type=int, default=200, help="steps between two checkpoints (%(default)s)")
+    add("--held-out", type=int, default=32, help="sequences that are evaluated (%(default)s)")
     add("--compiler", default="inductor", choices=("inductor", "aot_eager"))
     add("--tensorboard", action="store_true", help="write scalars; pip install tensorboard")
     add("--seed", type=int, default=0)

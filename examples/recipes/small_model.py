@@ -21,7 +21,7 @@ def some_text() -> str:
 
 
 def tokenizer(text: str, vocab: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text."""
+    """A byte-level BPE of the text; like LLaMA's it has no token for padding."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def tokenizer(text: str, vocab: int) -> PreTrainedTokenizerFast:
         [text],
         trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
 
 
 def save(folder: Path, hidden: int = 64, layers: int = 2, vocab: int = 512) -> None:
