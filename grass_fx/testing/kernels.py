@@ -87,6 +87,7 @@ def compile_kernel(kernel: Kernel, capability: int, xblock: int | None = None) -
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     # Sizes that Inductor would also try: few rows for reductions, many numbers for other loops.
@@ -113,9 +114,9 @@ def compile_kernel(kernel: Kernel, capability: int, xblock: int | None = None) -
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(out.asm["ptx"], encoding="utf-8")
         arch = re.search(r"\.target (sm_\w+)", out.asm["ptx"]).group(1)  # type: ignore[union-attr]
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        ptxas = get_ptxas(capability).path  # Triton 3.9 has one of its own from sm_90 on
         report = subprocess.run(
-            [str(ptxas), "-v", f"-arch={arch}", str(ptx), "-o", str(Path(folder, "cubin"))],
+            [ptxas, "-v", f"-arch={arch}", str(ptx), "-o", str(Path(folder, "cubin"))],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
