@@ -32,6 +32,7 @@ import checkpoints
 import grass_fx
 from checkpoints import Checkpoints
 from data import Batches, Corpus, held_out_loss
+from grass_fx.config import RULES
 from grass_fx.state.sharding import local
 from llama import SIZES, build
 from parallel import WAYS, distribute, is_first, mean, part_of, processes
@@ -80,7 +81,7 @@ class Settings:
     selection: str = option(
         "cyclic",
         "grass: rule that selects the columns",
-        ("cyclic", "top", "multinomial_norm", "multinomial_norm_sq", "uniform", "frozen_top"),
+        tuple(RULES),
     )
     refresh_every: int = option(50, "grass: steps between two selections")
     warmup_steps: int = option(20, "grass: steps over which newly selected columns reach full rate")

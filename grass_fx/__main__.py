@@ -105,6 +105,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     add("--memory", required=True, help='of one GPU: "40GB" (decimal) or "24GiB" (binary)')
     add("--gpus", type=int, default=1, metavar="N",
         help="GPUs that share weights, gradients and state by FSDP2 (1)")  # fmt: skip
+    add("--freeze", nargs="+", default=[], metavar="PATTERN",
+        help="names of parameters that do not train")  # fmt: skip
     add("--card", metavar="NAME",
         help=f"predict tokens/s on this GPU: {', '.join(PEAKS)}")  # fmt: skip
     add("--rank", type=_rank, help="plan with this rank, a number or a fraction, instead of the "
@@ -155,6 +157,7 @@ def _plan(args: argparse.Namespace) -> int:
         in_backward=args.in_backward,
         gpus=args.gpus,
         card=args.card,
+        frozen=args.freeze,
         options=options,
     )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)

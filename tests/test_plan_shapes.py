@@ -125,6 +125,22 @@ def test_activations_count_into_what_fits():
         grass_fx.plan([(64, 64)], "1MB", checkpointing=True)
 
 
+def test_frozen_parameters_have_no_gradient(capsys):
+    given = ["plan", "--memory", "40GB", "--shape", "llama-8b", "--rank", "0.0625", "--json"]
+    found = []
+    for more in ([], ["--freeze", "*embed_tokens*"], ["--freeze", "*embed_tokens*", "*q_proj*"]):
+        assert main([*given, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["parts"])
+    embedding = 2 * 128256 * 4096
+    assert found[0]["dense gradients"] - found[1]["dense gradients"] == embedding
+    assert found[0]["dense state"] - found[1]["dense state"] > 2 * embedding - 100
+    r = 32 * 2 * 4096 * 256
+    assert found[1]["compact gradients"] - found[2]["compact gradients"] == r
+    assert found[0]["weights"] == found[2]["weights"]
+    assert main([*given, "--freeze", "embed"]) == 2
+    assert "frozen: 'embed' matches no parameter; the nearest is" in capsys.readouterr().err
+
+
 def test_several_gpus_share_all_but_activations():
     alone, shared = (
         grass_fx.plan("llama-8b", "80GB", rank=0.25, tokens=512, gpus=gpus) for gpus in (1, 8)

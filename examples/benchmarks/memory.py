@@ -247,7 +247,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="float32", help="of all parameters (default: float32)")
     add("--batch", type=int, default=1, help="sequences per step (default: 1)")
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
-    add("--rank", type=rank, default=0.125, help="selected rows, number or fraction (0.125)")
+    add("--rank", type=rank, default=0.125, help="selected columns, number or fraction (0.125)")
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="default: all")
     add("--checkpointing", action="store_true", help="keep only the layers' inputs")
     add("--limit-gb", type=float, help="act as a GPU of this size")

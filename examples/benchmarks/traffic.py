@@ -282,7 +282,7 @@ def parse() -> argparse.Namespace:
     add("--micro-batches", type=int, default=1, help="micro-batches of a step (default: 1)")
     add("--keep-gathered", action="store_true", help="under FSDP2, reshard_after_forward=False")
     add("--seq", type=int, default=256, help="tokens of a sequence (default: 256)")
-    add("--rank", type=rank_of, default=0.125, help="selected rows, number or fraction (0.125)")
+    add("--rank", type=rank_of, default=0.125, help="selected columns, number or fraction (0.125)")
     add("--scoring-rule", default="top", help="the rule of the scoring steps (default: top)")
     add("--refresh-every", type=int, default=100, help="steps of a period, for the mean (100)")
     add("--ways", nargs="+", default=WAYS, choices=WAYS, help="default: all")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from grass_fx.config import GrassConfig
+from grass_fx.config import GrassConfig, check_matched, matches
 from grass_fx.inspect.cost import LinearCost
 from grass_fx.inspect.shapes import named_shapes
 from grass_fx.state.spec import SubspaceSpec
@@ -138,3 +138,19 @@ def candidates(
     if isinstance(model, nn.Module):
         return of_model(model, config, dtype)
     return of_shapes(model, config, dtype)
+
+
+def frozen_by(patterns: Sequence[str], parameters: Sequence[Candidate]) -> list[Candidate]:
+    """The same parameters, of which those that a pattern matches do not train.
+
+    Raises:
+        OptionError: a pattern matches no parameter.
+    """
+    names = [p.name for p in parameters]
+    check_matched({("frozen", each): matches(each, names) for each in patterns}, names)
+    return [
+        replace(p, trains=False, candidate=False)
+        if any(matches(each, [p.name]) for each in patterns)
+        else p
+        for p in parameters
+    ]

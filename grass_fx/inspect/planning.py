@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grass_fx.config import GrassConfig, check_matched, nearest
 from grass_fx.errors import OptionError
 from grass_fx.inspect.activations import Activations, of_decoder, traced
-from grass_fx.inspect.candidates import Candidate, Shapes, candidates
+from grass_fx.inspect.candidates import Candidate, Shapes, candidates, frozen_by
 from grass_fx.inspect.cost import MOMENTS
 from grass_fx.inspect.parts import Setting, measure, with_activations
 from grass_fx.inspect.shapes import decoder
@@ -191,6 +191,7 @@ def plan(
     in_backward: bool = False,
     gpus: int = 1,
     card: str | None = None,
+    frozen: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Find the largest rank with which training fits into ``memory``, and what uses that memory.
@@ -227,6 +228,8 @@ def plan(
             the activations of its own tokens, two gathered layers, and a layer's gradients.
         card: predict tokens/s of a regular step on this card, by ``inspect.speed``. That needs
             tokens and counted activations, one GPU, and bfloat16.
+        frozen: patterns of the names of parameters that do not train, beside those of a module that
+            need no gradient. Activations are counted as if they trained.
         options: the backend's options, without ``rank``.
 
     Raises:
@@ -243,7 +246,7 @@ def plan(
     setting = Setting(in_backward, gpus)
     notes = ["which weights are taken is an estimate, made without tracing the model"]
     buffers = sum(b.nbytes for b in model.buffers()) if isinstance(model, nn.Module) else 0
-    parameters = candidates(model, config, dtype)
+    parameters = frozen_by(frozen, candidates(model, config, dtype))
     batch = (1, tokens) if isinstance(tokens, int) else tokens
     tokens = None if batch is None else math.prod(batch)
     if isinstance(model, str) and tokens and activations is None and inputs is None:
