@@ -326,18 +326,20 @@ def test_another_parameter_in_the_place_of_a_deleted_one_has_its_own_subspace():
     mine = Demand(registry, [spec_of()], ["a"])
     gc.collect()
     gc.freeze()  # what other tests have left is not looked through 20 times
-    for _ in range(20):
-        weight = parameter()
-        places.append(id(weight))
-        (subspace,) = mine([weight])
-        assert subspace is registry.get(weight) is mine([weight])[0]
-        assert subspace.step == 0
-        take_step(subspace)
-        subspace = weakref.ref(subspace)
-        del weight
-        gc.collect()
-        assert subspace() is None
-    gc.unfreeze()
+    try:
+        for _ in range(20):
+            weight = parameter()
+            places.append(id(weight))
+            (subspace,) = mine([weight])
+            assert subspace is registry.get(weight) is mine([weight])[0]
+            assert subspace.step == 0
+            take_step(subspace)
+            subspace = weakref.ref(subspace)
+            del weight
+            gc.collect()
+            assert subspace() is None
+    finally:
+        gc.unfreeze()
     assert len(set(places)) < len(places)
 
 
