@@ -25,6 +25,7 @@ from typing import Any
 
 import matplotlib
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine torch's threads wait spinning
 matplotlib.use("Agg")  # no display is needed to write a picture
 import matplotlib.pyplot as plt
 
