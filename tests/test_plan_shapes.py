@@ -264,7 +264,9 @@ def test_tracing_without_data_counts_what_explain_counts():
 def test_the_formula_is_what_tracing_counts():
     it = Decoder(320, 1024, 2816, 3, 16, 4, 64)
     config, options = config_of(it, "LlamaConfig"), {"rank": 0.25}
-    sizes = {"hidden": it.hidden, "vocab": it.vocab, "itemsize": 2}
+    sizes = {
+        "hidden": it.hidden, "vocab": it.vocab, "itemsize": 2, "width": it.heads * it.head_dim,
+    }  # fmt: skip
     counted = of_layers(lambda k: hf.build(config, None, k), 3, sizes, (1, 512), options)
     formula, ranked = of_decoder(it, 512, 2), GrassConfig.from_options(options)
     for checkpointing in (False, True):
