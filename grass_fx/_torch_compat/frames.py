@@ -1,4 +1,4 @@
-"""Which frames Dynamo left uncompiled and why, and which backends compiled the others.
+"""What Dynamo left uncompiled and why, and which backends compiled the rest.
 
 Only the text of warnings uses this. If a version of torch does not record it, it is left out.
 """
@@ -16,23 +16,32 @@ from typing import Any, TypeVar
 import torch
 
 Value = TypeVar("Value")
+_EXPLAINED = "Explanation:"
+"""Is part of torch's message at every graph break."""
+
+
+UNTRACED = "Unsupported function call"
+"""How torch's message begins at a break before a call into which Dynamo does not trace: from 2.15
+on for an LSTM, for which it skipped the frame that calls it before."""
 
 
 @dataclass(frozen=True)
 class Uncompiled:
-    """A frame for which Dynamo made no graph."""
+    """A frame for which Dynamo made no graph, or not one alone."""
 
     frame: str
     """Its function and file, as in "forward (model.py:12)"."""
     reason: str
     """Torch's own message, and its first hint."""
     whole: bool
-    """Whether the whole frame ran as plain Python. Otherwise there was a graph break before its
-    first operation, and the code after the break may be compiled."""
+    """Whether the whole frame, or what it calls at the break, ran as plain Python. Otherwise there
+    was a graph break, and the code on both sides of it may be compiled."""
+    broken: bool
+    """Whether operations before the break have a graph."""
 
 
 def uncompiled_frames() -> list[Uncompiled]:
-    """The frames for which Dynamo made no graph since its reset, by their latest compilation."""
+    """What Dynamo left uncompiled since its reset, by each frame's latest compilation."""
     return _recorded(_uncompiled, [])
 
 
@@ -74,10 +83,13 @@ def _uncompiled() -> list[Uncompiled]:
     found: dict[Uncompiled, None] = {}
     for code, metrics in latest.items():
         if metrics.fail_type is not None and not _entries(code):
-            found[Uncompiled(_name(code), _in_short(metrics.fail_reason or ""), True)] = None
-        elif metrics.fail_type is None and not metrics.graph_op_count:
+            found[Uncompiled(_name(code), _in_short(metrics.fail_reason or ""), True, False)] = None
+        elif metrics.fail_type is None:
+            broken = bool(metrics.graph_op_count)
             for reason in metrics.restart_reasons or ():
-                found[Uncompiled(_name(code), _in_short(reason), False)] = None
+                if not broken or _EXPLAINED in reason:  # else it began again for another cause
+                    whole = reason.startswith(UNTRACED)
+                    found[Uncompiled(_name(code), _in_short(reason), whole, broken)] = None
     return list(found)
 
 
@@ -120,13 +132,18 @@ def _is_torchs(code: CodeType) -> bool:
 
 
 def _in_short(reason: str) -> str:
-    """The first line of torch's message, its debug context, and its first hint."""
+    """The first line of torch's message, its debug context, and its first hint or explanation."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     if not lines:
         return "torch does not say why"
-    hint = next((line[5:].strip() for line in lines if line.startswith("Hint:")), "")
+    told = [
+        line.removeprefix(word).strip()
+        for word in ("Hint:", _EXPLAINED)
+        for line in lines
+        if line.startswith(word)
+    ]
     about = re.search(r"^\s*Developer debug context: (.{1,80})$", reason, re.M)
-    if not hint and about is None:  # an exception in a backend: its name, then its message
+    if not told and about is None:  # an exception in a backend: its name, then its message
         return " ".join(lines[:2])
     first = lines[0].rstrip(".") + (f": {about[1].strip()}" if about else "")
-    return f"{first}. {hint}".rstrip(" .")
+    return ". ".join([first, *told[:1]]).rstrip(" .")

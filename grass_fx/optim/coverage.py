@@ -163,18 +163,25 @@ def _few(frames: Sequence[str], most: int = 3) -> str:
 
 
 def _skipped(whole: bool) -> str:
-    """Describe the frames that torch ran uncompiled, with its reasons; empty if there are none."""
+    """Describe what torch ran uncompiled, with its reasons; empty if there is nothing.
+
+    ``whole`` leaves out graph breaks that lie between operations which are compiled.
+    """
     from grass_fx import _torch_compat as compat
 
     frames: dict[str, list[str]] = {}
+    broken: dict[str, bool] = {}
     found = compat.uncompiled_frames()
-    for record in sorted(found, key=lambda record: not record.whole):
+    for record in sorted(found, key=lambda record: (not record.whole, record.broken)):
         if record.whole or not (whole or record.reason in frames):
             frames.setdefault(record.reason, []).append(record.frame)
-    if not frames:
-        return ""
-    some = [f"{_few(names)}: {reason}" for reason, names in [*frames.items()][:3]]
-    return (
-        f"torch.compile made no graph of {'; '.join(some)}. Change what the reason names, or "
-        "compile the parts around it by calls of torch.compile of their own. "
+            broken.setdefault(record.reason, record.broken)
+    words = ""
+    for kind, what in ((False, "made no graph of"), (True, "broke the graph of")):
+        some = [f"{_few(names)}: {why}" for why, names in frames.items() if broken[why] is kind]
+        if some:
+            words += f"torch.compile {what} {'; '.join(some[:3])}. "
+    return words and (
+        f"{words}Change what the reason names, or compile the parts around it by calls of "
+        "torch.compile of their own. "
     )
