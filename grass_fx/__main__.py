@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import unified_diff
 from typing import Any
 
 import torch
@@ -202,7 +203,8 @@ def _add_graphs(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "graphs",
         help="the graph of one layer, before and after each pass",
-        description="The model's forward runs once on the inputs; nothing is trained.",
+        description="The model's forward runs once on the inputs; nothing is trained. Lines begin "
+        "with + that a pass has added to the graph before it, and with - that it has removed.",
     )
     _add_model(parser)
     parser.add_argument("--layer", required=True, metavar="NAME",
@@ -216,8 +218,12 @@ def _graphs(args: argparse.Namespace) -> int:
     model, inputs, _ = _built(args)
     options = {name: getattr(args, name) for name in ("rank", *CHOSEN)}
     several, named = _arguments(inputs)
+    before: list[str] | None = None
     for stage, text in layer_graphs(model, args.layer, several, named, options).items():
-        print(f"--- {stage}\n{text}\n")
+        lines = text.splitlines()
+        changes = () if before is None else [*unified_diff(before, lines, n=len(before))][3:]
+        print(f"--- {stage}", *(changes or [f" {line}" for line in lines]), sep="\n", end="\n\n")
+        before = lines
     return 0
 
 

@@ -53,6 +53,11 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.syspath_prepend("tests")
     given = ["graphs", "--model", "test_layer_graphs:Block", "--layer", "up", "--rank", "4"]
     assert main(given) == 0
-    assert "--- keep_selected" not in capsys.readouterr().out.split("--- push_selection")[0]
+    joint, pushed, kept = capsys.readouterr().out.strip().split("\n\n")
+    assert {line[0] for line in joint.splitlines()[1:]} == {" "}
+    (_, *gone), new = ([x for x in pushed.splitlines() if x[0] == mark] for mark in "-+")
+    assert "grass.select." in gone[-1] and [x.count("grass.selected_mm") for x in new] == [1, 1]
+    _, *rewritten = (x for x in kept.splitlines() if x[0] == "-")
+    assert [x[1:] for x in rewritten] == [new[0][1:]]
     assert main([*given[:4], "none", "--rank", "4"]) == 2
     assert "no module of the graphs" in capsys.readouterr().err
