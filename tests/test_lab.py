@@ -16,6 +16,7 @@ import lab
 import lab_methods
 import lab_report
 import lab_train
+from lab_lora import SCALING, LoRA
 from lab_plan import Cell, Plan, of_peers
 from lab_train import Job
 
@@ -125,6 +126,25 @@ def test_peers_stand_beside_grass_at_their_own_rates():
         "galore | 1/4 | 100 | 2e-3 | 2.250 | +12.5 % |",
         "apollo | 1/4 | 200 | 1.6e-2 | 2.250 | +12.5 % |",
     ]
+
+
+def test_lora_steps_as_a_model_with_two_factors_would():
+    w, x = torch.nn.Parameter(torch.randn(6, 8)), torch.randn(5, 8)
+    groups = [{"params": [w], "rank": 2, "lr": 0.1}]
+    lora = LoRA(groups, lr=1.0, weight_decay=0.0)
+    ((_, start, a, b),) = lora.factors
+    own = [t.clone().requires_grad_() for t in (a, b)]
+    other = torch.optim.AdamW(own, lr=0.1, weight_decay=0.0)
+    for _ in range(4):
+        (x @ w.T).square().sum().backward()
+        (x @ (start + SCALING * own[1] @ own[0]).T).square().sum().backward()
+        for optimizer in (lora, other):
+            optimizer.step()
+        w.grad = None
+        other.zero_grad()
+    assert (b != 0).all() and (w != start).all()
+    torch.testing.assert_close((a, b), tuple(own), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(w, start + SCALING * own[1] @ own[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_rule_costs():

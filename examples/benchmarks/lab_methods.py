@@ -8,6 +8,7 @@ trains is stepped by AdamW.
     sgd     torch.optim.SGD with momentum 0.9; with a rank grass_fx.subspace of it
     muon    torch.optim.Muon, its updates as large as AdamW's; with a rank grass_fx.subspace of it
     galore, apollo   the packages' own, from full gradients, of that rank (peer_optimizers.py)
+    lora    W0 + s B A of that rank, A and B by AdamW (lab_lora.py)
 
 grass runs by the project's own subspaces, compact gradients and optimizers. Only the compact
 product of its graph is replaced, by columns of the full gradient, so that no method needs a graph
@@ -31,6 +32,7 @@ from grass_fx.state.gradient.votes import Votes
 from grass_fx.state.registry import registry
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
+from lab_lora import LoRA
 from peer_optimizers import apollo, galore, galore_groups
 
 Parameters = Mapping[str, nn.Parameter]
@@ -93,7 +95,7 @@ def projected(
     return [peer(groups, lr=rates.dense, weight_decay=0.0, eps=1e-8)]
 
 
-PEERS = {"galore": galore, "apollo": apollo}
+PEERS = {"galore": galore, "apollo": apollo, "lora": LoRA}
 
 METHODS: dict[str, Callable[..., list[Optimizer]]] = {
     "adamw": adamw,

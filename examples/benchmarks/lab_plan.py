@@ -166,9 +166,17 @@ def everything(
         resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
         rest_rates(plan, full, RANKS[1], LENGTHS[1], (1, 2, 4))
     if small_full:
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], 4)
+        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (2, 4))
+        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (2, 4))
+    if full:
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], 2)
+        of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
+    if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
         if in_bfloat16:
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
+            of_lora(plan, in_bfloat16, RANKS[:2], (0, 1, 2))
     looked_up(plan, words, (False,))
     if small_full:
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
@@ -222,6 +230,9 @@ def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
     )
 
 
+NEVER = 10**6
+"""A period longer than every run."""
+
 REST = 0.25
 """The part of the linear rate by which columns move that are not selected."""
 
@@ -272,6 +283,27 @@ def of_peers(
             plan.peers.append(ways)
 
 
+def of_lora(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:
+    """Fine-tuning by LoRA and by columns that never change, each at its own best rate."""
+    ways = [full]
+    for rank in ranks:
+        grass = replace(full, rank=rank, scale=1 / rank)
+        lora = replace(full, method="lora", rank=rank, dtype="float32")
+        for job, name in (
+            (grass, "scale"),
+            (replace(grass, refresh_every=NEVER), "scale"),
+            (replace(lora, linear_lr=4 * full.linear_lr), "linear_lr"),
+        ):
+            if best := plan.bracket(job, (name,)):
+                ways.append(best)
+    if len(ways) < 1 + 3 * len(ranks):
+        return
+    for seed in seeds:
+        jobs = [replace(job, seed=seed) for job in ways]
+        if plan.want(jobs):
+            plan.peers.append(jobs)
+
+
 def ruled(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
@@ -305,6 +337,14 @@ def rest_rates(plan: Plan, full: Job, rank: float, length: float, factors: Seque
     jobs = [replace(grass, rest_scale=REST * factor) for factor in factors]
     if plan.want(jobs):
         plan.varied.append(jobs[0])
+
+
+def rest_scaled(plan: Plan, full: Job, rank: float, length: float, factor: float) -> None:
+    """The rate of selected columns, if those that are not selected move as well."""
+    steps = round(length * full.steps)
+    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=REST * factor)
+    if best := plan.bracket(job, ("scale",)):
+        plan.varied.append(best)
 
 
 def rest_varied(plan: Plan, full: Job, rank: float) -> None:

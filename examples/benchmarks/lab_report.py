@@ -167,10 +167,12 @@ def peers_table(plan: Plan) -> str:
                 name = 'grass, rest="sign"' if job.rest_scale else "grass"
             elif job.rank:
                 name = job.method
-            of = f"{fraction(job.rank)} | {job.refresh_every}" if job.rank else " | "
-            loss = plan.loss(job)
+            every = "never" if job.refresh_every >= job.steps else str(job.refresh_every)
+            every = "" if job.method == "lora" else every
+            of = f"{fraction(job.rank)} | {every}" if job.rank else " | "
+            loss, size = plan.loss(job), job.size + (", fine-tuning" if job.start else "")
             lines.append(
-                f"| {job.size} | {job.steps} | {job.seed} | {name} | {of} | "
+                f"| {size} | {job.steps} | {job.seed} | {name} | {of} | "
                 f"{rate(job.linear_lr * job.scale)} | {loss:.3f} | "
                 f"{100 * (loss / plan.loss(full) - 1):+.1f} % |"
             )
@@ -209,6 +211,7 @@ def varied_table(plan: Plan) -> str:
     for job in plan.varied:
         rates = plan.along("rest_scale", job) | _at(plan, replace(job, rest_scale=0.0), 0.0)
         tried = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
+        tried["scale"] = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
         for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", (50, 100, 200, 400))):
             changed = {x: replace(job, **{name: x}) for x in values}
             tried[name] = _known(plan, changed)

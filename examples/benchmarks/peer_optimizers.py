@@ -14,9 +14,10 @@ MODULES = {"adamw8bit": "torchao.optim", "galore": "galore_torch", "apollo": "ap
 
 
 def why_missing(peer: str) -> str:
-    """What keeps a peer from being imported; empty if nothing does."""
+    """What keeps a peer's package from being imported; empty if nothing does, or it has none."""
     try:
-        importlib.import_module(MODULES[peer])
+        if module := MODULES.get(peer):
+            importlib.import_module(module)
     except ImportError as error:
         return str(error)
     return ""
