@@ -46,14 +46,18 @@ def test_it_is_taken_and_pushed_and_right(name, side, x):
     torch.testing.assert_close(grad.compact, grad.selection.project(full), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["autograd function", "cross entropy, fused"])
+@pytest.mark.parametrize(
+    "name", ["autograd function", pytest.param("cross entropy, fused", marks=pytest.mark.slow)]
+)
 def test_by_inductor(name, x):
     backend, grad, full = compared(LINEAR[name], x, compiler="inductor")
     assert not backend.only.report.stopped
     torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
-@pytest.mark.parametrize("name", ["cross entropy, fused", "cross entropy, tiled"])
+@pytest.mark.parametrize(
+    "name", ["cross entropy, fused", pytest.param("cross entropy, tiled", marks=pytest.mark.slow)]
+)
 def test_a_fused_loss_holds_no_gradient_of_the_heads_shape(name, x):
     graphs = []  # of a user's pass, which sees them after ours
     inductor = {"joint_custom_pre_pass": graphs.append}

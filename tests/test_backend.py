@@ -171,7 +171,9 @@ def test_dynamic_token_counts_and_recompilation_with_a_gradient_present(compiler
     torch.testing.assert_close(grad.compact, grad.selection.project(full))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_autocast(compiler, dtype):
     model, x = mlp(8, 16, 6), torch.randn(4, 8)
     backend = Captured(compiler=compiler, rank=2, selection="top")

@@ -214,6 +214,7 @@ def test_an_entry_of_an_option_that_was_switched_off_is_kept_as_torch_does():
     train(again, compiled, second, 1)
 
 
+@pytest.mark.slow
 def test_quantised_moments_are_no_moments_of_adamw():
     torchao = pytest.importorskip("torchao.optim")
     kind = grass_fx.subspace(torchao.AdamW8bit)

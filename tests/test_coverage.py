@@ -64,24 +64,21 @@ RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 PLAIN_TIED = ["head tied to an embedding", "head tied across a graph break"]
 WITH_EMBEDDING = [name for name in FROM_TRANSFORMERS if name != "vit"] + PLAIN_TIED
-# Those that run with `lookups` also where slow tests do not: each looks rows up in another way.
-SOON = [*PLAIN_TIED, "llama, tied head", "mixtral, bfloat16", "opt", "bert", "t5"]
+# Of the models of transformers, those that run also where slow tests do not: each differs from the
+# others in what it multiplies by, or how it looks rows up.
+SOON = ["llama, tied head", "gpt2", "mixtral, bfloat16", "bert"]
 
-every_model = pytest.mark.parametrize("name", ZOO)
+
+def case(name, *lookups):
+    late = name in FROM_TRANSFORMERS and name not in SOON
+    id = f"{name}, lookups" if any(lookups) else name
+    return pytest.param(name, *lookups, id=id, marks=[pytest.mark.slow] if late else [])
+
+
+every_model = pytest.mark.parametrize("name", [case(name) for name in ZOO])
 every_step = pytest.mark.parametrize(
     ("name", "lookups"),
-    [
-        *(pytest.param(name, False, id=name) for name in ZOO),
-        *(
-            pytest.param(
-                name,
-                True,
-                id=f"{name}, lookups",
-                marks=() if name in SOON else pytest.mark.slow,
-            )
-            for name in WITH_EMBEDDING
-        ),
-    ],
+    [case(name, False) for name in ZOO] + [case(name, True) for name in WITH_EMBEDDING],
 )
 
 
@@ -205,13 +202,17 @@ def test_the_page_has_the_line_of_every_model(name, covered):
     assert of_parameters is None or of_parameters in lines
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date():
-    """Here all models have run already."""
+    """Here most models have run already."""
     transformers()
     assert model_coverage.PAGE.read_text(encoding="utf-8") == model_coverage.page()
 
 
-@pytest.mark.parametrize("name", ["nn.MultiheadAttention, cross", "linear in a loop"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("nn.MultiheadAttention, cross", marks=pytest.mark.slow), "linear in a loop"],
+)
 def test_inductor_takes_and_computes_the_same(name):
     with uncached():  # else no pass may run, and none can tell what it pushed
         by_inductor = model_coverage.covered(name, compiler="inductor")

@@ -33,7 +33,10 @@ def build(recipe, emulate, *sizes):
 
 
 CASES = [(recipe, emulate, "aot_eager", "in") for recipe in RECIPES for emulate in (True, False)]
-CASES += [("rowwise", False, "aot_eager", "out"), ("rowwise", False, "inductor", "in")]
+CASES += [
+    ("rowwise", False, "aot_eager", "out"),
+    pytest.param("rowwise", False, "inductor", "in", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("recipe", "emulate", "compiler", "side"), CASES)

@@ -51,7 +51,7 @@ def accesses(kernel):
 
 
 @pytest.mark.parametrize("block", [8, 16, 32])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_optimizers_kernel_accesses_a_run_as_one_vector(block, count):
     shapes = [(64, 512, 1, 64)] * count
     for run in (1, block):

@@ -271,7 +271,7 @@ def saved_for_backward(compiled, x):
     return sum(kept.values()), loss
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_keeps_less_and_its_gradients_are_the_same(compiler, dynamic):
     torch.manual_seed(0)
     twin, x, kept = Gated().double(), torch.randn(3, 10, 16, dtype=torch.float64), {}

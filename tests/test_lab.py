@@ -32,6 +32,7 @@ def one_thread():
     torch._dynamo.config.recompile_limit = limit
 
 
+@pytest.mark.slow
 def test_all_questions_and_resuming(tmp_path, monkeypatch, capsys, one_thread):
     made = []
 

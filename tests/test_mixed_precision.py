@@ -26,7 +26,9 @@ def loss_of(model, batch):
     return (model(batch[0]) - batch[1]).float().square().mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("rule", ["cyclic", "top"])
 def test_autocast_gives_the_selected_rows_of_autocasts_gradient(compiler, dtype, rule):
     if compiler == "inductor" and rule == "cyclic":

@@ -185,7 +185,7 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("side", [pytest.param("out", marks=pytest.mark.slow), "in"])
 @pytest.mark.parametrize("kind", ["aot_eager", "inductor"])
 def test_a_scoring_step_of_tiles_gives_the_same_scores_and_selections(kind, side):
     model, x = mlp(24, 40, 16), torch.randn(9, 24)

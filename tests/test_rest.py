@@ -180,7 +180,7 @@ class Transposed(torch.nn.Module):
         return x @ self.weight
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dead_inputs_and_dead_outputs_stand_still(transposed, side, compile):
@@ -227,7 +227,9 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_wrapped_and_compiled_steps_are_those_of_eager_adamw(dtype):
     want, *_ = trained(dtype=dtype)
     for make, more in (

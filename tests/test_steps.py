@@ -86,7 +86,7 @@ WAYS = [
 
 @pytest.mark.parametrize("rule", ["cyclic", "multinomial_norm"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("shape", ["one graph", "two graphs"])
+@pytest.mark.parametrize("shape", ["one graph", pytest.param("two graphs", marks=pytest.mark.slow)])
 def test_a_step_is_the_references_step(compiler, rule, way, shape):
     # Inductor itself asks for this where a graph is retained, with or without grass.
     with torch._functorch.config.patch(donated_buffer=way is not retained_graph):

@@ -260,7 +260,7 @@ def by_both(*slow):
     ]
 
 
-@pytest.mark.parametrize(("name", "compiler"), by_both("shared"))
+@pytest.mark.parametrize(("name", "compiler"), by_both("llama", "shared"))
 def test_equals_the_reference_in_float32(name, compiler):
     compare(name, compiler, torch.float32, options_of("top", False, "out", 1), 1e-5)
 

@@ -307,6 +307,7 @@ def assert_stepped_alike(model, twin, lr):
     assert off.max() <= lr / 5 and (off > lr / 100).float().mean() <= 1e-3
 
 
+@pytest.mark.slow
 def test_eight_bit_adamw_of_torchao():
     torchao = pytest.importorskip("torchao.optim")
     model = mlp(64, 128, 6)
