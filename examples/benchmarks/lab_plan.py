@@ -150,7 +150,7 @@ def everything(
     if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
     if full:
-        rest_rates(plan, full, RANKS[1], LENGTHS[0], (1, 2, 8, 1 / 2))
+        rest_rates(plan, full, RANKS[1], LENGTHS[0], (0.25, 0.5, 1, 2, 0.125))
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
@@ -164,13 +164,13 @@ def everything(
         rest_varied(plan, small_full, RANKS[1])
     if full:
         resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
-        rest_rates(plan, full, RANKS[1], LENGTHS[1], (1, 2, 4))
+        rest_rates(plan, full, RANKS[1], LENGTHS[1], (0.25, 0.5, 1))
     if small_full:
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], 4)
-        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (2, 4))
-        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (2, 4))
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], 1)
+        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (0.25, 0.5, 1))
+        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (0.25, 0.5, 1))
     if full:
-        rest_scaled(plan, full, RANKS[1], LENGTHS[1], 2)
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], REST)
         of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
     if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
@@ -233,8 +233,9 @@ def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
 NEVER = 10**6
 """A period longer than every run."""
 
-REST = 0.25
-"""The part of the linear rate by which columns move that are not selected."""
+REST, VARIED = 0.5, 0.25
+"""The part of the linear rate by which columns move that are not selected: where it is compared
+with none, and where one setting after the other is varied."""
 
 RESTING = (1 / 4, 1 / 8, 1 / 16)
 LENGTHS = (5 / 3, 10 / 3, 20 / 3)
@@ -331,18 +332,18 @@ def pairs(
     return complete
 
 
-def rest_rates(plan: Plan, full: Job, rank: float, length: float, factors: Sequence[float]) -> None:
-    """The rate of such columns in a larger model, in wide steps."""
+def rest_rates(plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float]) -> None:
+    """The rate of such columns, in wide steps."""
     grass = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
-    jobs = [replace(grass, rest_scale=REST * factor) for factor in factors]
+    jobs = [replace(grass, rest_scale=scale) for scale in scales]
     if plan.want(jobs):
         plan.varied.append(jobs[0])
 
 
-def rest_scaled(plan: Plan, full: Job, rank: float, length: float, factor: float) -> None:
+def rest_scaled(plan: Plan, full: Job, rank: float, length: float, rest_scale: float) -> None:
     """The rate of selected columns, if those that are not selected move as well."""
     steps = round(length * full.steps)
-    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=REST * factor)
+    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=rest_scale)
     if best := plan.bracket(job, ("scale",)):
         plan.varied.append(best)
 
@@ -351,7 +352,7 @@ def rest_varied(plan: Plan, full: Job, rank: float) -> None:
     """The rate of such columns at two lengths; and how often they move, by what, and K."""
     for length in LENGTHS[:2]:
         grass = replace(
-            full, steps=round(length * full.steps), rank=rank, scale=1 / rank, rest_scale=REST
+            full, steps=round(length * full.steps), rank=rank, scale=1 / rank, rest_scale=VARIED
         )
         plan.bracket(grass, ("rest_scale",))
         plan.varied.append(grass)
