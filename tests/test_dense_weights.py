@@ -120,19 +120,23 @@ def test_a_break_that_someone_wants_is_no_warning_where_most_weights_are_taken()
     assert step(nn.ModuleList([model, wide]), lambda x: wider(run(x)[..., :16])) == []
 
 
-def test_an_outer_compile_with_another_backend_is_named():
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "a graph break"])
+def test_an_outer_compile_with_another_backend_is_named(broken):
     model = mlp(16, 32, 16)
     inner = compiled(model)
 
     def loss(x):
-        return inner(x)
+        y = inner(x)
+        if broken:
+            torch._dynamo.graph_break()
+        return y + 1
 
     (message,) = step(model, torch.compile(loss, backend="aot_eager"))
     line = loss.__code__.co_firstlineno
-    assert (
-        f'torch.compile(backend="aot_eager") has compiled loss (test_dense_weights.py:{line}). '
-        in message
+    compiled_by = (
+        f'torch.compile(backend="aot_eager") has compiled loss (test_dense_weights.py:{line})'
     )
+    assert compiled_by in message
     assert 'Call torch.compile once, with backend="grass".' in message
 
 

@@ -144,7 +144,7 @@ def _why_unseen() -> str:
             "or torch.compiler.set_stance says so. "
         )
     words, others = _skipped(whole=False), compat.other_backends("grass")
-    if not words and others:
+    if others and all(record.broken for record in compat.uncompiled_frames()):
         named = [
             f'torch.compile(backend="{backend}") has compiled {_few(frames)}'
             for backend, frames in others.items()
