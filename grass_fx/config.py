@@ -21,7 +21,7 @@ SCALE: float | str = "auto"
 WARMUP_STEPS = 20
 ON_REFRESH = "carry"
 
-REST_SCALE = 0.25
+REST_SCALE = 0.5
 """With ``rest="sign"``: the rate of what is not selected, as a part of the learning rate."""
 
 SUBSPACE_DEFAULTS = {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from test_training import Shared, compare, options_of, tokens_loss
 
 import grass_fx
-from grass_fx.config import GrassConfig
+from grass_fx.config import REST_SCALE, GrassConfig
 from grass_fx.distributed import data_parallel, no_sync
 from grass_fx.errors import CompactGradError, DistributedError, GrassWarning, OptionError
 from grass_fx.ops import pack
@@ -225,6 +225,27 @@ def train(model, run, optimizer, steps):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [({}, 4.0), ({"rest_scale": 0.25}, 4.0), ({"rest_scale": 0.0}, 8.0), ({"scale": 3.0}, 3.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [grass_fx.AdamW, grass_fx.subspace(torch.optim.AdamW)])
+def test_where_other_columns_move_the_selected_ones_need_less(kind, settings, scale):
+    """In the first step AdamW moves every element by its rate."""
+    model = torch.nn.Linear(32, 24, bias=False).double()
+    options = {"rank": 4, "rest": "sign", "compiler": "aot_eager"}
+    run, before = torch.compile(model, backend="grass", options=options), model.weight.clone()
+    optimizer = kind(model.parameters(), lr=LR, warmup_steps=0, weight_decay=0.0, **settings)
+    run(torch.randn(40, 32, dtype=torch.float64)).square().mean().backward()
+    selected = model.weight.grad.selection.indices
+    optimizer.step()
+    moved = (model.weight.detach() - before).abs() / LR
+    assert moved[:, selected].flatten().tolist() == pytest.approx([scale] * 96, rel=1e-3)
+    rest = moved[:, [k for k in range(32) if k not in selected]].flatten().tolist()
+    assert rest == pytest.approx([settings.get("rest_scale", REST_SCALE)] * 672, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +529,7 @@ def _train_as_one(rank, micro_batches):
         optimizer.step()
         columns = others(selection, 16)
         change = (model[0].weight.detach() - before)[:, columns]
-        torch.testing.assert_close(change, -LR / 4 * total.sign()[:, columns])
+        torch.testing.assert_close(change, -REST_SCALE * LR * total.sign()[:, columns])
         everyones = [torch.empty_like(before) for _ in range(2)]
         dist.all_gather(everyones, model[0].weight.detach())
         assert torch.equal(*everyones)
@@ -541,7 +562,7 @@ def _leaves_a_layer_out(rank):
     optimizer.step()
     columns = others(layers[1].weight.grad.selection, 16)
     change = (layers[1].weight.detach() - before)[:, columns]
-    torch.testing.assert_close(change, -LR / 4 * total.sign()[:, columns])
+    torch.testing.assert_close(change, -REST_SCALE * LR * total.sign()[:, columns])
 
 
 def _calls_one_more(rank):

@@ -150,10 +150,26 @@ def everything(
     if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
     if full:
-        rest_rates(plan, full, RANKS[1], LENGTHS[0], (0.25, 0.5, 1, 2, 0.125))
+        rest_rates(plan, full, RANKS[1], LENGTHS[0], (0.25, 0.5, 1.0, 2.0, 0.125))
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
+    if full:
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4, 2, 16), REST)
+    if small_full:
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 2), REST)
+        rest_scaled(plan, small_full, RANKS[0], LENGTHS[1], (4, 2, 1), REST)
+        rest_scaled(plan, small_full, RANKS[3], LENGTHS[1], (16, 8, 4), REST)
+    if full:
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 1.0)
+    if small_full:
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[2], (8, 4), REST)
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 16), 1.0)
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+    if full:
+        rest_scaled(plan, full, RANKS[0], LENGTHS[1], (4, 2), REST)
+        rest_scaled(plan, full, RANKS[0], LENGTHS[1], (4, 2), 0.0)
     if small_full:
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
@@ -164,13 +180,11 @@ def everything(
         rest_varied(plan, small_full, RANKS[1])
     if full:
         resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
-        rest_rates(plan, full, RANKS[1], LENGTHS[1], (0.25, 0.5, 1))
+        rest_rates(plan, full, RANKS[1], LENGTHS[1], (0.25, 0.5, 1.0))
     if small_full:
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], 1)
-        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (0.25, 0.5, 1))
-        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (0.25, 0.5, 1))
+        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (0.25, 0.5, 1.0))
+        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (0.25, 0.5, 1.0))
     if full:
-        rest_scaled(plan, full, RANKS[1], LENGTHS[1], REST)
         of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
     if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
@@ -340,12 +354,14 @@ def rest_rates(plan: Plan, full: Job, rank: float, length: float, scales: Sequen
         plan.varied.append(jobs[0])
 
 
-def rest_scaled(plan: Plan, full: Job, rank: float, length: float, rest_scale: float) -> None:
+def rest_scaled(
+    plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float], rest_scale: float
+) -> None:
     """The rate of selected columns, if those that are not selected move as well."""
-    steps = round(length * full.steps)
-    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=rest_scale)
-    if best := plan.bracket(job, ("scale",)):
-        plan.varied.append(best)
+    job = replace(full, steps=round(length * full.steps), rank=rank, rest_scale=rest_scale)
+    jobs = [replace(job, scale=float(scale)) for scale in scales]
+    if plan.want(jobs):
+        plan.varied.append(jobs[0])
 
 
 def rest_varied(plan: Plan, full: Job, rank: float) -> None:

@@ -211,7 +211,8 @@ def varied_table(plan: Plan) -> str:
     for job in plan.varied:
         rates = plan.along("rest_scale", job) | _at(plan, replace(job, rest_scale=0.0), 0.0)
         tried = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
-        tried["scale"] = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
+        scales = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
+        tried[f"scale, with rest_scale {job.rest_scale:g}"] = scales
         for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", (50, 100, 200, 400))):
             changed = {x: replace(job, **{name: x}) for x in values}
             tried[name] = _known(plan, changed)
@@ -230,7 +231,7 @@ def varied_table(plan: Plan) -> str:
                 shown = ", ".join(f"{x}: {loss:.3f}" for x, loss in losses.items())
                 size, r = job.size, fraction(job.rank)
                 lines.append(f"| {size} | {job.steps} | {r} | {name} | {shown} |")
-    return "\n".join(lines) if plan.varied else "No such step is varied yet."
+    return "\n".join(dict.fromkeys(lines)) if plan.varied else "No such step is varied yet."
 
 
 def _at(plan: Plan, job: Job, value: float) -> dict[float, float]:

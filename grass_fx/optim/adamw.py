@@ -42,7 +42,8 @@ class AdamW(SubspaceOptimizer):
         weight_decay: λ; decoupled, lr·λ of the weight each step. The selected rows of a taken
             weight decay as they move, all others once a period, by the product of what was due.
         scale: α, multiplies the compact update only. "auto" is n / r for each weight, the number
-            of its columns (rows) over that of the selected ones.
+            of its columns (rows) over that of the selected ones; with the backend's option
+            ``rest="sign"``, where the others move too, (n / r)^(2/3).
         warmup_steps: a row's update grows linearly to full over this many steps of its own.
         on_refresh: "carry" keeps moments and age of a row that stays selected; "reset" starts all
             rows anew, as the paper does.
@@ -50,7 +51,7 @@ class AdamW(SubspaceOptimizer):
             random, without bias. None is True; False rounds to nearest, by which most small
             changes are lost. Other dtypes are not affected.
         rest_scale: of gradients with signs (the backend's option ``rest="sign"``): rows that are
-            not selected move by rest_scale * lr against them. None is 0.25.
+            not selected move by rest_scale * lr against them. None is 0.5.
         foreach, fused: for the dense parameters, as in ``torch.optim.AdamW``.
         maximize: go up the gradient, compact and dense.
         amsgrad, capturable, differentiable: as arguments of ``torch.optim.AdamW``, False or None
@@ -278,7 +279,7 @@ class AdamW(SubspaceOptimizer):
             second,
             ages,
             common,
-            scale_of(group["scale"], p, grad.selection),
+            scale_of(group["scale"], p, grad.selection, self._others_move(p, group)),
             seed,
         )
 

@@ -42,11 +42,19 @@ def is_scale(value: Any) -> bool:
     return is_least_zero(value) and 0 < float(value) < math.inf
 
 
-def scale_of(scale: float | str, p: Tensor, selection: Selection) -> float:
-    """α of one weight; "auto" is the number of its rows over that of the selected ones, m / r."""
+WITH_SIGNS = 2 / 3
+
+
+def scale_of(scale: float | str, p: Tensor, selection: Selection, others_move: bool) -> float:
+    """α of one weight; "auto" is the number of its rows over that of the selected ones, m / r.
+
+    If the others move as well, by signs, a row need not make up for all of the time in which it is
+    not selected: then it is a power of m / r, fitted to runs (docs/quality.md).
+    """
     if scale != "auto":
         return float(scale)
-    return matrix(local(p)).shape[selection.dim] / selection.indices.numel()
+    ratio: float = matrix(local(p)).shape[selection.dim] / selection.indices.numel()
+    return ratio**WITH_SIGNS if others_move else ratio
 
 
 def rounds(p: Tensor, group: Mapping[str, Any]) -> bool:

@@ -74,6 +74,11 @@ class UnselectedRows(CheckpointedOptimizer):
                     for run in self._decay_passes(p, grad.selection, group, left):
                         yield Operation(run)
 
+    def _others_move(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether rows of p that are not selected move by signs, in some steps at least."""
+        subspace = registry.get(p)
+        return subspace is not None and subspace.spec.rest > 0 and group[REST] != 0
+
     def _rest_rate(self, group: Mapping[str, Any]) -> float:
         scale = group[REST]
         scale = self._rest_scale(group) if scale is None else float(scale)

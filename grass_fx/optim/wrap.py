@@ -224,7 +224,9 @@ class _Wrapped(SubspaceOptimizer):
                 scale = 1.0
             for each in taken:
                 each.shrink = shrink
-                each.warm_up(scale_of(scale, each.weight, each.selection), group["warmup_steps"])
+                others = self._others_move(each.weight, group)
+                alpha = scale_of(scale, each.weight, each.selection, others)
+                each.warm_up(alpha, group["warmup_steps"])
                 if rounds(each.weight, group):
                     each.seed = self._seed(each.weight, group)
         return prepared

@@ -94,7 +94,8 @@ class Reference:
             warm = min(1.0, age / self.warmup_steps) if self.warmup_steps else 1.0
             delta[j] = warm * m / (v.sqrt() + self.eps)
         w, decay = weight.turned(weight.w), 1 - self.lr * self.weight_decay
-        alpha = len(w) / weight.rank if self.scale == "auto" else float(self.scale)
+        power = 2 / 3 if self.config.signs_every and self.rest_scale else 1
+        alpha = (len(w) / weight.rank) ** power if self.scale == "auto" else float(self.scale)
         rest = [row for row in range(len(w)) if row not in weight.rows]
         w[sorted({*weight.rows})] *= decay
         w.sub_(self.lr * alpha * weight.p() @ delta)
