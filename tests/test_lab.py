@@ -123,7 +123,7 @@ def test_peers_stand_beside_grass_at_their_own_rates():
     shown = lab_report.peers_table(plan).splitlines()[3:7]
     assert [line.split(" | ", 3)[3] for line in shown] == [
         "grass | 1/4 | 100 | 4e-3 | 2.250 | +12.5 % |",
-        'grass, rest="sign" | 1/4 | 100 | 4e-3 | 2.000 | +0.0 % |',
+        'grass, rest="sign" | 1/4 | 100 | 2.5e-3 | 2.000 | +0.0 % |',
         "galore | 1/4 | 100 | 2e-3 | 2.250 | +12.5 % |",
         "apollo | 1/4 | 200 | 1.6e-2 | 2.250 | +12.5 % |",
     ]

@@ -10,6 +10,7 @@ until both neighbours are worse. So the best that it finds is never at an edge.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from lab_train import Job
 
@@ -167,10 +168,6 @@ def everything(
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[2], (8, 4), REST)
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 16), 1.0)
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
-    if full:
-        rest_scaled(plan, full, RANKS[0], LENGTHS[1], (4, 2), REST)
-        rest_scaled(plan, full, RANKS[0], LENGTHS[1], (4, 2), 0.0)
-    if small_full:
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
@@ -267,7 +264,12 @@ def resting(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """What it brings that columns which are not selected move, too, by the length of a run."""
-    plan.resting += pairs(plan, full, ranks, lengths, seeds, rest_scale=REST)
+    plan.resting += pairs(plan, full, ranks, lengths, seeds, with_signs)
+
+
+def with_signs(job: Job) -> Job:
+    """The same with the defaults for signs."""
+    return replace(job, rest_scale=REST, scale=round(job.rank ** (-2 / 3), 2))
 
 
 PEERS = (("galore", 4, 100), ("apollo", 8, 200))
@@ -287,7 +289,7 @@ def of_peers(
                 found[rank].append(best)
     if any(len(peers) < len(PEERS) for peers in found.values()):
         return
-    for jobs in pairs(plan, full, ranks, lengths, seeds, rest_scale=REST):
+    for jobs in pairs(plan, full, ranks, lengths, seeds, with_signs):
         base, *grass = jobs
         longer = {"steps": base.steps, "seed": base.seed}
         ways = [base]
@@ -323,7 +325,8 @@ def ruled(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """What it brings to draw columns by the norms of inputs, and not in turn."""
-    plan.ruled += pairs(plan, full, ranks, lengths, seeds, selection="input_norm")
+    other = partial(replace, selection="input_norm")
+    plan.ruled += pairs(plan, full, ranks, lengths, seeds, other)
 
 
 def pairs(
@@ -332,15 +335,15 @@ def pairs(
     ranks: Sequence[float],
     lengths: Sequence[float],
     seeds: Sequence[int],
-    **other: float | str,
+    change: Callable[[Job], Job],
 ) -> list[list[Job]]:
-    """By seed and length: full gradients, then by ranks grass as it is, and with other settings."""
+    """By seed and length: full gradients, then by ranks grass as it is, and changed."""
     complete = []
     for seed in seeds:
         for length in lengths:
             base = replace(full, steps=round(length * full.steps), seed=seed)
             grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
-            jobs = [base, *grass, *(replace(each, **other) for each in grass)]
+            jobs = [base, *grass, *map(change, grass)]
             if plan.want(jobs):
                 complete.append(jobs)
     return complete
