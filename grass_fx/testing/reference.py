@@ -91,8 +91,7 @@ class Reference:
         delta = torch.zeros_like(c)
         for j, age in enumerate(weight.age):
             m, v = (weight.moments[k][j] / (1 - self.betas[k] ** age) for k in (0, 1))
-            warm = min(1.0, age / self.warmup_steps) if self.warmup_steps else 1.0
-            delta[j] = warm * m / (v.sqrt() + self.eps)
+            delta[j] = min(1.0, age / (self.warmup_steps or 1)) * m / (v.sqrt() + self.eps)
         w, decay = weight.turned(weight.w), 1 - self.lr * self.weight_decay
         power = 2 / 3 if self.config.signs_every and self.rest_scale else 1
         alpha = (len(w) / weight.rank) ** power if self.scale == "auto" else float(self.scale)
