@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 Value = TypeVar("Value")
+
 _EXPLAINED = "Explanation:"
-"""Is part of torch's message at every graph break."""
-
-
-UNTRACED = "Unsupported function call"
-"""How torch's message begins at a break before a call into which Dynamo does not trace: from 2.15
-on for an LSTM, for which it skipped the frame that calls it before."""
+"""A part of torch's message at every graph break."""
+_UNTRACED = "Unsupported function call"
+"""Torch's message begins so at a break before a call that Dynamo does not trace. From 2.15 on an
+LSTM is one; earlier versions skip the whole frame that calls it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _uncompiled() -> list[Uncompiled]:
             broken = bool(metrics.graph_op_count)
             for reason in metrics.restart_reasons or ():
                 if not broken or _EXPLAINED in reason:  # else it began again for another cause
-                    whole = reason.startswith(UNTRACED)
+                    whole = reason.startswith(_UNTRACED)
                     found[Uncompiled(_name(code), _in_short(reason), whole, broken)] = None
     return list(found)
 

@@ -43,6 +43,7 @@ def is_scale(value: Any) -> bool:
 
 
 WITH_SIGNS = 2 / 3
+"""The power of m / r that α is where the rows that are not selected move by signs."""
 
 
 def scale_of(scale: float | str, p: Tensor, selection: Selection, others_move: bool) -> float:
