@@ -44,7 +44,7 @@ def others(selection, size):
 # --- votes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (128, 32), (300, 70), (1, 1)])
+@pytest.mark.parametrize("shape", [(5, 7), (256, 32), (300, 70), (1, 1)])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_votes_count_gradients_and_who_has_none_abstains(shape, as_tensor):
     torch.manual_seed(0)
@@ -54,8 +54,8 @@ def test_votes_count_gradients_and_who_has_none_abstains(shape, as_tensor):
     factors = [1.0, -2.0, 1.0, 0.5, -1.0, 3.0]
     total, votes = torch.zeros(shape).double(), None
     for g, factor in zip(gradients, factors, strict=True):
-        factor = torch.tensor(factor) if as_tensor else factor
-        more = Votes((pack(g),)).times(factor)
+        more = Votes((pack(g),)).times(torch.tensor(factor) if as_tensor else factor)
+        assert torch.equal(signs_of(more, *shape), (g * factor).sign().double())
         votes = more if votes is None else votes.plus(more)
         total += (g * factor).sign()
         for sign in (1.0, -1.0):

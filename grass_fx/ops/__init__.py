@@ -34,7 +34,7 @@ torch.library.define(
 PART = 1 << 18
 """How many elements of G ``mm_squared_norms`` holds at a time outside its GPU kernel."""
 
-SIGNS_PART = 1 << 20
+SIGNS_PART = 1 << 22
 """The same for ``mm_signs``, in every step: smaller products would be slower."""
 
 
@@ -139,12 +139,11 @@ def mm_signs(
     blocks = -(-m // max(1, height))
     most = max(1, min(SIGNS_PART // max(1, n * height), -(-blocks // 2)))  # never all of G
     step = -(-blocks // max(1, -(-blocks // most))) * height  # parts of about one size
-    parts = []
+    compact = a.new_empty(_compact_shape(m, n, indices, dim))
     for start in range(0, m, max(1, step)):
         part = a[start : start + step] @ b
         put_signs(words, start // height, part)
-        parts.append(part.index_select(1, indices))
-    compact = torch.cat(parts) if parts else a.new_empty(_compact_shape(m, n, indices, dim))
+        torch.index_select(part, 1, indices, out=compact[start : start + step])
     return _scaled(compact, scale, dim), words.view(torch.float32)
 
 

@@ -32,10 +32,10 @@ def packed_shape(m: int, n: int) -> tuple[int, int, int]:
 def packed_bits(flags: Tensor) -> Tensor:
     """Pack booleans (..., n) into words: (..., ⌈n / 32⌉) int32, of which bit j is number j."""
     n = flags.shape[-1]
-    padded = torch.nn.functional.pad(flags, (0, -n % WORD)) if n % WORD else flags.contiguous()
+    padded = torch.nn.functional.pad(flags, (0, -n % WORD)) if n % WORD else flags
     # Eight bytes of 0 or 1 at once: the product moves byte k to bit 56 + k, and nothing carries.
-    eight = padded.view(torch.int64).mul(0x0102040810204080).bitwise_right_shift_(56)
-    return eight.to(torch.uint8).view(torch.int32)
+    eight = (padded.contiguous().view(torch.int64) * 0x0102040810204080).view(torch.uint8)
+    return eight[..., 7::8].clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def put_signs(into: Tensor, first: int, g: Tensor) -> None:
@@ -43,20 +43,29 @@ def put_signs(into: Tensor, first: int, g: Tensor) -> None:
 
     ``into``: int32 words of the whole matrix.
     """
-    rows, words = into.shape[1] - 1, into.shape[2]
+    if not g.numel():
+        return
+    rows = into.shape[1] - 1
     above = g > 0
-    bits, whole = packed_bits(above), g.shape[0] // max(1, rows)
-    for start, blocks, height in ((0, whole, rows), (whole, 1, g.shape[0] - whole * rows)):
-        if not blocks or not height:
-            continue
-        part = slice(start * rows, start * rows + blocks * height)
-        shape = blocks, height, g.shape[1]
-        place = into[first + start : first + start + blocks]
-        place[:, :height] = bits[part].view(blocks, height, words)
-        alive = above[part].view(torch.uint8).view(shape).amax(1).bool()  # amax is fast, any is not
-        if g.device.type != "cpu" or not bool(alive.all()):
-            alive = (g[part].reshape(shape) != 0).any(1)
-        place[:, rows] = packed_bits(alive)
+    bits, whole = packed_bits(above), g.shape[0] // rows
+    start = 0
+    for blocks, height in ((whole, rows), (1, g.shape[0] % rows)):
+        if blocks and height:
+            part, shape = slice(start, start + blocks * height), (blocks, height)
+            place = into[first + start // rows :][:blocks]
+            place[:, :height] = bits[part].unflatten(0, shape)
+            alive = _alive(g[part].unflatten(0, shape), above[part].unflatten(0, shape))
+            place[:, rows] = packed_bits(alive)
+            start = part.stop
+
+
+def _alive(g: Tensor, above: Tensor) -> Tensor:
+    """Return which columns of some blocks ``g``, (blocks, height, n), are not 0 everywhere."""
+    if g.device.type == "cpu":
+        some = above.view(torch.uint8).amax(1)  # amax is fast, any is not
+        if bool(some.all()):
+            return some.view(torch.bool)
+    return g.any(1)
 
 
 def pack(g: Tensor) -> Tensor:
@@ -82,6 +91,22 @@ def bits_of(words: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Unpack words (..., w) into 0 and 1: (..., n) of ``dtype``."""
     if words.device.type != "cpu":
         return shifted(words, n).to(dtype)
+    return _looked_up(words, n, _table(dtype))
+
+
+def signs_of(words: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Unpack blocks of words (blocks, rows + 1, w) into the signs 1, -1 and 0 of their elements:
+    (blocks, rows, n) of ``dtype``.
+    """
+    signs, some = words[:, :-1], words[:, -1:]
+    if words.device.type != "cpu":
+        return shifted(signs, n).to(dtype).mul_(2).sub_(shifted(some, n))
+    ones = _looked_up(signs, n, _table(dtype).mul_(2).sub_(1))
+    if n % WORD == 0 and bool((some.view(torch.int32) == -1).all()):
+        return ones
+    return ones.mul_(bits_of(some, n, dtype))
+
+
+def _looked_up(words: Tensor, n: int, table: Tensor) -> Tensor:
     eight = words.contiguous().view(torch.uint8).int()
-    bits = torch.nn.functional.embedding(eight, _table(dtype))
-    return bits.flatten(-2)[..., :n]
+    return torch.nn.functional.embedding(eight, table).flatten(-2)[..., :n]

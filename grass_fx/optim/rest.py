@@ -43,18 +43,18 @@ def rest_passes(
         tensors = w, factors, rates * direction, live, seed, grad.votes.planes
         yield partial(compiled.move_rest_, *tensors)
         return
+    some = None if live.device.type == "cpu" and bool(live.all()) else live
     for part in grad.votes.parts(max(1, PART // max(1, w.shape[1]))):
-        yield partial(_move_part, w, part, grad.votes, factors, rates, live, seed)
+        yield partial(_move_part, w, part, grad.votes, factors, rates, some, seed)
 
 
 def live_rows(grad: CompactGrad) -> Tensor:
     """Return where C is not 0: (m, 1) if columns of W are selected, (n, 1) for rows, (n, e) for
     those of a stack.
     """
-    some = grad.compact != 0
     if grad.compact.dim() == 3:
-        return some.any(1).t()
-    return some.any(grad.selection.dim).unsqueeze(1)
+        return grad.compact.any(1).t()
+    return grad.compact.any(grad.selection.dim).unsqueeze(1)
 
 
 def _move_part(
@@ -63,15 +63,18 @@ def _move_part(
     votes: Votes,
     factors: Tensor,
     rates: Tensor,
-    live: Tensor,
+    live: Tensor | None,
     seed: Tensor,
 ) -> None:
+    """``live``: of :func:`live_rows`; None if all are."""
     m, n = w.shape
     part = slice(part.start, min(part.stop, m))
-    change = votes.majority(part, m, n, factors.dtype)
-    change.unflatten(1, (live.shape[1], -1)).mul_(live[part].unsqueeze(2))
+    signs = votes.majority(part, m, n, factors.dtype)
+    if live is not None:
+        signs.unflatten(1, (live.shape[1], -1)).mul_(live[part].unsqueeze(2))
     old = w[part]
-    new = change.mul_(rates).addcmul_(old.to(factors.dtype), factors)
     if w.dtype in DROPPED:
-        new = round_stochastically(new, seed, w.dtype, part.start)
-    old.copy_(new)
+        new = signs.mul_(rates).addcmul_(old.to(factors.dtype), factors)
+        old.copy_(round_stochastically(new, seed, w.dtype, part.start))
+    else:
+        old.mul_(factors).addcmul_(signs, rates)

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from grass_fx.ops.bits import bits_of
+from grass_fx.ops.bits import bits_of, signs_of
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ class Votes:
         rows = self.planes[0].shape[1] - 1
         count = min(part.stop, m) - part.start
         blocks = slice(part.start // rows, -(-part.stop // rows))
-        total: Tensor | None = None
-        for power, plane in enumerate(self.planes):
-            bits = bits_of(plane[blocks], n, dtype)
-            total = bits if total is None else total.add_(bits, alpha=2**power)
-        assert total is not None
-        signs = torch.add(total[:, -1:].neg(), total[:, :-1], alpha=2).flatten(0, 1)[:count]
-        if len(self.planes) > 1:
-            signs.sign_()
+        if len(self.planes) == 1:
+            signs = signs_of(self.planes[0][blocks], n, dtype)
+        else:
+            total = bits_of(self.planes[0][blocks], n, dtype)
+            for power, plane in enumerate(self.planes[1:], start=1):
+                total.add_(bits_of(plane[blocks], n, dtype), alpha=2**power)
+            signs = torch.add(total[:, -1:].neg(), total[:, :-1], alpha=2).sign_()
+        signs = signs.flatten(0, 1)[:count]
         if isinstance(self.factor, Tensor) or self.factor != 1:
             signs.mul_(torch.as_tensor(self.factor, device=signs.device).sign().to(dtype))
         return signs
