@@ -47,7 +47,7 @@ from lab_report import (
     ruled_table,
     varied_table,
 )
-from lab_train import Job, compare, text_of, train
+from lab_train import Job, compare, text_of, train, weights_file
 from peer_optimizers import why_missing
 
 DATA = "/usr/share/perl/5.36:pm,pod"
@@ -83,8 +83,16 @@ def claim(out: Path, key: str) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
-        else:
-            yield key not in read(out)  # another may just have finished it
+        else:  # another may just have finished it
+            found = read(out).get(key)
+            yield found is None or lost(out, found)
+
+
+def lost(out: Path, result: dict) -> bool:
+    """Whether a run's weights are no longer there from which others start."""
+    return (
+        result.get("job", {}).get("save", False) and not weights_file(out, result["key"]).exists()
+    )
 
 
 def check_texts(args: argparse.Namespace) -> None:
@@ -113,6 +121,9 @@ def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
             makers = [("equal", partial(compare, first, out))]
         else:
             wanted = [job for job in planner(results).wanted if not missing(job.method)]
+            for k, job in enumerate(wanted):
+                if job.start and lost(out, first := results[job.start]):
+                    wanted[k] = Job(**first["job"])
             makers = [(job.key, partial(train, job, out)) for job in wanted]
         if not makers:
             return

@@ -15,8 +15,9 @@ product of its graph is replaced, by columns of the full gradient, so that no me
 of its own: `lab.py` asserts that both train alike. A new contender is a function in `METHODS`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -128,6 +129,12 @@ def give(
     more = {"owner": subspace, "votes": votes}
     stepped.grad = CompactGrad(compact, selection, stepped.shape, scores, **more)
     subspace.delivered = True
+
+
+def end_period(within: Mapping[str, Subspace], ends: bool) -> None:
+    """Say whether columns are drawn again after the next step."""
+    for subspace in within.values():
+        subspace.spec = replace(subspace.spec, refresh_every=1 if ends else math.inf)
 
 
 class Rest:

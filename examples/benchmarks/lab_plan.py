@@ -168,6 +168,7 @@ def everything(
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[2], (8, 4), REST)
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 16), 1.0)
         rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+        grown(plan, small_full, RANKS[:2], LENGTHS[1])
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
@@ -189,12 +190,12 @@ def everything(
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
             of_lora(plan, in_bfloat16, RANKS[:2], (0, 1, 2))
     looked_up(plan, words, (False,))
-    if small_full:
-        ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
-        of_others(plan, small_full)
     looked_up_further(plan, words, prose)
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
+    if small_full:
+        ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
+        of_others(plan, small_full)
     if small_full:
         resting(plan, small_full, RESTING, LENGTHS, (0, 1))
         bfloat16 = replace(small_full, dtype="bfloat16")
@@ -319,6 +320,15 @@ def of_lora(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int])
         jobs = [replace(job, seed=seed) for job in ways]
         if plan.want(jobs):
             plan.peers.append(jobs)
+
+
+def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
+    """Periods that grow with the steps so far, beside three that do not."""
+    for rank in ranks:
+        job = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
+        plan.want([replace(job, refresh_every=k) for k in (100, 200, 400)])
+        plan.want([replace(job, grow=part) for part in (0.5, 1.0, 2.0)])
+        plan.varied.append(job)
 
 
 def ruled(

@@ -216,6 +216,8 @@ def varied_table(plan: Plan) -> str:
         for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", (50, 100, 200, 400))):
             changed = {x: replace(job, **{name: x}) for x in values}
             tried[name] = _known(plan, changed)
+        parts = {f"{x:.3g}": replace(job, grow=x) for x in (0.5, 1.0, 2.0)}
+        tried["a turn's part of the steps so far"] = _known(plan, parts)
         in_parts = replace(job, micro_batches=4)
         tried["by what"] = _known(
             plan,

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from lab_model import SIZES, build, split
 
 WARM_UP, FLOOR = 0.05, 0.1  # of the steps, and of the rates
 CURVE = 10  # points of the training loss
+FIRST = 25  # steps of the shortest period that grows
 EQUAL_STEPS = 45
 EQUAL = {"float32": 1e-3, "bfloat16": 5e-2}  # at most: products differ by their order of summation
 
@@ -57,6 +59,9 @@ class Job:
     """Columns that are not selected move by this times the linear rate, against their signs."""
     rest_every: int = 1
     """In every so many steps."""
+    grow: float = 0.0
+    """If above 0, columns are drawn again when a turn of all of them has taken this part of the
+    steps so far, and not every `refresh_every` steps."""
     rest_kind: str = ""
     """By what: see lab_methods.Rest."""
     micro_batches: int = 1
@@ -159,6 +164,7 @@ class Training:
         self.rounding = None
         if job.rounding:
             self.rounding = methods.Rounding(job.rounding, self.stepped, job.seed)
+        self.ends = set(growing(job.steps, job.grow * job.rank)) if job.grow else set()
         self.batches = Batches(self.text.train, job.batch, job.seq, 1000 + job.seed)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -181,6 +187,8 @@ class Training:
         for name, p in self.read.items():
             methods.give(p, self.stepped[name], self.within.get(name), votes.get(name))
         before = {name: subspace.selection.indices for name, subspace in self.within.items()}
+        if self.job.grow:
+            methods.end_period(self.within, number + 1 in self.ends)
         with warnings.catch_warnings():
             if not self.job.grass:  # grass_fx.AdamW steps full gradients where it is to round
                 warnings.filterwarnings("ignore", "no compact gradient")
@@ -208,6 +216,14 @@ class Training:
         starts = torch.linspace(0, len(held) - job.seq - 1, job.batch * job.windows).long()
         parts = (cut(held, part, job.seq, "cpu") for part in starts.split(job.batch))
         return statistics.fmean(self.loss(*part).item() for part in parts)
+
+
+def growing(steps: int, part: float) -> Iterator[int]:
+    """The steps after which a period ends, each as long as a part of the steps before it."""
+    end = FIRST
+    while end < steps:
+        yield end
+        end += max(FIRST, round(part * end))
 
 
 def schedule(step: int, steps: int) -> float:
