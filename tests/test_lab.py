@@ -17,7 +17,8 @@ import lab_methods
 import lab_report
 import lab_train
 from lab_lora import SCALING, LoRA
-from lab_plan import Cell, Plan, of_peers
+from lab_plan import Cell, Plan
+from lab_questions import of_peers
 from lab_train import Job
 
 ROOT = Path(__file__).resolve().parent.parent

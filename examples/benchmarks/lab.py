@@ -7,12 +7,13 @@
     python examples/benchmarks/lab.py --smoke               # only to see that it runs
 
 A worker has one thread; start as many as there are idle cores. Which run is next follows from the
-results that there are (lab_plan.py): runs stand in OUT/results.jsonl, a run that is there is never
-made again, and a worker that is stopped loses its run alone. Before all others a run is made twice,
-with compact gradients made from full ones, as in all runs here, and with the real backend: the
-worker stops if they differ.
+results that there are: runs stand in OUT/results.jsonl, a run that is there is never made again,
+and a worker that is stopped loses its run alone. Before all others a run is made twice, with
+compact gradients made from full ones, as in all runs here, and with the real backend: the worker
+stops if they differ.
 
-Texts: lab_data.py. Model: lab_model.py. Methods: lab_methods.py. A run: lab_train.py.
+Questions: lab_questions.py, of a plan: lab_plan.py. Texts: lab_data.py. Model: lab_model.py.
+Methods: lab_methods.py. A run: lab_train.py.
 """
 
 import argparse
@@ -33,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import environment
 
-import lab_plan as plans
-from lab_methods import PEERS
+import lab_questions as questions
 from lab_model import SIZES
+from lab_plan import Plan, Results
 from lab_report import (
     longer_table,
     lookups_table,
@@ -55,7 +56,7 @@ PROSE = "/usr/share/doc:txt,md,rst"
 SMOKE_TEXT = f"{Path(__file__).resolve().parents[1]}:py"
 
 
-def read(out: Path) -> plans.Results:
+def read(out: Path) -> Results:
     found = {}
     file = out / "results.jsonl"
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -112,7 +113,7 @@ def check_texts(args: argparse.Namespace) -> None:
         )
 
 
-def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
+def work(planner: questions.Planner, first: Job, out: Path, end: float) -> None:
     """Make runs of a plan until none is missing, or until the time is up."""
     torch._dynamo.config.recompile_limit = 64  # a graph for each size of model
     while time.monotonic() < end:
@@ -141,8 +142,7 @@ def work(planner: plans.Planner, first: Job, out: Path, end: float) -> None:
 @cache
 def missing(method: str) -> bool:
     """Whether a method's package is not installed; its runs are left for another machine."""
-    reason = why_missing(method) if method in PEERS else ""
-    if reason:
+    if reason := why_missing(method):
         print(f"without {method}: {reason}", file=sys.stderr)
     return bool(reason)
 
@@ -180,7 +180,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def found(file: Path, smoke: bool = False) -> plans.Plan:
+def found(file: Path, smoke: bool = False) -> Plan:
     """The plan of a saved file, with its results."""
     contents = json.loads(file.read_text())
     results = {run["key"]: run for run in contents["runs"]}
@@ -189,7 +189,7 @@ def found(file: Path, smoke: bool = False) -> plans.Plan:
     return planner(results)
 
 
-def planner_of(args: argparse.Namespace) -> tuple[plans.Planner, Job]:
+def planner_of(args: argparse.Namespace) -> tuple[questions.Planner, Job]:
     """The plan, and a run of it."""
     base = Job(args.data)
     small, words, moves = replace(base, size="0.7m"), replace(base, size="8k"), 20
@@ -197,7 +197,7 @@ def planner_of(args: argparse.Namespace) -> tuple[plans.Planner, Job]:
         base = Job(args.data, size="smoke", steps=4, batch=2, seq=32, windows=2)
         base = replace(base, compiler="aot_eager")
         small, words, moves = replace(base, seed=1), replace(base, seed=2), 0
-    return partial(plans.everything, base, small, words, args.prose, moves=moves), base
+    return partial(questions.everything, base, small, words, args.prose, moves=moves), base
 
 
 def main(given: list[str] | None = None) -> None:
@@ -207,7 +207,7 @@ def main(given: list[str] | None = None) -> None:
     if args.command == "work":
         args.out.mkdir(parents=True, exist_ok=True)
         check_texts(args)
-        first = replace(base, rank=0.25, scale=4.0, refresh_every=20, rest_scale=plans.REST)
+        first = replace(base, rank=0.25, scale=4.0, refresh_every=20, rest_scale=questions.REST)
         work(planner, first, args.out, time.monotonic() + 60 * args.minutes)
     elif args.command == "save":
         save(args.json, args.out, [args.data, args.prose])

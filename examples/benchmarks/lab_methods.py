@@ -5,6 +5,7 @@ one, grass has it step r columns of each at a time, but for peers, which project
 trains is stepped by AdamW.
 
     adamw   torch.optim.AdamW; with a rank grass_fx.AdamW
+    adamw8bit   torchao's AdamW8bit; with a rank grass_fx.subspace of it
     sgd     torch.optim.SGD with momentum 0.9; with a rank grass_fx.subspace of it
     muon    torch.optim.Muon, its updates as large as AdamW's; with a rank grass_fx.subspace of it
     galore, apollo   the packages' own, from full gradients, of that rank (peer_optimizers.py)
@@ -15,6 +16,7 @@ product of its graph is replaced, by columns of the full gradient, so that no me
 of its own: `lab.py` asserts that both train alike. A new contender is a function in `METHODS`.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,7 +36,7 @@ from grass_fx.state.registry import registry
 from grass_fx.state.spec import SubspaceSpec
 from grass_fx.state.subspace import Subspace
 from lab_lora import LoRA
-from peer_optimizers import apollo, galore, galore_groups
+from peer_optimizers import MODULES, apollo, galore, galore_groups
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -79,6 +81,11 @@ def beside_adamw(
     return [rest, optimizer]
 
 
+def in_8_bits(*of) -> list[Optimizer]:
+    """torchao's AdamW8bit for the blocks' matrices."""
+    return beside_adamw(importlib.import_module(MODULES["adamw8bit"]).AdamW8bit, *of)
+
+
 def projected(
     peer: Callable[..., Optimizer],
     linear: Parameters,
@@ -100,6 +107,7 @@ PEERS = {"galore": galore, "apollo": apollo, "lora": LoRA}
 
 METHODS: dict[str, Callable[..., list[Optimizer]]] = {
     "adamw": adamw,
+    "adamw8bit": in_8_bits,
     "sgd": partial(beside_adamw, torch.optim.SGD, momentum=0.9),
     "muon": partial(beside_adamw, torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
 }

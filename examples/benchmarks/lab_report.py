@@ -165,6 +165,7 @@ def peers_table(plan: Plan) -> str:
             name = f"{job.method}, all gradients"
             if job.grass:
                 name = 'grass, rest="sign"' if job.rest_scale else "grass"
+                name += ", 8-bit states" if job.method == "adamw8bit" else ""
             elif job.rank:
                 name = job.method
             every = "never" if job.refresh_every >= job.steps else str(job.refresh_every)

@@ -1,0 +1,389 @@
+"""What the lab asks, one question a function, in the order of their importance.
+
+A question wants runs of a plan (lab_plan.py), and notes in it what their table is to show.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from lab_plan import Plan, Results
+from lab_train import Job
+
+Planner = Callable[[Results], Plan]
+
+RANKS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)
+ROUNDINGS = ("", "nearest", "stochastic", "low bits")
+
+
+def everything(
+    base: Job, small: Job, words: Job, prose: str, results: Results, moves: int = 20
+) -> Plan:
+    """All questions, in the order of their importance.
+
+    `base` and `small` are of two sizes, `words` of a larger vocabulary; `prose` is another text,
+    for fine-tuning.
+    """
+    plan = Plan(results, moves)
+    small_full = plan.sweep(small.size, small, RANKS)
+    full = plan.sweep(base.size, base, RANKS[:2])
+    tuned = None
+    if full:
+        roundings(plan, full, RANKS[1], (0, 1, 2))
+    if small_full:
+        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
+    if full:
+        rest_rates(plan, full, RANKS[1], LENGTHS[0], (0.25, 0.5, 1.0, 2.0, 0.125))
+    plan.sweep(base.size, base, RANKS[2:])
+    plan.sweep(base.size, base, RANKS[:2], (50, 200))
+    looked_up(plan, words, (True,))
+    if full:
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4, 2, 16), REST)
+    if small_full:
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 2), REST)
+        rest_scaled(plan, small_full, RANKS[0], LENGTHS[1], (4, 2, 1), REST)
+        rest_scaled(plan, small_full, RANKS[3], LENGTHS[1], (16, 8, 4), REST)
+    if full:
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 1.0)
+    if small_full:
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[2], (8, 4), REST)
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 16), 1.0)
+        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+        grown(plan, small_full, RANKS[:2], LENGTHS[1])
+        in_its_time(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
+        in_8_bits(plan, small_full, RANKS[0], LENGTHS[1], (0, 1))
+        other = replace(small_full, text=prose)
+        resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
+        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
+        of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
+        resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
+        resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
+        rest_varied(plan, small_full, RANKS[1])
+    if full:
+        resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
+        rest_rates(plan, full, RANKS[1], LENGTHS[1], (0.25, 0.5, 1.0))
+    if small_full:
+        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (0.25, 0.5, 1.0))
+        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (0.25, 0.5, 1.0))
+    if full:
+        of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
+    if small_full:
+        in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
+        if in_bfloat16:
+            resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
+            of_lora(plan, in_bfloat16, RANKS[:2], (0, 1, 2))
+    looked_up(plan, words, (False,))
+    looked_up_further(plan, words, prose)
+    if full:
+        resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
+    if small_full:
+        ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
+        of_others(plan, small_full)
+    if small_full:
+        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
+        bfloat16 = replace(small_full, dtype="bfloat16")
+        plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
+        tuned = finetuning(plan, small_full, prose)
+    plan.sweep(small.size, small, RANKS[:2], (50, 200))
+    if small_full:
+        roundings(plan, small_full, RANKS[1], (0,))
+    if tuned:
+        resting(plan, tuned, RANKS[:2], (1,), (0, 1))
+        roundings(plan, tuned, RANKS[1], (0, 1))
+    if small_full:
+        repeats(plan, small_full, RANKS[:2], (0, 1, 2))
+        roundings(plan, small_full, RANKS[1], (1, 2))
+    plan.sweep(small.size, small, RANKS[2:], (50, 200))
+    if full:
+        ruled(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
+        resting(plan, full, RESTING, LENGTHS, (0, 1))
+    return plan
+
+
+def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
+    """From the weights of a run twice as long to another text, in half as many steps.
+
+    Returns the best job with full gradients.
+    """
+    start = tuning(plan, full, prose)
+    weights = "" if full.dtype == "float32" else f" in {full.dtype}"
+    return start and plan.sweep(f"{full.size}, fine-tuning{weights}", start, RANKS[:2])
+
+
+def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
+    """A first run of fine-tuning; None if the run is missing from whose weights it starts."""
+    source = replace(full, steps=2 * full.steps, save=True)
+    if not plan.want([source]):
+        return None
+    return replace(
+        full,
+        text=prose,
+        start=source.key,
+        steps=full.steps // 2,
+        lr=full.lr / 8,
+        linear_lr=full.linear_lr / 2,
+    )
+
+
+NEVER = 10**6
+"""A period longer than every run."""
+
+REST, VARIED = 0.5, 0.25
+"""The part of the linear rate by which columns move that are not selected: where it is compared
+with none, and where one setting after the other is varied."""
+
+RESTING = (1 / 4, 1 / 8, 1 / 16)
+LENGTHS = (5 / 3, 10 / 3, 20 / 3)
+"""Of runs that ask what becomes of the gap, over those of the sweeps: 1,000 steps, and so on."""
+
+
+def of_others(plan: Plan, full: Job) -> None:
+    """Other optimizers than AdamW in the subspace."""
+    for method, rate in (("sgd", 0.25), ("muon", 1e-3)):
+        start = replace(full, method=method, linear_lr=rate, steps=full.steps // 2)
+        plan.sweep(f"{full.size}, {method}", start, RANKS[1:2], (50,), ("linear_lr",))
+
+
+def resting(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """What it brings that columns which are not selected move, too, by the length of a run."""
+    plan.resting += pairs(plan, full, ranks, lengths, seeds, with_signs)
+
+
+def with_signs(job: Job) -> Job:
+    """The same with the defaults for signs."""
+    return replace(job, rest_scale=REST, scale=round(job.rank ** (-2 / 3), 2))
+
+
+PEERS = (("galore", 4, 100), ("apollo", 8, 200))
+"""Where their sweeps begin: over the best rate with full gradients; and their period."""
+
+
+def of_peers(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """Methods that project full gradients, at the same ranks, each at its own best rate."""
+    found: dict[float, list[Job]] = {rank: [] for rank in ranks}
+    for method, factor, every in PEERS:
+        for rank in ranks:
+            start = replace(full, method=method, rank=rank, refresh_every=every)
+            start = replace(start, linear_lr=factor * full.linear_lr)
+            if best := plan.bracket(start, ("linear_lr",)):
+                found[rank].append(best)
+    if any(len(peers) < len(PEERS) for peers in found.values()):
+        return
+    for jobs in pairs(plan, full, ranks, lengths, seeds, with_signs):
+        base, *grass = jobs
+        longer = {"steps": base.steps, "seed": base.seed}
+        ways = [base]
+        for k, rank in enumerate(ranks):
+            ways += [grass[k], grass[len(ranks) + k]]
+            ways += [replace(peer, **longer) for peer in found[rank]]
+        if plan.want(ways):
+            plan.peers.append(ways)
+
+
+FASTER = (1.216, 1.354)
+"""Tokens per second over full rank's at r = 1/8, of docs/benchmarks.md: 1b, and layers of 7b."""
+
+
+def in_its_time(plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]) -> None:
+    """Runs as long as grass has made when full gradients have made their steps."""
+    for seed in seeds:
+        base = replace(full, steps=round(length * full.steps), seed=seed)
+        grass = replace(base, rank=rank, scale=1 / rank)
+        ways = [base, *(replace(grass, steps=round(base.steps * more)) for more in FASTER)]
+        if plan.want(ways):
+            plan.peers.append(ways)
+
+
+def in_8_bits(plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]) -> None:
+    """What moments of 8 bits lose: half the rank takes as many bytes in float32."""
+    for seed in seeds:
+        base = replace(full, steps=round(length * full.steps), seed=seed)
+        grass = replace(base, rank=rank, scale=1 / rank)
+        ways = [base, replace(base, rank=rank / 2, scale=2 / rank), grass]
+        ways.append(replace(grass, method="adamw8bit"))
+        if plan.want(ways):
+            plan.peers.append(ways)
+
+
+def of_lora(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:
+    """Fine-tuning by LoRA and by columns that never change, each at its own best rate."""
+    ways = [full]
+    for rank in ranks:
+        grass = replace(full, rank=rank, scale=1 / rank)
+        lora = replace(full, method="lora", rank=rank, dtype="float32")
+        for job, name in (
+            (grass, "scale"),
+            (replace(grass, refresh_every=NEVER), "scale"),
+            (replace(lora, linear_lr=4 * full.linear_lr), "linear_lr"),
+        ):
+            if best := plan.bracket(job, (name,)):
+                ways.append(best)
+    if len(ways) < 1 + 3 * len(ranks):
+        return
+    for seed in seeds:
+        jobs = [replace(job, seed=seed) for job in ways]
+        if plan.want(jobs):
+            plan.peers.append(jobs)
+
+
+def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
+    """Periods that grow with the steps so far, beside three that do not."""
+    for rank in ranks:
+        job = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
+        plan.want([replace(job, refresh_every=k) for k in (100, 200, 400)])
+        plan.want([replace(job, grow=part) for part in (0.5, 1.0, 2.0)])
+        plan.varied.append(job)
+
+
+def ruled(
+    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """What it brings to draw columns by the norms of inputs, and not in turn."""
+    other = partial(replace, selection="input_norm")
+    plan.ruled += pairs(plan, full, ranks, lengths, seeds, other)
+
+
+def pairs(
+    plan: Plan,
+    full: Job,
+    ranks: Sequence[float],
+    lengths: Sequence[float],
+    seeds: Sequence[int],
+    change: Callable[[Job], Job],
+) -> list[list[Job]]:
+    """By seed and length: full gradients, then by ranks grass as it is, and changed."""
+    complete = []
+    for seed in seeds:
+        for length in lengths:
+            base = replace(full, steps=round(length * full.steps), seed=seed)
+            grass = [replace(base, rank=r, scale=1 / r) for r in ranks]
+            jobs = [base, *grass, *map(change, grass)]
+            if plan.want(jobs):
+                complete.append(jobs)
+    return complete
+
+
+def rest_rates(plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float]) -> None:
+    """The rate of such columns, in wide steps."""
+    grass = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
+    jobs = [replace(grass, rest_scale=scale) for scale in scales]
+    if plan.want(jobs):
+        plan.varied.append(jobs[0])
+
+
+def rest_scaled(
+    plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float], rest_scale: float
+) -> None:
+    """The rate of selected columns, if those that are not selected move as well."""
+    job = replace(full, steps=round(length * full.steps), rank=rank, rest_scale=rest_scale)
+    jobs = [replace(job, scale=float(scale)) for scale in scales]
+    if plan.want(jobs):
+        plan.varied.append(jobs[0])
+
+
+def rest_varied(plan: Plan, full: Job, rank: float) -> None:
+    """The rate of such columns at two lengths; and how often they move, by what, and K."""
+    for length in LENGTHS[:2]:
+        grass = replace(
+            full, steps=round(length * full.steps), rank=rank, scale=1 / rank, rest_scale=VARIED
+        )
+        plan.bracket(grass, ("rest_scale",))
+        plan.varied.append(grass)
+        if length == LENGTHS[0]:
+            other = [replace(grass, rest_every=j) for j in (2, 4, 8)]
+            other += [replace(grass, rest_kind="rms"), replace(grass, micro_batches=4)]
+            other += [replace(grass, micro_batches=4, rest_kind="last")]
+            other += [replace(grass, refresh_every=k) for k in (50, 200, 400)]
+            plan.want(other)
+
+
+WAYS = (
+    {"lookups": "plain"},
+    {"lookups": "row"},
+    {"lookups": "factored", "lookup_scale": 32.0},
+)
+"""To step an embedding: those that longer runs compare."""
+FURTHER = (
+    {"lookups": "plain", "lookup_rank": 1.0},
+    {"lookups": "plain", "lookup_rank": 1.0, "lookup_every": 10000},
+    {"lookups": "signs"},
+    {"lookups": "plain", "lookup_rank": 1 / 2},
+    {"lookups": "plain", "lookup_rank": 3 / 4},
+    {"lookups": "plain", "lookup_every": 25},
+    {"lookups": "plain", "lookup_every": 400},
+    {"lookups": "started"},
+    {"lookups": "counted"},
+)
+"""Two with all of its columns tell what it costs to forget moments."""
+
+
+def looked_up(plan: Plan, words: Job, heads: Sequence[bool]) -> None:
+    """What an embedding loses, tied to the head or not, if its columns move by turns."""
+    for tied in heads:
+        dense = plan.bracket(replace(words, tied=tied), ("lr",))
+        if dense is None:
+            continue
+        ways = [replace(dense, **way) for way in WAYS]
+        plan.lookups.append([dense, *ways])
+        best = [plan.bracket(way, ("lookup_scale",)) for way in ways]
+        if not all(best):
+            continue
+        for seed in (0, 1, 2):
+            longer = {"steps": round(LENGTHS[1] * words.steps), "seed": seed}
+            jobs = [replace(job, **longer) for job in (dense, *best)]
+            if plan.want(jobs):
+                plan.longer.append(jobs)
+
+
+def looked_up_further(plan: Plan, words: Job, prose: str) -> None:
+    """The ways that longer runs leave out, and fine-tuning."""
+    for tied in (True, False):
+        dense = plan.bracket(replace(words, tied=tied), ("lr",))
+        if dense is None:
+            continue
+        ways = [
+            replace(dense, **way)
+            for way in FURTHER
+            if not (tied and way["lookups"] == "counted")  # a head's rows occur in every step
+        ]
+        next(group for group in plan.lookups if group[0] == dense).extend(ways)
+        for way in ways:
+            plan.bracket(way, ("lookup_scale",))
+        tuned(plan, dense, prose)
+
+
+def tuned(plan: Plan, dense: Job, prose: str) -> None:
+    """The same in fine-tuning, where an embedding moves little."""
+    start = tuning(plan, dense, prose)
+    first = start and plan.bracket(start, ("lr",))
+    if first is None:
+        return
+    frozen = replace(first, lookups="frozen")
+    ways = [replace(first, lookups="plain", lookup_rank=rank) for rank in (1 / 4, 1 / 8)]
+    plan.lookups.append([first, frozen, *ways])
+    plan.want([frozen])
+    for way in ways:
+        plan.bracket(way, ("lookup_scale",))
+
+
+def repeats(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:
+    """How much of a difference is chance: full gradients, and the scales n/r and twice that."""
+    grass = [replace(full, rank=r, scale=k / r) for r in ranks for k in (1, 2)]
+    for job in (full, *grass):
+        jobs = [replace(job, seed=seed) for seed in seeds]
+        if plan.want(jobs):
+            plan.repeats.append(jobs)
+
+
+def roundings(plan: Plan, full: Job, rank: float, seeds: Sequence[int]) -> None:
+    """What becomes of the bits that weights in bfloat16 lack, in longer runs."""
+    grass = replace(full, rank=rank, scale=1 / rank, steps=round(5 / 3 * full.steps))
+    for seed in seeds:
+        jobs = [replace(grass, rounding=how, seed=seed) for how in ROUNDINGS]
+        if plan.want(jobs):
+            plan.roundings.append(jobs)
