@@ -33,23 +33,23 @@ def everything(
     if small_full:
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
     if full:
-        rest_rates(plan, full, RANKS[1], LENGTHS[0], (0.25, 0.5, 1.0, 2.0, 0.125))
+        vary(plan, full, RANKS[1], LENGTHS[0], "rest_scale", (0.25, 0.5, 1.0, 2.0, 0.125))
     plan.sweep(base.size, base, RANKS[2:])
     plan.sweep(base.size, base, RANKS[:2], (50, 200))
     looked_up(plan, words, (True,))
     if full:
-        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4, 2, 16), REST)
+        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4, 2, 16), REST)
     if small_full:
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 2), REST)
-        rest_scaled(plan, small_full, RANKS[0], LENGTHS[1], (4, 2, 1), REST)
-        rest_scaled(plan, small_full, RANKS[3], LENGTHS[1], (16, 8, 4), REST)
+        vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 2), REST)
+        vary(plan, small_full, RANKS[0], LENGTHS[1], "scale", (4, 2, 1), REST)
+        vary(plan, small_full, RANKS[3], LENGTHS[1], "scale", (16, 8, 4), REST)
     if full:
-        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
-        rest_scaled(plan, full, RANKS[1], LENGTHS[1], (8, 4), 1.0)
+        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
+        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 1.0)
     if small_full:
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[2], (8, 4), REST)
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4, 16), 1.0)
-        rest_scaled(plan, small_full, RANKS[1], LENGTHS[1], (8, 4), 0.0)
+        vary(plan, small_full, RANKS[1], LENGTHS[2], "scale", (8, 4), REST)
+        vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 16), 1.0)
+        vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
         grown(plan, small_full, RANKS[:2], LENGTHS[1])
         in_its_time(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
         in_8_bits(plan, small_full, RANKS[0], LENGTHS[1], (0, 1))
@@ -62,10 +62,10 @@ def everything(
         rest_varied(plan, small_full, RANKS[1])
     if full:
         resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
-        rest_rates(plan, full, RANKS[1], LENGTHS[1], (0.25, 0.5, 1.0))
+        vary(plan, full, RANKS[1], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
     if small_full:
-        rest_rates(plan, small_full, RANKS[1], LENGTHS[2], (0.25, 0.5, 1.0))
-        rest_rates(plan, small_full, RANKS[0], LENGTHS[1], (0.25, 0.5, 1.0))
+        vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
+        vary(plan, small_full, RANKS[0], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
     if full:
         of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
     if small_full:
@@ -268,20 +268,19 @@ def pairs(
     return complete
 
 
-def rest_rates(plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float]) -> None:
-    """The rate of such columns, in wide steps."""
-    grass = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
-    jobs = [replace(grass, rest_scale=scale) for scale in scales]
-    if plan.want(jobs):
-        plan.varied.append(jobs[0])
-
-
-def rest_scaled(
-    plan: Plan, full: Job, rank: float, length: float, scales: Sequence[float], rest_scale: float
+def vary(
+    plan: Plan,
+    full: Job,
+    rank: float,
+    length: float,
+    name: str,
+    values: Sequence[float],
+    rest_scale: float = 0.0,
 ) -> None:
-    """The rate of selected columns, if those that are not selected move as well."""
-    job = replace(full, steps=round(length * full.steps), rank=rank, rest_scale=rest_scale)
-    jobs = [replace(job, scale=float(scale)) for scale in scales]
+    """One setting of grass; the others are n/r, and this rate of columns that are not selected."""
+    steps = round(length * full.steps)
+    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=rest_scale)
+    jobs = [replace(job, **{name: float(value)}) for value in values]
     if plan.want(jobs):
         plan.varied.append(jobs[0])
 
