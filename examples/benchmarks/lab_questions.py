@@ -78,6 +78,7 @@ def everything(
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
     if small_full:
+        in_wide_batches(plan, small_full, RANKS[:2], LENGTHS[1])
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
     if small_full:
@@ -150,6 +151,12 @@ def resting(
 ) -> None:
     """What it brings that columns which are not selected move, too, by the length of a run."""
     plan.resting += pairs(plan, full, ranks, lengths, seeds, with_signs)
+
+
+def in_wide_batches(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
+    """The same with four times as many tokens a step, at their own best rate."""
+    if wide := plan.bracket(replace(full, batch=4 * full.batch), ("linear_lr",)):
+        resting(plan, wide, ranks, (length,), (0,))
 
 
 def with_signs(job: Job) -> Job:

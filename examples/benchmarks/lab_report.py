@@ -171,13 +171,25 @@ def peers_table(plan: Plan) -> str:
             every = "never" if job.refresh_every >= job.steps else str(job.refresh_every)
             every = "" if job.method == "lora" else every
             of = f"{fraction(job.rank)} | {every}" if job.rank else " | "
-            loss, size = plan.loss(job), job.size + (", fine-tuning" if job.start else "")
+            loss = plan.loss(job)
             lines.append(
-                f"| {size} | {job.steps} | {job.seed} | {name} | {of} | "
+                f"| {model_of(job)} | {job.steps} | {job.seed} | {name} | {of} | "
                 f"{rate(job.linear_lr * job.scale)} | {loss:.3f} | "
                 f"{100 * (loss / plan.loss(full) - 1):+.1f} % |"
             )
     return "\n".join(lines) if plan.peers else "Nothing is known of peers yet."
+
+
+def model_of(job: Job) -> str:
+    """The size, and what is unusual about how it trains."""
+    parts = [job.size]
+    if job.start:
+        parts.append("fine-tuning")
+    if job.dtype != "float32":
+        parts.append(job.dtype)
+    if job.batch != Job.batch:
+        parts.append(f"{job.batch * job.seq} tokens a step")
+    return ", ".join(parts)
 
 
 def ruled_table(plan: Plan) -> str:
@@ -192,8 +204,7 @@ def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> s
     ]
     for full, *grass in runs:
         reference, count = plan.loss(full), len(grass) // 2
-        of = f"{full.size}{', fine-tuning' if full.start else ''}"
-        of += "" if full.dtype == "float32" else f", {full.dtype}"
+        of = model_of(full)
         text = "the other" if full.text and not full.start else "the first"
         for still, moving in zip(grass[:count], grass[count:], strict=True):
             cells = [of, text, str(full.steps), str(full.seed), f"{reference:.3f}"]
