@@ -205,7 +205,7 @@ def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> s
     for full, *grass in runs:
         reference, count = plan.loss(full), len(grass) // 2
         of = model_of(full)
-        text = "the other" if full.text and not full.start else "the first"
+        text = "the other" if full.text else "the first"
         for still, moving in zip(grass[:count], grass[count:], strict=True):
             cells = [of, text, str(full.steps), str(full.seed), f"{reference:.3f}"]
             cells.append(fraction(still.rank))
