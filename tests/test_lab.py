@@ -56,6 +56,15 @@ def test_all_questions_and_resuming(tmp_path, monkeypatch, capsys, one_thread):
     lab.main(["work", *given])
     assert made == [lost]
 
+    source = next(run["job"]["start"] for run in results.values() if run["job"].get("start"))
+    later = next(key for key, run in results.items() if run["job"].get("start") == source)
+    kept = [line for line in lines if json.loads(line)["key"] != later]
+    (tmp_path / "results.jsonl").write_text("\n".join(kept) + "\n")
+    lab_train.weights_file(tmp_path, source).unlink()
+    made.clear()
+    lab.main(["work", *given])
+    assert made == [source, later]  # it is made again, since its weights are wanted
+
     lab.main(["save", *given])
     contents = json.loads(file.read_text())
     assert len(contents["runs"]) == len(lines) and contents["texts"][0]["sha256"]
@@ -177,6 +186,20 @@ def test_rounding_keeps_values_of_bfloat16(tmp_path, how):
                 assert bool(exact[selected].all()) == (step == 1)  # new ones have not moved yet
                 exact[selected] = True
             assert exact.all()
+
+
+def test_periods_grow_with_the_steps_so_far(tmp_path):
+    assert [*lab_train.growing(250, 0.5)] == [25, 50, 75, 113, 169]
+    data = f"{ROOT / 'examples'}:py"
+    job = Job(data, size="smoke", steps=80, rank=0.25, compiler="aot_eager", batch=1, seq=8)
+    run = lab_train.Training(replace(job, grow=4.0), tmp_path)
+    (subspace, *_), ends, before = run.within.values(), [], None
+    for step in range(job.steps):
+        run.step(step)
+        if before is not None and subspace.selection is not before:
+            ends.append(step + 1)
+        before = subspace.selection
+    assert ends == [*lab_train.growing(job.steps, 1.0)] == [25, 50]
 
 
 def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypatch):
