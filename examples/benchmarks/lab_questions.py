@@ -50,6 +50,7 @@ def everything(
         vary(plan, small_full, RANKS[1], LENGTHS[2], "scale", (8, 4), REST)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 16), 1.0)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
+        in_micro_batches(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
         grown(plan, small_full, RANKS[:2], LENGTHS[1])
         in_its_time(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
         in_8_bits(plan, small_full, RANKS[0], LENGTHS[1], (0, 1))
@@ -162,6 +163,19 @@ def in_wide_batches(plan: Plan, full: Job, ranks: Sequence[float], length: float
 def with_signs(job: Job) -> Job:
     """The same with the defaults for signs."""
     return replace(job, rest_scale=REST, scale=round(job.rank ** (-2 / 3), 2))
+
+
+def in_micro_batches(
+    plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]
+) -> None:
+    """Whose signs count where a step has four gradients."""
+    for seed in seeds:
+        base = replace(full, steps=round(length * full.steps), seed=seed)
+        still = replace(base, rank=rank, scale=1 / rank)
+        four = replace(with_signs(still), micro_batches=4)
+        ways = [base, still, with_signs(still), four, replace(four, rest_kind="last")]
+        if plan.want(ways):
+            plan.peers.append(ways)
 
 
 PEERS = (("galore", 4, 100), ("apollo", 8, 200))

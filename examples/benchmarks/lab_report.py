@@ -165,6 +165,8 @@ def peers_table(plan: Plan) -> str:
             name = f"{job.method}, all gradients"
             if job.grass:
                 name = 'grass, rest="sign"' if job.rest_scale else "grass"
+                if job.micro_batches > 1:
+                    name += f", {job.rest_kind or 'majority'} of {job.micro_batches}"
                 name += ", 8-bit states" if job.method == "adamw8bit" else ""
             elif job.rank:
                 name = job.method
