@@ -50,10 +50,10 @@ def everything(
         vary(plan, small_full, RANKS[1], LENGTHS[2], "scale", (8, 4), REST)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 16), 1.0)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
-        in_micro_batches(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
+        beside(plan, small_full, RANKS[1], LENGTHS[1], (0, 1), in_micro_batches)
         grown(plan, small_full, RANKS[:2], LENGTHS[1])
-        in_its_time(plan, small_full, RANKS[1], LENGTHS[1], (0, 1))
-        in_8_bits(plan, small_full, RANKS[0], LENGTHS[1], (0, 1))
+        beside(plan, small_full, RANKS[1], LENGTHS[1], (0, 1), in_its_time)
+        beside(plan, small_full, RANKS[0], LENGTHS[1], (0, 1), in_8_bits)
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
         resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
@@ -165,17 +165,41 @@ def with_signs(job: Job) -> Job:
     return replace(job, rest_scale=REST, scale=round(job.rank ** (-2 / 3), 2))
 
 
-def in_micro_batches(
-    plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]
+def beside(
+    plan: Plan,
+    full: Job,
+    rank: float,
+    length: float,
+    seeds: Sequence[int],
+    ways: Callable[[Job], list[Job]],
 ) -> None:
-    """Whose signs count where a step has four gradients."""
+    """By seed: full gradients, then these ways of grass at n/r."""
     for seed in seeds:
         base = replace(full, steps=round(length * full.steps), seed=seed)
-        still = replace(base, rank=rank, scale=1 / rank)
-        four = replace(with_signs(still), micro_batches=4)
-        ways = [base, still, with_signs(still), four, replace(four, rest_kind="last")]
-        if plan.want(ways):
-            plan.peers.append(ways)
+        jobs = [base, *ways(replace(base, rank=rank, scale=1 / rank))]
+        if plan.want(jobs):
+            plan.peers.append(jobs)
+
+
+def in_micro_batches(grass: Job) -> list[Job]:
+    """Whose signs count where a step has four gradients."""
+    four = replace(with_signs(grass), micro_batches=4)
+    return [grass, with_signs(grass), four, replace(four, rest_kind="last")]
+
+
+FASTER = (1.216, 1.354)
+"""Tokens per second over full rank's at r = 1/8, of docs/benchmarks.md: 1b, and layers of 7b."""
+
+
+def in_its_time(grass: Job) -> list[Job]:
+    """As many steps as grass has made when full gradients have made theirs."""
+    return [replace(grass, steps=round(grass.steps * more)) for more in FASTER]
+
+
+def in_8_bits(grass: Job) -> list[Job]:
+    """What moments of 8 bits lose: half the rank takes as many bytes in float32."""
+    half = replace(grass, rank=grass.rank / 2, scale=2 * grass.scale)
+    return [half, grass, replace(grass, method="adamw8bit")]
 
 
 PEERS = (("galore", 4, 100), ("apollo", 8, 200))
@@ -202,31 +226,6 @@ def of_peers(
         for k, rank in enumerate(ranks):
             ways += [grass[k], grass[len(ranks) + k]]
             ways += [replace(peer, **longer) for peer in found[rank]]
-        if plan.want(ways):
-            plan.peers.append(ways)
-
-
-FASTER = (1.216, 1.354)
-"""Tokens per second over full rank's at r = 1/8, of docs/benchmarks.md: 1b, and layers of 7b."""
-
-
-def in_its_time(plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]) -> None:
-    """Runs as long as grass has made when full gradients have made their steps."""
-    for seed in seeds:
-        base = replace(full, steps=round(length * full.steps), seed=seed)
-        grass = replace(base, rank=rank, scale=1 / rank)
-        ways = [base, *(replace(grass, steps=round(base.steps * more)) for more in FASTER)]
-        if plan.want(ways):
-            plan.peers.append(ways)
-
-
-def in_8_bits(plan: Plan, full: Job, rank: float, length: float, seeds: Sequence[int]) -> None:
-    """What moments of 8 bits lose: half the rank takes as many bytes in float32."""
-    for seed in seeds:
-        base = replace(full, steps=round(length * full.steps), seed=seed)
-        grass = replace(base, rank=rank, scale=1 / rank)
-        ways = [base, replace(base, rank=rank / 2, scale=2 / rank), grass]
-        ways.append(replace(grass, method="adamw8bit"))
         if plan.want(ways):
             plan.peers.append(ways)
 
