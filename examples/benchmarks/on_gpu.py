@@ -126,9 +126,10 @@ PLAN = (
         "step-1b-quarter", 60, "regular 0.86", f"{LAYERS_1B} --rank 0.25", RATIOS,
     ),
     Measurement(
-        "train-60m", 480, "the losses within 0.05 of each other after the same steps",
-        "python examples/compare.py --device cuda --size 60m --steps 1200 --batch 16 --seq 512 "
-        "--eval-every 100 --lr 0.004 --linear-lr 0.001",
+        "train-60m", 480,
+        "r = 1/4 within 0.03 nats of full rank after the same steps, 1/8 within 0.06",
+        "python examples/compare.py --device cuda --size 60m --dtype bfloat16 --rank 0.25 0.125 "
+        "--steps 1200 --batch 16 --seq 512 --eval-every 100 --lr 0.004 --linear-lr 0.001",
     ),
     Measurement(
         "memory-7b", 150,
