@@ -19,6 +19,7 @@ import lab_train
 from lab_lora import SCALING, LoRA
 from lab_plan import Cell, Plan
 from lab_questions import of_peers
+from lab_settings import singly
 from lab_train import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,17 +203,63 @@ def test_periods_grow_with_the_steps_so_far(tmp_path):
     assert ends == [*lab_train.growing(job.steps, 1.0)] == [25, 50]
 
 
+def test_half_in_turn_and_half_by_norms_of_inputs(tmp_path):
+    data = f"{ROOT / 'examples'}:py"
+    job = Job(data, size="smoke", steps=99, rank=0.25, compiler="aot_eager", batch=1, seq=8)
+    run = lab_train.Training(replace(job, selection="halves", refresh_every=2), tmp_path)
+    name, subspace = next(iter(run.within.items()))
+    assert run.model.get_parameter(name).shape[1] == 64
+    turns, drawn = [], []
+    for step in range(17):
+        with torch.no_grad():
+            run.model.layers[0].attention_norm.weight[:8] = 0  # their inputs' norms, too
+        order, position = run.halves.walks[name]
+        before = subspace.selection
+        run.step(step)
+        if subspace.selection is before:
+            continue
+        after, now = run.halves.walks[name]
+        turn = after[now - 8 : now]
+        turns.append(turn)
+        selected = subspace.selection.indices
+        assert torch.isin(turn, selected).all() and len(selected.unique()) == 16
+        drawn.append(selected[~torch.isin(selected, turn)])
+    assert len(turns) == 9
+    assert torch.equal(torch.cat(turns[:8]).sort().values, torch.arange(64))  # one turn of all
+    assert all(len(units) == 8 and (units >= 8).all() for units in drawn)
+
+
+def test_single_settings_stand_beside_the_default():
+    def loss(job):
+        return 2 - job.rank - 0.1 * (job.beta2 == 0.99) + job.seed + 0.3 * bool(job.head_scale)
+
+    def plan_of(plan):
+        singly(plan, replace(JOB, size="0.7m"), (0.25,), 2, (0, 1), signs=False)
+        return plan
+
+    shown = lab_report.single_table(decided(loss, plan_of)).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][2:] for line in shown]
+    assert cells[1] == ["full", "", "β₂ 0.99", "1.900 2.900", "-0.100 -0.100"]
+    assert cells[4] == ["1/4", "none", "the default", "1.750 2.750", "+0.000 +0.000"]
+    assert [row[0] for row in cells[4:]] == ["1/4"] * 10
+    assert ["1/4", "none", "attention 1/8, MLP 5/16", "1.875 2.875", "+0.125 +0.125"] in cells
+    assert cells[-1][2] == "with the head, at 4 times the linear rate"
+
+
 def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypatch):
     data = f"{ROOT / 'examples'}:py"
     job = Job(data, size="smoke", rank=0.25, scale=4.0, refresh_every=2, compiler="aot_eager")
     job = replace(job, steps=6, batch=2, seq=32)
     assert lab_train.compare(replace(job, rest_scale=0.125), tmp_path)["losses"] < 1e-3
     assert lab_train.compare(job, tmp_path)["weights"] < 1e-3
+    for more in ({"rank": 0.5, "mlp_rank": 0.125}, {"head_scale": 2.0}):
+        assert lab_train.compare(replace(job, **more), tmp_path)["weights"] < 1e-3
+    assert lab_train.compare(replace(job, products="bfloat16"), tmp_path)["weights"] < 5e-2
     give = lab_methods.give
 
-    def wrong(read, stepped, subspace, votes):
+    def wrong(read, stepped, subspace, *more):
         read.grad = read.grad if subspace is None else read.grad.roll(1, -1)
-        give(read, stepped, subspace, votes)
+        give(read, stepped, subspace, *more)
 
     monkeypatch.setattr(lab_methods, "give", wrong)
     with pytest.raises(AssertionError, match="differ"):
@@ -232,6 +279,7 @@ def test_the_page_has_the_tables_of_the_file():
         lab_report.lookups_table,
         lab_report.longer_table,
         lab_report.ruled_table,
+        lab_report.single_table,
         lab_report.peers_table,
     )
     for table in tables:

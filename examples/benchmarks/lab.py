@@ -46,6 +46,7 @@ from lab_report import (
     resting_table,
     roundings_table,
     ruled_table,
+    single_table,
     varied_table,
 )
 from lab_train import Job, compare, text_of, train, weights_file
@@ -172,6 +173,9 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prose", default=PROSE, help="another text, for fine-tuning")
     parser.add_argument("--out", type=Path, help="default: runs/lab; --smoke: a new folder")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after these")
+    parser.add_argument(
+        "--peers", action="store_true", help="only grass beside GaLore and APOLLO, 3.7M parameters"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps of a very small model")
     args = parser.parse_args(given)
     args.out = args.out or Path(tempfile.mkdtemp() if args.smoke else "runs/lab")
@@ -180,12 +184,13 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def found(file: Path, smoke: bool = False) -> Plan:
+def found(file: Path, smoke: bool = False, peers: bool = False) -> Plan:
     """The plan of a saved file, with its results."""
     contents = json.loads(file.read_text())
     results = {run["key"]: run for run in contents["runs"]}
     texts = dict(zip(("data", "prose"), (text["name"] for text in contents["texts"]), strict=False))
-    planner, _ = planner_of(argparse.Namespace(**{"prose": PROSE, **texts}, smoke=smoke))
+    asked = argparse.Namespace(**{"prose": PROSE, **texts}, smoke=smoke, peers=peers)
+    planner, _ = planner_of(asked)
     return planner(results)
 
 
@@ -197,6 +202,8 @@ def planner_of(args: argparse.Namespace) -> tuple[questions.Planner, Job]:
         base = Job(args.data, size="smoke", steps=4, batch=2, seq=32, windows=2)
         base = replace(base, compiler="aot_eager")
         small, words, moves = replace(base, seed=1), replace(base, seed=2), 0
+    if args.peers:
+        return partial(questions.beside_peers, base, moves=moves), base
     return partial(questions.everything, base, small, words, args.prose, moves=moves), base
 
 
@@ -212,9 +219,9 @@ def main(given: list[str] | None = None) -> None:
     elif args.command == "save":
         save(args.json, args.out, [args.data, args.prose])
     else:
-        plan = found(args.json, args.smoke)
+        plan = found(args.json, args.smoke, args.peers)
         tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
-        tables += lookups_table, longer_table, ruled_table, peers_table
+        tables += single_table, lookups_table, longer_table, ruled_table, peers_table
         print("\n\n".join(table(plan) for table in tables))
 
 

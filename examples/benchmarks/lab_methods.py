@@ -40,6 +40,8 @@ from peer_optimizers import MODULES, apollo, galore, galore_groups
 
 Parameters = Mapping[str, nn.Parameter]
 
+HEAD = "head.weight"
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -47,18 +49,22 @@ class Rates:
 
     dense: float
     linear: float
-    scale: float
+    scale: float | str
     """Of the compact update, whose rate is `scale` times the linear one."""
     rest: float = 0.0
     """Of other columns, whose rate is this times the linear one."""
+    head: float = 0.0
+    """Of the head where grass takes it: this times the linear one."""
 
 
-def adamw(linear: Parameters, dense: Parameters, rates: Rates, grass: bool) -> list[Optimizer]:
-    groups = [
-        {"params": list(dense.values())},
-        {"params": list(linear.values()), "lr": rates.linear},
-    ]
-    settings = {"lr": rates.dense, "weight_decay": 0.0}
+def adamw(
+    linear: Parameters, dense: Parameters, rates: Rates, grass: bool, **more
+) -> list[Optimizer]:
+    blocks = [p for name, p in linear.items() if name != HEAD]
+    groups = [{"params": list(dense.values())}, {"params": blocks, "lr": rates.linear}]
+    if HEAD in linear:
+        groups.append({"params": [linear[HEAD]], "lr": rates.head * rates.linear})
+    settings = {"lr": rates.dense, "weight_decay": 0.0, **more}
     if next(iter(dense.values())).dtype == torch.bfloat16:  # rounds the dense step as well
         grassy = {"scale": rates.scale, "rest_scale": rates.rest}
         return [grass_fx.AdamW(groups, **settings, **grassy, stochastic_rounding=True)]
@@ -115,23 +121,28 @@ METHODS: dict[str, Callable[..., list[Optimizer]]] = {
 
 def subspaces(linear: Parameters, config: GrassConfig) -> dict[str, Subspace]:
     """What a grass graph would ask for; the optimizers must exist."""
-    specs = [SubspaceSpec.of(config, p.shape[1], 1, "in") for p in linear.values()]
+    specs = [SubspaceSpec.of(config.of(name), p.shape[1], 1, "in") for name, p in linear.items()]
     found = registry.demand(list(linear.values()), specs, list(linear))
     return dict(zip(linear, found, strict=True))
 
 
 def give(
-    read: nn.Parameter, stepped: nn.Parameter, subspace: Subspace | None, votes: Votes | None
+    read: nn.Parameter,
+    stepped: nn.Parameter,
+    subspace: Subspace | None,
+    votes: Votes | None,
+    scores: Tensor | None = None,
 ) -> None:
     """Give the parameter that is stepped its gradient: a compact one, as of a grass graph, within a
-    subspace. `read` may be the same parameter."""
+    subspace. `read` may be the same parameter. `scores`: in place of the gradient's own."""
     full, dtype = read.grad, stepped.dtype
     if subspace is None:
         stepped.grad = full if full is None else full.to(dtype)
         return
     assert full is not None
     selection = subspace.selection
-    scores = full.square().sum(0) if subspace.scoring_due else None
+    if subspace.scoring_due and scores is None:
+        scores = full.square().sum(0)
     compact = selection.project(full).to(dtype)
     stepped.grad = None
     more = {"owner": subspace, "votes": votes}

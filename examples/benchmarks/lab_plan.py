@@ -55,6 +55,9 @@ class Plan:
     """Runs of one length and seed: full gradients, then by ranks cyclic and by norms of inputs."""
     varied: list[Job] = field(default_factory=list)
     """Runs with such a step, around which its settings were varied one by one."""
+    single: list[list[Job]] = field(default_factory=list)
+    """Runs that differ in their seed alone: full gradients, then grass, then grass with one setting
+    changed; and so on by rank."""
     repeats: list[list[Job]] = field(default_factory=list)
     """Runs that differ in their seed alone, those that are complete."""
     lookups: list[list[Job]] = field(default_factory=list)

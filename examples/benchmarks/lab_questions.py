@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from lab_plan import Plan, Results
-from lab_train import Job
+from lab_settings import LENGTHS, REST, grown, one_turn, rest_varied, singly, vary, with_signs
+from lab_train import Job, model_of
 
 Planner = Callable[[Results], Plan]
 
@@ -79,11 +80,25 @@ def everything(
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
     if small_full:
-        in_wide_batches(plan, small_full, RANKS[:2], LENGTHS[1])
+        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
+    wider = full and widened(full, products="bfloat16")
+    wide = wider and plan.sweep(model_of(wider), wider, ())
+    if wide:
+        resting(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1))
+    if small_full:
+        if small_wide := plan.bracket(widened(small_full), ("linear_lr",)):
+            resting(plan, small_wide, RANKS[:2], LENGTHS[1:2], (0,))
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
+        one_turn(plan, small_full, RANKS[:2])
+        singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
+    if wide:
+        plan.sweep(model_of(wide), wide, RANKS[:2])
+        resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
+        resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
+        of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1))
     if small_full:
-        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
+        singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=True)
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
         tuned = finetuning(plan, small_full, prose)
@@ -100,6 +115,16 @@ def everything(
     if full:
         ruled(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
         resting(plan, full, RESTING, LENGTHS, (0, 1))
+    return plan
+
+
+def beside_peers(base: Job, results: Results, moves: int = 20) -> Plan:
+    """The one question of `peers.py --scale lab`."""
+    plan = Plan(results, moves)
+    start = widened(base, products="bfloat16")
+    if full := plan.sweep(model_of(start), start, RANKS[:2]):
+        resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
+        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
     return plan
 
 
@@ -131,13 +156,7 @@ def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
 NEVER = 10**6
 """A period longer than every run."""
 
-REST, VARIED = 0.5, 0.25
-"""The part of the linear rate by which columns move that are not selected: where it is compared
-with none, and where one setting after the other is varied."""
-
 RESTING = (1 / 4, 1 / 8, 1 / 16)
-LENGTHS = (5 / 3, 10 / 3, 20 / 3)
-"""Of runs that ask what becomes of the gap, over those of the sweeps: 1,000 steps, and so on."""
 
 
 def of_others(plan: Plan, full: Job) -> None:
@@ -154,15 +173,9 @@ def resting(
     plan.resting += pairs(plan, full, ranks, lengths, seeds, with_signs)
 
 
-def in_wide_batches(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
-    """The same with four times as many tokens a step, at their own best rate."""
-    if wide := plan.bracket(replace(full, batch=4 * full.batch), ("linear_lr",)):
-        resting(plan, wide, ranks, (length,), (0,))
-
-
-def with_signs(job: Job) -> Job:
-    """The same with the defaults for signs."""
-    return replace(job, rest_scale=REST, scale=round(job.rank ** (-2 / 3), 2))
+def widened(job: Job, **more) -> Job:
+    """The same with four times as many tokens a step."""
+    return replace(job, batch=4 * job.batch, **more)
 
 
 def beside(
@@ -251,15 +264,6 @@ def of_lora(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int])
             plan.peers.append(jobs)
 
 
-def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
-    """Periods that grow with the steps so far, beside three that do not."""
-    for rank in ranks:
-        job = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
-        plan.want([replace(job, refresh_every=k) for k in (100, 200, 400)])
-        plan.want([replace(job, grow=part) for part in (0.5, 1.0, 2.0)])
-        plan.varied.append(job)
-
-
 def ruled(
     plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
 ) -> None:
@@ -286,39 +290,6 @@ def pairs(
             if plan.want(jobs):
                 complete.append(jobs)
     return complete
-
-
-def vary(
-    plan: Plan,
-    full: Job,
-    rank: float,
-    length: float,
-    name: str,
-    values: Sequence[float],
-    rest_scale: float = 0.0,
-) -> None:
-    """One setting of grass; the others are n/r, and this rate of columns that are not selected."""
-    steps = round(length * full.steps)
-    job = replace(full, steps=steps, rank=rank, scale=1 / rank, rest_scale=rest_scale)
-    jobs = [replace(job, **{name: float(value)}) for value in values]
-    if plan.want(jobs):
-        plan.varied.append(jobs[0])
-
-
-def rest_varied(plan: Plan, full: Job, rank: float) -> None:
-    """The rate of such columns at two lengths; and how often they move, by what, and K."""
-    for length in LENGTHS[:2]:
-        grass = replace(
-            full, steps=round(length * full.steps), rank=rank, scale=1 / rank, rest_scale=VARIED
-        )
-        plan.bracket(grass, ("rest_scale",))
-        plan.varied.append(grass)
-        if length == LENGTHS[0]:
-            other = [replace(grass, rest_every=j) for j in (2, 4, 8)]
-            other += [replace(grass, rest_kind="rms"), replace(grass, micro_batches=4)]
-            other += [replace(grass, micro_batches=4, rest_kind="last")]
-            other += [replace(grass, refresh_every=k) for k in (50, 200, 400)]
-            plan.want(other)
 
 
 WAYS = (

@@ -7,8 +7,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+from lab_model import SIZES
 from lab_plan import Cell, Plan
-from lab_train import Job
+from lab_train import Job, model_of
 
 CLOSE = 0.01  # nats
 
@@ -149,6 +150,55 @@ def repeats_table(plan: Plan) -> str:
     return "\n".join(lines) if plan.repeats else "Nothing is repeated yet."
 
 
+def single_table(plan: Plan) -> str:
+    """Single settings: losses by seed, and how much less than with the defaults."""
+    lines = ["| model | steps | r | rest | setting | by seed | above the default, by seed |"]
+    lines.append("|---" * 7 + "|")
+    by_kind: dict[tuple, list[float]] = {}
+    for jobs in plan.single:
+        first, losses = jobs[0], [plan.loss(job) for job in jobs]
+        share, kind = "full", (first.size, first.steps)
+        if first.rank:
+            share = fraction(held(first))
+            kind += (share, first.rest_scale)
+        changed = setting(first)
+        if not changed:
+            by_kind[kind] = losses
+        elif kind not in by_kind:
+            continue  # its default is missing
+        above = [loss - other for loss, other in zip(losses, by_kind[kind], strict=True)]
+        shown = " ".join(f"{x:.3f}" for x in losses), " ".join(f"{x:+.3f}" for x in above)
+        rest = ("sign" if first.rest_scale else "none") if first.rank else ""
+        cells = first.size, str(first.steps), share, rest, changed or "the default", *shown
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(dict.fromkeys(lines)) if plan.single else "No single setting is varied yet."
+
+
+def setting(job: Job) -> str:
+    """What is not a default in a run of `Plan.single`."""
+    if job.mlp_rank:
+        return f"attention {fraction(job.rank)}, MLP {fraction(job.mlp_rank)}"
+    if job.head_scale:
+        return f"with the head, at {job.head_scale:g} times the linear rate"
+    names = {"beta2": "β₂", "eps": "ε", "warm_up": "warm-up", "selection": "selection"}
+    changed = [
+        f"{text} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, text in names.items()
+        if (value := getattr(job, name)) != getattr(Job, name)
+    ]
+    return ", ".join(changed)
+
+
+def held(job: Job) -> float:
+    """The part of the numbers in the blocks' matrices that is selected, as a power of 2."""
+    if not job.mlp_rank:
+        return job.rank
+    config = SIZES[job.size]
+    attention, mlp = 4 * config.hidden**2, 3 * config.hidden * config.ffn
+    part = (job.rank * attention + job.mlp_rank * mlp) / (attention + mlp)
+    return 2.0 ** round(math.log2(part))
+
+
 def resting_table(plan: Plan) -> str:
     """By length and seed: full gradients, and grass without and with a step of other columns."""
     return _pairs(plan, plan.resting, "none", "signs") or "Nothing is known of signs yet."
@@ -182,41 +232,28 @@ def peers_table(plan: Plan) -> str:
     return "\n".join(lines) if plan.peers else "Nothing is known of peers yet."
 
 
-def model_of(job: Job) -> str:
-    """The size, and what is unusual about how it trains."""
-    parts = [job.size]
-    if job.start:
-        parts.append("fine-tuning")
-    if job.dtype != "float32":
-        parts.append(job.dtype)
-    if job.batch != Job.batch:
-        parts.append(f"{job.batch * job.seq} tokens a step")
-    return ", ".join(parts)
-
-
 def ruled_table(plan: Plan) -> str:
     """By length and seed: full gradients, and columns in turn and by norms of inputs."""
     return _pairs(plan, plan.ruled, "cyclic", "input_norm") or "No other rule is known yet."
 
 
 def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> str:
+    rows = {}  # two questions may share runs
+    for full, *grass in runs:
+        reference, count = plan.loss(full), len(grass) // 2
+        text = "the other" if full.text else "the first"
+        for still, moving in zip(grass[:count], grass[count:], strict=True):
+            of = model_of(full), text, full.steps, full.seed
+            cells = [*map(str, of), f"{reference:.3f}", fraction(still.rank)]
+            for job in (still, moving):
+                loss = plan.loss(job)
+                cells += [f"{loss:.3f}", f"{100 * (loss / reference - 1):+.1f} %"]
+            rows[(*of, -still.rank)] = f"| {' | '.join(cells)} |"
     lines = [
         f"| model | text | steps | seed | full | r | {one} | over full | {other} | over full |",
         "|---" * 10 + "|",
     ]
-    for full, *grass in runs:
-        reference, count = plan.loss(full), len(grass) // 2
-        of = model_of(full)
-        text = "the other" if full.text else "the first"
-        for still, moving in zip(grass[:count], grass[count:], strict=True):
-            cells = [of, text, str(full.steps), str(full.seed), f"{reference:.3f}"]
-            cells.append(fraction(still.rank))
-            for job in (still, moving):
-                loss = plan.loss(job)
-                cells += [f"{loss:.3f}", f"{100 * (loss / reference - 1):+.1f} %"]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines = [*dict.fromkeys(lines)]  # two questions may share runs
-    return "\n".join(lines) if runs else ""
+    return "\n".join(lines + [line for _, line in sorted(rows.items())]) if rows else ""
 
 
 def varied_table(plan: Plan) -> str:
@@ -227,7 +264,9 @@ def varied_table(plan: Plan) -> str:
         tried = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
         scales = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
         tried[f"scale, with rest_scale {job.rest_scale:g}"] = scales
-        for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", (50, 100, 200, 400))):
+        one_turn = round(job.rank * job.steps)
+        periods = sorted({50, 100, 200, 400, one_turn})
+        for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", periods)):
             changed = {x: replace(job, **{name: x}) for x in values}
             tried[name] = _known(plan, changed)
         parts = {f"{x:.3g}": replace(job, grow=x) for x in (0.5, 1.0, 2.0)}

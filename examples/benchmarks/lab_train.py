@@ -18,8 +18,9 @@ import lab_data
 import lab_lookups as lookups
 import lab_methods as methods
 from data import Batches, cut
-from grass_fx.config import GrassConfig
+from grass_fx.config import RULES, WARMUP_STEPS, GrassConfig
 from grass_fx.state.subspace import Subspace
+from lab_halves import Halves
 from lab_model import SIZES, build, split
 
 WARM_UP, FLOOR = 0.05, 0.1  # of the steps, and of the rates
@@ -53,8 +54,18 @@ class Job:
     rank: float = 0.0
     """The part of the columns that grass selects, or peers project to; 0: full gradients."""
     refresh_every: int = 100
+    mlp_rank: float = 0.0
+    """The rank of the MLP's matrices, if it is not that of the others; every matrix has the scale
+    of its own rank then."""
+    head_scale: float = 0.0
+    """If above 0, grass takes the head, too, at this times the linear rate."""
     selection: str = "cyclic"
-    """By another rule the real backend selects and projects, since norms of inputs are its own."""
+    """"halves": see lab_halves. By another rule the real backend selects and projects, since norms
+    of inputs are its own."""
+    warm_up: int = WARMUP_STEPS
+    """Steps in which the updates of new columns grow to full."""
+    beta2: float = 0.999
+    eps: float = 1e-8
     rest_scale: float = 0.0
     """Columns that are not selected move by this times the linear rate, against their signs."""
     rest_every: int = 1
@@ -101,14 +112,43 @@ class Job:
 
     @property
     def subspace(self) -> dict:
-        """What grass is given for the blocks' matrices."""
-        names = "rank", "refresh_every", "seed", "selection"
-        return {name: getattr(self, name) for name in names}
+        """What grass is given for the matrices that it takes."""
+        given: dict = {name: getattr(self, name) for name in ("rank", "refresh_every", "seed")}
+        given["selection"] = "top" if self.selection == "halves" else self.selection
+        if self.mlp_rank:
+            given["rank"] = {"*mlp*": self.mlp_rank, "*": self.rank}
+        return given
+
+    @property
+    def adamw(self) -> dict:
+        """What AdamW is given beside its rates, where it is not torch's default."""
+        given: dict = {}
+        if self.beta2 != Job.beta2:
+            given["betas"] = (0.9, self.beta2)
+        if self.eps != Job.eps:
+            given["eps"] = self.eps
+        if self.grass and self.warm_up != Job.warm_up:
+            given["warmup_steps"] = self.warm_up
+        return given
 
     @property
     def key(self) -> str:
         text = json.dumps(self.settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_of(job: Job) -> str:
+    """The size, and what is unusual about how it trains."""
+    parts = [job.size]
+    if job.start:
+        parts.append("fine-tuning")
+    if job.dtype != "float32":
+        parts.append(job.dtype)
+    if job.batch != Job.batch:
+        parts.append(f"{job.batch * job.seq} tokens a step")
+    if job.products != "float32":
+        parts.append(f"products in {job.products}")
+    return ", ".join(parts)
 
 
 @cache
@@ -136,13 +176,18 @@ class Training:
             self.stepped = {name: nn.Parameter(p.to(self.dtype)) for name, p in self.read.items()}
             self.read_again()
         linear, dense = split(self.stepped)
-        rates = methods.Rates(job.lr, job.linear_lr, job.scale, job.rest_scale)
+        if job.head_scale:
+            linear[methods.HEAD] = dense.pop(methods.HEAD)
+        scale = "auto" if job.mlp_rank else job.scale
+        rates = methods.Rates(job.lr, job.linear_lr, scale, job.rest_scale, job.head_scale)
         looked_up = {name: dense.pop(name) for name in ["embed.weight"] if job.lookups}
         if peer := methods.PEERS.get(job.method):
             of = linear, dense, rates, job.rank, job.refresh_every
             self.optimizers = methods.projected(peer, *of)
         else:
-            self.optimizers = methods.METHODS[job.method](linear, dense, rates, job.grass)
+            self.optimizers = methods.METHODS[job.method](
+                linear, dense, rates, job.grass, **job.adamw
+            )
         settings = job.lookup_scale, job.lookup_rank, job.lookup_every, job.seed
         for p in looked_up.values():
             self.optimizers.append(lookups.optimizer_of(p, job.lookups, job.lr, *settings))
@@ -150,7 +195,8 @@ class Training:
         self.rates = [group["lr"] for group in self.groups]
         self.within: dict[str, Subspace] = {}
         if real:
-            options = {**job.subspace, "exclude": ["head*"], "compiler": job.compiler}
+            options = {**job.subspace, "compiler": job.compiler}
+            options["exclude"] = [] if job.head_scale else ["head*"]
             options["rest"] = "sign" if job.rest_scale else "none"
             given = {"backend": "grass", "options": options}
         else:
@@ -158,6 +204,7 @@ class Training:
             if job.grass:
                 self.within = methods.subspaces(linear, GrassConfig(**job.subspace))
         self.compiled = torch.compile(self.model, **given, dynamic=False)
+        self.halves = Halves(self.model, self.within) if job.selection == "halves" else None
         self.rest = (
             methods.Rest(self.within, job.rest_kind) if job.rest_scale and not real else None
         )
@@ -177,7 +224,9 @@ class Training:
             group["lr"] = rate * factor
         due = self.rest and number % self.job.rest_every == 0
         loss, count = 0.0, self.job.micro_batches
-        for part in zip(*(t.chunk(count) for t in next(self.batches)), strict=True):
+        batch = next(self.batches)
+        scores = self.halves.scores(*batch) if self.halves else {}
+        for part in zip(*(t.chunk(count) for t in batch), strict=True):
             own = self.loss(*part) / count
             own.backward()
             loss += own.item()
@@ -185,7 +234,8 @@ class Training:
                 self.rest.keep(self.read)
         votes = self.rest.votes if self.rest else {}
         for name, p in self.read.items():
-            methods.give(p, self.stepped[name], self.within.get(name), votes.get(name))
+            of = self.within.get(name), votes.get(name), scores.get(name)
+            methods.give(p, self.stepped[name], *of)
         before = {name: subspace.selection.indices for name, subspace in self.within.items()}
         if self.job.grow:
             methods.end_period(self.within, number + 1 in self.ends)
@@ -242,7 +292,7 @@ def weights_file(out: Path, key: str) -> Path:
 def train(job: Job, out: Path) -> dict:
     """The result of a run. `seconds` are of this thread's processor: others may use the machine."""
     started = time.process_time()
-    run = Training(job, out, real=job.selection != "cyclic")
+    run = Training(job, out, real=job.selection in RULES and job.selection != "cyclic")
     result = {"key": job.key, "job": job.settings, "text": job.text or job.data}
     if job.start:
         result["before"] = run.held_out()
