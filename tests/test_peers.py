@@ -80,6 +80,26 @@ def decided(plan, losses, results):
     return peers.carry_out(plan, run), asked
 
 
+@pytest.mark.slow
+def test_the_scale_of_the_lab(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    threads = torch.get_num_threads()
+    peers.main(["--scale", "lab", "--smoke", "--workers", "1", "--out", str(tmp_path)])
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert "| 1/8 | 100 |" in shown and "256 tokens a step, products in bfloat16" in shown
+    assert "| model | text | steps | seed | full | r | none |" in shown
+    runs = json.loads((tmp_path / "lab.json").read_text())["runs"]
+    assert len(runs) > 10 and runs[0]["key"] == "equal"
+
+
+def test_the_scale_of_the_lab_has_its_own_settings(capsys):
+    with pytest.raises(SystemExit):
+        peers.parse(["--scale", "lab", "--timing-rounds", "1"])
+    assert "--timing-rounds does not go with --scale lab" in capsys.readouterr().err
+
+
 def test_a_sweep_goes_on_beyond_an_edge_once():
     entries = [
         Contender("inside", Run(method="adamw"), (1.0, 2.0, 4.0)),

@@ -4,6 +4,7 @@
     python examples/benchmarks/peers.py --stage timing --timing-rounds 20
     python examples/benchmarks/peers.py --scale gpu --minutes 9    # again and again until complete
     python examples/benchmarks/peers.py --scale gpu --size 130m --minutes 9
+    python examples/benchmarks/peers.py --scale lab                # a larger model: see lab.py
     python examples/benchmarks/peers.py --smoke                    # only to see that it runs
 
 Contenders stand in contenders.py. All train from the same weights, on the same batches, with the
@@ -34,6 +35,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -50,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from environment import as_line, environment
 
+import lab
 import peers_plan as plans
 import peers_timing as timing
 from contenders import Run, train_once, why_missing
@@ -90,6 +93,7 @@ SCALES = {
         periods=(25, 50, 100, 200),
     ),
 }
+LAB = "lab"
 SMOKE = {
     "size": "smoke",
     "shape": {},
@@ -307,7 +311,7 @@ class Stages:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--scale", default="cpu", choices=tuple(SCALES), help="how large it all is (cpu)")
+    add("--scale", default="cpu", choices=(*SCALES, LAB), help="how large it all is (cpu)")
     add("--stage", default="all", choices=STAGES, help="what to do (default: all)")
     add("--out", type=Path, help="where to write (default: runs/peers, or runs/peers-SIZE)")
     add("--size", choices=("60m", "130m"), help="another shape of the model, with --scale gpu")
@@ -325,11 +329,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.size and args.scale != "gpu":
         parser.error("--size goes with --scale gpu")
+    if args.scale == LAB:
+        known = "scale", "out", "workers", "minutes", "data", "smoke"
+        unknown = [name for name in vars(args) if name not in known]
+        if other := [name for name in unknown if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--{other[0].replace('_', '-')} does not go with --scale {LAB}")
     return args
+
+
+def in_the_lab(args: argparse.Namespace) -> None:
+    """The same question, of 3.7M parameters and in the lab's plan of runs: its workers and tables.
+
+    18 runs of 2,000 steps and the sweeps before them: hours.
+    """
+    out = args.out or Path("runs") / LAB
+    given = ["--peers", "--out", str(out)]
+    if args.data:
+        given += ["--data", args.data]
+    if args.smoke:
+        given.append("--smoke")
+    timed = [] if math.isinf(args.minutes) else ["--minutes", str(args.minutes)]
+    work = [sys.executable, lab.__file__, "work", *given, *timed]
+    count = 2 if args.workers is None else max(1, args.workers)
+    workers = [subprocess.Popen(work) for _ in range(count)]
+    if failed := sum(worker.wait() != 0 for worker in workers):
+        raise SystemExit(f"{failed} of {count} workers failed: {' '.join(work)}")
+    for command in ("save", "rates"):
+        lab.main([command, str(out / "lab.json"), *given])
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.scale == LAB:
+        return in_the_lab(args)
     scale, started = scale_of(args), time.monotonic()
     name = "peers" if args.scale == "cpu" else f"peers-{scale.base.size}"
     out = args.out or Path("runs") / name
