@@ -270,19 +270,7 @@ def test_the_page_has_the_tables_of_the_file():
     """If this fails and should: the command is on the page."""
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
     plan = lab.found(ROOT / "docs" / "lab.json")
-    tables = (
-        lab_report.rates_table,
-        lab_report.repeats_table,
-        lab_report.roundings_table,
-        lab_report.resting_table,
-        lab_report.varied_table,
-        lab_report.lookups_table,
-        lab_report.longer_table,
-        lab_report.ruled_table,
-        lab_report.single_table,
-        lab_report.peers_table,
-    )
-    for table in tables:
+    for table in lab_report.TABLES:
         for line in table(plan).splitlines():
             assert not line.startswith("|") or line in page
     assert len(plan.cells) > 4 and plan.results["equal"]["losses"] < 1e-3

@@ -37,18 +37,7 @@ from environment import environment
 import lab_questions as questions
 from lab_model import SIZES
 from lab_plan import Plan, Results
-from lab_report import (
-    longer_table,
-    lookups_table,
-    peers_table,
-    rates_table,
-    repeats_table,
-    resting_table,
-    roundings_table,
-    ruled_table,
-    single_table,
-    varied_table,
-)
+from lab_report import TABLES
 from lab_train import Job, compare, text_of, train, weights_file
 from peer_optimizers import why_missing
 
@@ -220,9 +209,7 @@ def main(given: list[str] | None = None) -> None:
         save(args.json, args.out, [args.data, args.prose])
     else:
         plan = found(args.json, args.smoke, args.peers)
-        tables = rates_table, repeats_table, roundings_table, resting_table, varied_table
-        tables += single_table, lookups_table, longer_table, ruled_table, peers_table
-        print("\n\n".join(table(plan) for table in tables))
+        print("\n\n".join(table(plan) for table in TABLES))
 
 
 if __name__ == "__main__":

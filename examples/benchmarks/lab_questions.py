@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from lab_plan import Plan, Results
-from lab_settings import LENGTHS, REST, grown, one_turn, rest_varied, singly, vary, with_signs
+from lab_settings import LENGTHS, REST, grown, longer_periods, rest_varied, singly, vary, with_signs
 from lab_train import Job, model_of
 
 Planner = Callable[[Results], Plan]
@@ -68,8 +68,6 @@ def everything(
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
         vary(plan, small_full, RANKS[0], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
-    if full:
-        of_peers(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
     if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
         if in_bfloat16:
@@ -84,19 +82,23 @@ def everything(
     wider = full and widened(full, products="bfloat16")
     wide = wider and plan.sweep(model_of(wider), wider, ())
     if wide:
-        resting(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1))
+        resting(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1, 2))
+        beside(plan, wide, RANKS[0], LENGTHS[1], (0, 1), at_half_the_rate)
+        longer_periods(plan, wide, RANKS[:2], LENGTHS[1:2])
     if small_full:
         if small_wide := plan.bracket(widened(small_full), ("linear_lr",)):
             resting(plan, small_wide, RANKS[:2], LENGTHS[1:2], (0,))
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
-        one_turn(plan, small_full, RANKS[:2])
+        longer_periods(plan, small_full, RANKS[:2], LENGTHS[1:], one_turn=True)
         singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
     if wide:
-        plan.sweep(model_of(wide), wide, RANKS[:2])
-        resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
-        of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1))
+    if full:
+        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0,))
+    if wide:
+        resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
+        plan.sweep(model_of(wide), wide, RANKS[:2])
     if small_full:
         singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=True)
         bfloat16 = replace(small_full, dtype="bfloat16")
@@ -198,6 +200,13 @@ def in_micro_batches(grass: Job) -> list[Job]:
     """Whose signs count where a step has four gradients."""
     four = replace(with_signs(grass), micro_batches=4)
     return [grass, with_signs(grass), four, replace(four, rest_kind="last")]
+
+
+def at_half_the_rate(grass: Job) -> list[Job]:
+    """Whether longer runs want a lower rate than those of the sweeps."""
+    lower = replace(grass, linear_lr=grass.linear_lr / 2)
+    full = replace(lower, rank=Job.rank, scale=Job.scale)
+    return [full, grass, lower, with_signs(grass), with_signs(lower)]
 
 
 FASTER = (1.216, 1.354)

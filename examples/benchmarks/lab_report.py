@@ -256,6 +256,25 @@ def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> s
     return "\n".join(lines + [line for _, line in sorted(rows.items())]) if rows else ""
 
 
+def gaps_table(plan: Plan) -> str:
+    """The same by length, all seeds in a line: how far grass is above full gradients."""
+    ranks = sorted({job.rank for _, *grass in plan.resting for job in grass}, reverse=True)
+    kinds = [(rank, signs) for rank in ranks for signs in (False, True)]
+    found: dict[tuple, dict[tuple, dict[int, str]]] = {}
+    for full, *grass in plan.resting:
+        text = "the other" if full.text else "the first"
+        row = found.setdefault((model_of(full), text, full.steps), {kind: {} for kind in kinds})
+        for job in grass:
+            above = f"{100 * (plan.loss(job) / plan.loss(full) - 1):+.1f}"
+            row[job.rank, job.rest_scale > 0][full.seed] = above
+    heads = [f"{fraction(rank)}{', signs' if signs else ''}" for rank, signs in kinds]
+    lines = [f"| model | text | steps | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
+    for of, row in sorted(found.items()):
+        cells = [", ".join(above for _, above in sorted(row[kind].items())) for kind in kinds]
+        lines.append(f"| {' | '.join(map(str, of))} | {' | '.join(cells)} |")
+    return "\n".join(lines) if found else "Nothing is known of the gap yet."
+
+
 def varied_table(plan: Plan) -> str:
     """Around a run with such a step: one setting after the other."""
     lines = ["| model | steps | r | varied | losses, by value |", "|---" * 5 + "|"]
@@ -284,8 +303,8 @@ def varied_table(plan: Plan) -> str:
         for name, losses in tried.items():
             if len(losses) > 1:
                 shown = ", ".join(f"{x}: {loss:.3f}" for x, loss in losses.items())
-                size, r = job.size, fraction(job.rank)
-                lines.append(f"| {size} | {job.steps} | {r} | {name} | {shown} |")
+                of, r = model_of(job), fraction(job.rank)
+                lines.append(f"| {of} | {job.steps} | {r} | {name} | {shown} |")
     return "\n".join(dict.fromkeys(lines)) if plan.varied else "No such step is varied yet."
 
 
@@ -334,3 +353,18 @@ def longer_table(plan: Plan) -> str:
                 f"| {over:+.1f} % |"
             )
     return "\n".join(lines) if plan.longer else "No longer run of these is complete yet."
+
+
+TABLES = (
+    gaps_table,
+    rates_table,
+    repeats_table,
+    roundings_table,
+    resting_table,
+    varied_table,
+    single_table,
+    lookups_table,
+    longer_table,
+    ruled_table,
+    peers_table,
+)

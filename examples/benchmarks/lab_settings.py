@@ -45,13 +45,19 @@ def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
         plan.varied.append(job)
 
 
-def one_turn(plan: Plan, full: Job, ranks: Sequence[float]) -> None:
-    """Does it help if all columns have one turn in a run, however long it is?"""
-    for length in LENGTHS[1:]:
+def longer_periods(
+    plan: Plan,
+    full: Job,
+    ranks: Sequence[float],
+    lengths: Sequence[float],
+    one_turn: bool = False,
+) -> None:
+    """By the length of a run. `one_turn`: also the period in which all columns have one turn."""
+    for length in lengths:
         for rank in ranks:
             steps = round(length * full.steps)
             job = replace(full, steps=steps, rank=rank, scale=1 / rank)
-            periods = 100, 200, 400, round(rank * steps)
+            periods = [100, 200, 400] + [round(rank * steps)] * one_turn
             if plan.want([replace(job, refresh_every=k) for k in periods]):
                 plan.varied.append(job)
 
