@@ -8,7 +8,17 @@ from dataclasses import replace
 from functools import partial
 
 from lab_plan import Plan, Results
-from lab_settings import LENGTHS, REST, grown, longer_periods, rest_varied, singly, vary, with_signs
+from lab_settings import (
+    LENGTHS,
+    REST,
+    grown,
+    longer_periods,
+    rest_varied,
+    singly,
+    vary,
+    with_signs,
+    with_the_head,
+)
 from lab_train import Job, model_of
 
 Planner = Callable[[Results], Plan]
@@ -92,11 +102,11 @@ def everything(
         of_others(plan, small_full)
         longer_periods(plan, small_full, RANKS[:2], LENGTHS[1:], one_turn=True)
         singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
-    if wide:
-        resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
     if full:
         of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0,))
+        with_the_head(plan, full, RANKS[0])
     if wide:
+        resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
         resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
         plan.sweep(model_of(wide), wide, RANKS[:2])
     if small_full:

@@ -12,6 +12,7 @@ from lab_plan import Cell, Plan
 from lab_train import Job, model_of
 
 CLOSE = 0.01  # nats
+DEFAULT = "the default"
 
 
 def fraction(rank: float) -> str:
@@ -151,27 +152,25 @@ def repeats_table(plan: Plan) -> str:
 
 
 def single_table(plan: Plan) -> str:
-    """Single settings: losses by seed, and how much less than with the defaults."""
+    """Single settings: losses by seed, and how much more than with the defaults."""
+    by_kind: dict[tuple, dict[str, list[float]]] = {}
+    for jobs in plan.single:
+        first = jobs[0]
+        share, rest = "full", ""
+        if first.rank:
+            share, rest = fraction(held(first)), "sign" if first.rest_scale else "none"
+        kind = first.size, str(first.steps), share, rest
+        by_kind.setdefault(kind, {})[setting(first)] = [plan.loss(job) for job in jobs]
     lines = ["| model | steps | r | rest | setting | by seed | above the default, by seed |"]
     lines.append("|---" * 7 + "|")
-    by_kind: dict[tuple, list[float]] = {}
-    for jobs in plan.single:
-        first, losses = jobs[0], [plan.loss(job) for job in jobs]
-        share, kind = "full", (first.size, first.steps)
-        if first.rank:
-            share = fraction(held(first))
-            kind += (share, first.rest_scale)
-        changed = setting(first)
-        if not changed:
-            by_kind[kind] = losses
-        elif kind not in by_kind:
-            continue  # its default is missing
-        above = [loss - other for loss, other in zip(losses, by_kind[kind], strict=True)]
-        shown = " ".join(f"{x:.3f}" for x in losses), " ".join(f"{x:+.3f}" for x in above)
-        rest = ("sign" if first.rest_scale else "none") if first.rank else ""
-        cells = first.size, str(first.steps), share, rest, changed or "the default", *shown
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(dict.fromkeys(lines)) if plan.single else "No single setting is varied yet."
+    for kind, found in by_kind.items():
+        if DEFAULT not in found or len(found) == 1:
+            continue
+        for name, losses in found.items():
+            above = [loss - other for loss, other in zip(losses, found[DEFAULT], strict=True)]
+            shown = " ".join(f"{x:.3f}" for x in losses), " ".join(f"{x:+.3f}" for x in above)
+            lines.append(f"| {' | '.join((*kind, name, *shown))} |")
+    return "\n".join(lines) if plan.single else "No single setting is varied yet."
 
 
 def setting(job: Job) -> str:
@@ -186,7 +185,7 @@ def setting(job: Job) -> str:
         for name, text in names.items()
         if (value := getattr(job, name)) != getattr(Job, name)
     ]
-    return ", ".join(changed)
+    return ", ".join(changed) or DEFAULT
 
 
 def held(job: Job) -> float:
@@ -290,6 +289,10 @@ def varied_table(plan: Plan) -> str:
             tried[name] = _known(plan, changed)
         parts = {f"{x:.3g}": replace(job, grow=x) for x in (0.5, 1.0, 2.0)}
         tried["a turn's part of the steps so far"] = _known(plan, parts)
+        heads = {
+            f"{x:g}": y for x, y in plan.along("head_scale", replace(job, head_scale=1.0)).items()
+        }
+        tried["the head taken, its rate over the linear one"] = {"dense": plan.loss(job), **heads}
         in_parts = replace(job, micro_batches=4)
         tried["by what"] = _known(
             plan,

@@ -93,6 +93,14 @@ KINDS = {1 / 4: ((1 / 2, 1 / 8), (1 / 8, 5 / 16)), 1 / 8: ((1 / 4, 1 / 16), (1 /
 """By rank: those of attention and of the MLP that hold as many numbers."""
 
 
+def with_the_head(plan: Plan, full: Job, rank: float) -> Job | None:
+    """The best of the rates that the head wants where grass takes it, too."""
+    grass = replace(full, rank=rank, scale=1 / rank)
+    if best := plan.bracket(replace(grass, head_scale=4.0), ("head_scale",)):
+        plan.varied.append(grass)
+    return best
+
+
 def singly(
     plan: Plan, full: Job, ranks: Sequence[float], length: float, seeds: Sequence[int], signs: bool
 ) -> None:
@@ -105,10 +113,8 @@ def singly(
         if signs:
             grass = with_signs(grass)
         ways += [grass, *(replace(grass, **way) for way in (*SINGLE, *kinds))]
-        if not signs:
-            taken = replace(full, rank=rank, scale=1 / rank, head_scale=4.0)
-            if best := plan.bracket(taken, ("head_scale",)):
-                ways.append(replace(best, steps=base.steps))
+        if not signs and (best := with_the_head(plan, full, rank)):
+            ways.append(replace(best, steps=base.steps))
     for job in ways:
         jobs = [replace(job, seed=seed) for seed in seeds]
         if plan.want(jobs):
