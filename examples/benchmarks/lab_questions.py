@@ -107,6 +107,9 @@ def everything(
         with_the_head(plan, full, RANKS[0])
     if wide:
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
+    if full:
+        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (1,))
+    if wide:
         resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
         plan.sweep(model_of(wide), wide, RANKS[:2])
     if small_full:
