@@ -5,8 +5,8 @@
     python examples/compare.py --smoke                 # only to see that it runs
 
 All train side by side, a step of each in turn, so that whatever else the machine is doing slows
-all of them. They have two rates: one for the linear weights (--linear-lr), which
-grass multiplies by n / r (--scale), and one for the rest (--lr).
+all of them. They have two rates: one for the linear weights (--linear-lr), which grass multiplies
+by n / r (--scale), and one for the rest (--lr).
 """
 
 import argparse
@@ -53,7 +53,7 @@ def run(settings: dict[str, Settings], tensorboard: Path | None = None) -> dict[
     records = {name: [] for name in runs}
     held_out = dict.fromkeys(runs, "-")
     scalars = {name: Scalars(tensorboard and tensorboard / name) for name in runs}
-    steps = bar(zip(*runs.values(), strict=True), full.steps, "both")
+    steps = bar(zip(*runs.values(), strict=True), full.steps, "all")
     for step in steps:
         for name, record in zip(runs, step, strict=True):
             records[name].append(record)

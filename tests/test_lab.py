@@ -213,7 +213,6 @@ def test_half_in_turn_and_half_by_norms_of_inputs(tmp_path):
     for step in range(17):
         with torch.no_grad():
             run.model.layers[0].attention_norm.weight[:8] = 0  # their inputs' norms, too
-        order, position = run.halves.walks[name]
         before = subspace.selection
         run.step(step)
         if subspace.selection is before:

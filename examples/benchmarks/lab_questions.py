@@ -32,8 +32,7 @@ def everything(
 ) -> Plan:
     """All questions, in the order of their importance.
 
-    `base` and `small` are of two sizes, `words` of a larger vocabulary; `prose` is another text,
-    for fine-tuning.
+    `base` and `small` are of two sizes, `words` of a larger vocabulary; `prose` is another text.
     """
     plan = Plan(results, moves)
     small_full = plan.sweep(small.size, small, RANKS)
@@ -78,7 +77,6 @@ def everything(
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
         vary(plan, small_full, RANKS[0], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
-    if small_full:
         in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
         if in_bfloat16:
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
@@ -103,13 +101,10 @@ def everything(
         longer_periods(plan, small_full, RANKS[:2], LENGTHS[1:], one_turn=True)
         singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
     if full:
-        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0,))
+        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
         with_the_head(plan, full, RANKS[0])
     if wide:
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
-    if full:
-        of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (1,))
-    if wide:
         resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
         plan.sweep(model_of(wide), wide, RANKS[:2])
     if small_full:

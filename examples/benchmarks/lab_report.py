@@ -236,13 +236,17 @@ def ruled_table(plan: Plan) -> str:
     return _pairs(plan, plan.ruled, "cyclic", "input_norm") or "No other rule is known yet."
 
 
+def what(job: Job) -> tuple[str, str, int]:
+    """What the runs of a comparison share: model, text, steps."""
+    return model_of(job), "the other" if job.text else "the first", job.steps
+
+
 def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> str:
     rows = {}  # two questions may share runs
     for full, *grass in runs:
         reference, count = plan.loss(full), len(grass) // 2
-        text = "the other" if full.text else "the first"
         for still, moving in zip(grass[:count], grass[count:], strict=True):
-            of = model_of(full), text, full.steps, full.seed
+            of = *what(full), full.seed
             cells = [*map(str, of), f"{reference:.3f}", fraction(still.rank)]
             for job in (still, moving):
                 loss = plan.loss(job)
@@ -261,8 +265,7 @@ def gaps_table(plan: Plan) -> str:
     kinds = [(rank, signs) for rank in ranks for signs in (False, True)]
     found: dict[tuple, dict[tuple, dict[int, str]]] = {}
     for full, *grass in plan.resting:
-        text = "the other" if full.text else "the first"
-        row = found.setdefault((model_of(full), text, full.steps), {kind: {} for kind in kinds})
+        row = found.setdefault(what(full), {kind: {} for kind in kinds})
         for job in grass:
             above = f"{100 * (plan.loss(job) / plan.loss(full) - 1):+.1f}"
             row[job.rank, job.rest_scale > 0][full.seed] = above

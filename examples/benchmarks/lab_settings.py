@@ -37,10 +37,9 @@ def vary(
 
 
 def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
-    """Periods that grow with the steps so far, beside three that do not."""
+    """Periods that grow with the steps so far; `longer_periods` asks for those that do not."""
     for rank in ranks:
         job = replace(full, steps=round(length * full.steps), rank=rank, scale=1 / rank)
-        plan.want([replace(job, refresh_every=k) for k in (100, 200, 400)])
         plan.want([replace(job, grow=part) for part in (0.5, 1.0, 2.0)])
         plan.varied.append(job)
 
