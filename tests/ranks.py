@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import tempfile
 import traceback
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ def _start(rank, ranks, function, store, timeout, args):
         raise
     dist.barrier()  # a process that leaves while others still talk makes these abort
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads free tensors; while Python shuts down that aborts the process
 
 
 def spawn(function, ranks, *args, timeout=TIMEOUT):

@@ -1,12 +1,10 @@
 """Selections below collectives: what is not selected does not travel."""
 
 import re
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from expecttest import assert_expected_inline
 from test_push_selection import traced
 
@@ -14,6 +12,7 @@ from grass_fx.ops import SELECT
 from grass_fx.passes.facts import JointFacts
 from grass_fx.passes.push_selection import push_selection_pass
 from helpers import text
+from ranks import spawn
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROWS = torch.tensor([0, 2, 3])
@@ -114,11 +113,8 @@ def selecting(gradient, ranks):
     return run
 
 
-def compare(rank, ranks, folder):
+def compare(rank, ranks):
     """One of several processes: the rewritten graph and the original agree on every rank."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-    )
     gen = torch.Generator().manual_seed(rank)
     d, x = (torch.randn(6, 8, dtype=torch.float64, generator=gen) for _ in range(2))
     for gradient, rows in (
@@ -132,9 +128,7 @@ def compare(rank, ranks, folder):
             assert push_selection_pass(gm.graph, JointFacts()).rewritten
             gm.recompile()
             torch.testing.assert_close(gm(*inputs), want)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_get_the_same_numbers_as_before():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(compare, (2, folder), nprocs=2)
+    spawn(compare, 2, 2)
