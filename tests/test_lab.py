@@ -17,9 +17,10 @@ import lab_methods
 import lab_report
 import lab_train
 from lab_lora import SCALING, LoRA
+from lab_model import copied
 from lab_plan import Cell, Plan
-from lab_questions import of_peers
-from lab_settings import singly
+from lab_questions import of_peers, resting
+from lab_settings import singly, tuned_at
 from lab_train import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +229,40 @@ def test_half_in_turn_and_half_by_norms_of_inputs(tmp_path):
     assert all(len(units) == 8 and (units >= 8).all() for units in drawn)
 
 
+def test_what_stands_over_full_gradients_is_told_by_both_losses():
+    def plan_of(plan):
+        resting(plan, JOB, (1 / 4,), (1,), (0, 1))
+        tuned_at(plan, JOB, (2,))
+        return plan
+
+    plan = decided(lambda job: 2 + job.rank + math.log2(job.linear_lr / 2e-3) ** 2, plan_of)
+    for result in plan.results.values():
+        result["train"] = [9.0, result["held_out"] - 1]
+    held_out, training = lab_report.gaps_table(plan).splitlines()[2:]
+    assert held_out == "| 3.7m | the first | 600 | held-out | +8.3, +8.3 | +8.3, +8.3 |"
+    assert training == "| 3.7m | the first | 600 | training | +12.5, +12.5 | +12.5, +12.5 |"
+    (line,) = lab_report.varied_table(plan).splitlines()[2:]
+    assert "| full | linear rate | 5e-4: 6.000, 1e-3: 3.000, 2e-3: 2.000, 4e-3: 3.000 |" in line
+
+
+class Copies(torch.nn.Module):
+    """Is sure of what stood so many tokens ago; knows nothing else."""
+
+    def forward(self, tokens, ago=8, vocab=50):
+        logits = torch.zeros(*tokens.shape, vocab)
+        return logits.index_put_(
+            (torch.arange(len(tokens))[:, None], torch.arange(ago - 1, tokens.shape[1]),
+             tokens[:, : 1 - ago]),
+            torch.tensor(100.0),
+        )  # fmt: skip
+
+
+def test_what_a_model_has_learnt_of_copying():
+    text = torch.arange(50, dtype=torch.int16)
+    assert copied(Copies(), text, 16) == pytest.approx(math.log(50))
+    assert copied(Copies(), text, 32) < 0  # what it is sure of is not what comes
+
+
 def test_single_settings_stand_beside_the_default():
     def loss(job):
         return 2 - job.rank - 0.1 * (job.beta2 == 0.99) + job.seed + 0.3 * bool(job.head_scale)
@@ -240,9 +275,10 @@ def test_single_settings_stand_beside_the_default():
     cells = [[cell.strip() for cell in line.strip("|").split("|")][2:] for line in shown]
     assert cells[1] == ["full", "", "β₂ 0.99", "1.900 2.900", "-0.100 -0.100"]
     assert cells[4] == ["1/4", "none", "the default", "1.750 2.750", "+0.000 +0.000"]
-    assert [row[0] for row in cells[4:]] == ["1/4"] * 10
+    assert [row[0] for row in cells[4:]] == ["1/4"] * 13
+    assert {"K 200", "moments of 8 bits"} < {row[2] for row in cells}
     assert ["1/4", "none", "attention 1/8, MLP 5/16", "1.875 2.875", "+0.125 +0.125"] in cells
-    assert cells[-1][2] == "with the head, at 4 times the linear rate"
+    assert cells[-4][2] == "with the head, at 4 times the linear rate"
 
 
 def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypatch):
@@ -251,7 +287,12 @@ def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypa
     job = replace(job, steps=6, batch=2, seq=32)
     assert lab_train.compare(replace(job, rest_scale=0.125), tmp_path)["losses"] < 1e-3
     assert lab_train.compare(job, tmp_path)["weights"] < 1e-3
-    for more in ({"rank": 0.5, "mlp_rank": 0.125}, {"head_scale": 2.0}):
+    ways = (
+        {"rank": 0.5, "mlp_rank": 0.125},
+        {"head_scale": 2.0},
+        {"method": "sgd", "rest_scale": 1.0},
+    )
+    for more in ways:
         assert lab_train.compare(replace(job, **more), tmp_path)["weights"] < 1e-3
     assert lab_train.compare(replace(job, products="bfloat16"), tmp_path)["weights"] < 5e-2
     give = lab_methods.give

@@ -81,7 +81,8 @@ def beside_adamw(
     rest = torch.optim.AdamW(dense.values(), lr=rates.dense, weight_decay=0.0, fused=True)
     settings = {"lr": rates.linear, "weight_decay": 0.0, **more}
     if grass:
-        optimizer = grass_fx.subspace(inner)(linear.values(), **settings, scale=rates.scale)
+        settings |= {"scale": rates.scale, "rest_scale": rates.rest}
+        optimizer = grass_fx.subspace(inner)(linear.values(), **settings)
     else:
         optimizer = inner(linear.values(), **settings)
     return [rest, optimizer]

@@ -7,6 +7,7 @@ compiled graph serves all runs of a size and dtype: the parameters are its input
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Attention, Config, LLaMA
@@ -47,3 +48,15 @@ def split(parameters: Parameters) -> tuple[Parameters, Parameters]:
     """The matrices in the blocks, and whatever else trains: embedding, norms and head."""
     linear = {n: p for n, p in parameters.items() if p.dim() == 2 and n.startswith("layers.")}
     return linear, {name: p for name, p in parameters.items() if name not in linear}
+
+
+@torch.no_grad()
+def copied(model: nn.Module, text: Tensor, length: int) -> float:
+    """By how many nats per token unrelated tokens of a text are easier when they come again: what a
+    model has learnt of copying from its window."""
+    drawn, half = torch.Generator().manual_seed(0), length // 2
+    once = text[torch.randint(len(text), (64, half), generator=drawn)].long()
+    twice = torch.cat((once, once), 1)
+    logits = model(twice[:, :-1]).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), twice[:, 1:], reduction="none")
+    return (losses[:, : half - 1].mean() - losses[:, half:].mean()).item()

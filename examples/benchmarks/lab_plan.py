@@ -76,6 +76,10 @@ class Plan:
         found = self.results[job.key]["held_out"]
         return math.inf if found is None else found
 
+    def last(self, job: Job) -> float:
+        """The mean training loss of the last tenth of the steps; infinite if it diverged."""
+        return (self.results[job.key]["train"] or [math.inf])[-1]
+
     def bracket(self, start: Job, names: Sequence[str]) -> Job | None:
         """The best of a sweep over these settings; None if runs are missing."""
         job = start

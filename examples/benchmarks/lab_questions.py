@@ -15,6 +15,7 @@ from lab_settings import (
     longer_periods,
     rest_varied,
     singly,
+    tuned_at,
     vary,
     with_signs,
     with_the_head,
@@ -41,7 +42,7 @@ def everything(
     if full:
         roundings(plan, full, RANKS[1], (0, 1, 2))
     if small_full:
-        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (0,))
+        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
     if full:
         vary(plan, full, RANKS[1], LENGTHS[0], "rest_scale", (0.25, 0.5, 1.0, 2.0, 0.125))
     plan.sweep(base.size, base, RANKS[2:])
@@ -49,14 +50,12 @@ def everything(
     looked_up(plan, words, (True,))
     if full:
         vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4, 2, 16), REST)
+        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
+        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 1.0)
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 2), REST)
         vary(plan, small_full, RANKS[0], LENGTHS[1], "scale", (4, 2, 1), REST)
         vary(plan, small_full, RANKS[3], LENGTHS[1], "scale", (16, 8, 4), REST)
-    if full:
-        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
-        vary(plan, full, RANKS[1], LENGTHS[1], "scale", (8, 4), 1.0)
-    if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "scale", (8, 4), REST)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4, 16), 1.0)
         vary(plan, small_full, RANKS[1], LENGTHS[1], "scale", (8, 4), 0.0)
@@ -66,13 +65,9 @@ def everything(
         beside(plan, small_full, RANKS[0], LENGTHS[1], (0, 1), in_8_bits)
         other = replace(small_full, text=prose)
         resting(plan, other, RANKS[:2], LENGTHS[:2], (1,))
-        resting(plan, small_full, RANKS[:2], LENGTHS[:2], (1,))
         of_peers(plan, small_full, RANKS[:2], LENGTHS[1:2], (0, 1))
-        resting(plan, small_full, RANKS[3:], LENGTHS[:2], (0,))
-        resting(plan, small_full, RANKS[:2], LENGTHS[2:], (0,))
         rest_varied(plan, small_full, RANKS[1])
     if full:
-        resting(plan, full, RANKS[1:2], LENGTHS[1:2], (0,))
         vary(plan, full, RANKS[1], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
@@ -85,8 +80,6 @@ def everything(
     looked_up_further(plan, words, prose)
     if full:
         resting(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
-    if small_full:
-        resting(plan, small_full, RESTING, LENGTHS, (0, 1))
     wider = full and widened(full, products="bfloat16")
     wide = wider and plan.sweep(model_of(wider), wider, ())
     if wide:
@@ -99,16 +92,25 @@ def everything(
         ruled(plan, small_full, RANKS[:2], (1, LENGTHS[1]), (0, 1, 2))
         of_others(plan, small_full)
         longer_periods(plan, small_full, RANKS[:2], LENGTHS[1:], one_turn=True)
-        singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
     if full:
         of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
         with_the_head(plan, full, RANKS[0])
     if wide:
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[1:2], (1,))
         resting(plan, wide, RANKS[:2], LENGTHS[2:], (0,))
+        tuned_at(plan, wide, LENGTHS[1:])
         plan.sweep(model_of(wide), wide, RANKS[:2])
+        of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (0,))
+        resting(plan, replace(wide, text=prose), RANKS[:1], LENGTHS[2:], (1,))
     if small_full:
+        tuned_at(plan, small_full, LENGTHS[1:])
+        singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=False)
         singly(plan, small_full, RANKS[:2], LENGTHS[1], (0, 1), signs=True)
+    if wide:
+        resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[2:], (1,))
+        of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (1,))
+        beside(plan, wide, RANKS[1], LENGTHS[1], (0, 1), in_its_time)
+    if small_full:
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
         tuned = finetuning(plan, small_full, prose)

@@ -179,7 +179,10 @@ def setting(job: Job) -> str:
         return f"attention {fraction(job.rank)}, MLP {fraction(job.mlp_rank)}"
     if job.head_scale:
         return f"with the head, at {job.head_scale:g} times the linear rate"
+    if job.method == "adamw8bit":
+        return "moments of 8 bits"
     names = {"beta2": "β₂", "eps": "ε", "warm_up": "warm-up", "selection": "selection"}
+    names["refresh_every"] = "K"
     changed = [
         f"{text} {value if isinstance(value, str) else format(value, 'g')}"
         for name, text in names.items()
@@ -265,12 +268,14 @@ def gaps_table(plan: Plan) -> str:
     kinds = [(rank, signs) for rank in ranks for signs in (False, True)]
     found: dict[tuple, dict[tuple, dict[int, str]]] = {}
     for full, *grass in plan.resting:
-        row = found.setdefault(what(full), {kind: {} for kind in kinds})
-        for job in grass:
-            above = f"{100 * (plan.loss(job) / plan.loss(full) - 1):+.1f}"
-            row[job.rank, job.rest_scale > 0][full.seed] = above
+        for name, loss in (("held-out", plan.loss), ("training", plan.last)):
+            row = found.setdefault((*what(full), name), {kind: {} for kind in kinds})
+            for job in grass:
+                above = f"{100 * (loss(job) / loss(full) - 1):+.1f}"
+                row[job.rank, job.rest_scale > 0][full.seed] = above
     heads = [f"{fraction(rank)}{', signs' if signs else ''}" for rank, signs in kinds]
-    lines = [f"| model | text | steps | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
+    lines = [f"| model | text | steps | loss | {' | '.join(heads)} |"]
+    lines.append("|---" * (len(heads) + 4) + "|")
     for of, row in sorted(found.items()):
         cells = [", ".join(above for _, above in sorted(row[kind].items())) for kind in kinds]
         lines.append(f"| {' | '.join(map(str, of))} | {' | '.join(cells)} |")
@@ -278,40 +283,49 @@ def gaps_table(plan: Plan) -> str:
 
 
 def varied_table(plan: Plan) -> str:
-    """Around a run with such a step: one setting after the other."""
+    """Around a run: one setting after the other."""
     lines = ["| model | steps | r | varied | losses, by value |", "|---" * 5 + "|"]
     for job in plan.varied:
-        rates = plan.along("rest_scale", job) | _at(plan, replace(job, rest_scale=0.0), 0.0)
-        tried = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
-        scales = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
-        tried[f"scale, with rest_scale {job.rest_scale:g}"] = scales
-        one_turn = round(job.rank * job.steps)
-        periods = sorted({50, 100, 200, 400, one_turn})
-        for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", periods)):
-            changed = {x: replace(job, **{name: x}) for x in values}
-            tried[name] = _known(plan, changed)
-        parts = {f"{x:.3g}": replace(job, grow=x) for x in (0.5, 1.0, 2.0)}
-        tried["a turn's part of the steps so far"] = _known(plan, parts)
-        heads = {
-            f"{x:g}": y for x, y in plan.along("head_scale", replace(job, head_scale=1.0)).items()
-        }
-        tried["the head taken, its rate over the linear one"] = {"dense": plan.loss(job), **heads}
-        in_parts = replace(job, micro_batches=4)
-        tried["by what"] = _known(
-            plan,
-            {
-                "signs": job,
-                "8 bits of G over its column's root mean square": replace(job, rest_kind="rms"),
-                "four micro-batches, majority": in_parts,
-                "four micro-batches, the last one's": replace(in_parts, rest_kind="last"),
-            },
-        )
-        for name, losses in tried.items():
+        r = fraction(job.rank) if job.rank else "full"
+        for name, losses in (_of_grass if job.rank else _of_adamw)(plan, job).items():
             if len(losses) > 1:
                 shown = ", ".join(f"{x}: {loss:.3f}" for x, loss in losses.items())
-                of, r = model_of(job), fraction(job.rank)
-                lines.append(f"| {of} | {job.steps} | {r} | {name} | {shown} |")
-    return "\n".join(dict.fromkeys(lines)) if plan.varied else "No such step is varied yet."
+                lines.append(f"| {model_of(job)} | {job.steps} | {r} | {name} | {shown} |")
+    return "\n".join(dict.fromkeys(lines)) if plan.varied else "Nothing is varied yet."
+
+
+Varied = dict[str, dict[Any, float]]
+"""Losses by what was varied, and by its value."""
+
+
+def _of_adamw(plan: Plan, job: Job) -> Varied:
+    return {"linear rate": {rate(x): y for x, y in plan.along("linear_lr", job).items()}}
+
+
+def _of_grass(plan: Plan, job: Job) -> Varied:
+    rates = plan.along("rest_scale", job) | _at(plan, replace(job, rest_scale=0.0), 0.0)
+    tried: Varied = {"rest_scale": {f"{x:.3g}": loss for x, loss in sorted(rates.items())}}
+    scales = {f"{x:.3g}": loss for x, loss in plan.along("scale", job).items()}
+    tried[f"scale, with rest_scale {job.rest_scale:g}"] = scales
+    one_turn = round(job.rank * job.steps)
+    periods = sorted({50, 100, 200, 400, one_turn})
+    for name, values in (("rest_every", (1, 2, 4, 8)), ("refresh_every", periods)):
+        tried[name] = _known(plan, {x: replace(job, **{name: x}) for x in values})
+    parts = {f"{x:.3g}": replace(job, grow=x) for x in (0.5, 1.0, 2.0)}
+    tried["a turn's part of the steps so far"] = _known(plan, parts)
+    heads = plan.along("head_scale", replace(job, head_scale=1.0))
+    tried["the head taken, its rate over the linear one"] = {
+        "dense": plan.loss(job),
+        **{f"{x:g}": loss for x, loss in heads.items()},
+    }
+    in_parts = replace(job, micro_batches=4)
+    ways = {
+        "signs": job,
+        "8 bits of G over its column's root mean square": replace(job, rest_kind="rms"),
+        "four micro-batches, majority": in_parts,
+        "four micro-batches, the last one's": replace(in_parts, rest_kind="last"),
+    }
+    return tried | {"by what": _known(plan, ways)}
 
 
 def _at(plan: Plan, job: Job, value: float) -> dict[float, float]:

@@ -36,6 +36,14 @@ def vary(
         plan.varied.append(jobs[0])
 
 
+def tuned_at(plan: Plan, full: Job, lengths: Sequence[float]) -> None:
+    """AdamW's linear rate again, in longer runs than those of the sweeps."""
+    for length in lengths:
+        job = replace(full, steps=round(length * full.steps))
+        if plan.bracket(job, ("linear_lr",)):
+            plan.varied.append(job)
+
+
 def grown(plan: Plan, full: Job, ranks: Sequence[float], length: float) -> None:
     """Periods that grow with the steps so far; `longer_periods` asks for those that do not."""
     for rank in ranks:
@@ -86,16 +94,21 @@ SINGLE: tuple[dict, ...] = (
     {"selection": "halves"},
 )
 """Settings of grass that are varied alone."""
+OTHERS = ({"selection": "input_norm"}, {"refresh_every": 200}, {"method": "adamw8bit"})
+"""More of them, which other questions ask, too."""
 OF_ADAMW = ("beta2", "eps")
 """Those that full gradients have, too."""
 KINDS = {1 / 4: ((1 / 2, 1 / 8), (1 / 8, 5 / 16)), 1 / 8: ((1 / 4, 1 / 16), (1 / 16, 5 / 32))}
 """By rank: those of attention and of the MLP that hold as many numbers."""
 
 
-def with_the_head(plan: Plan, full: Job, rank: float) -> Job | None:
+def with_the_head(plan: Plan, full: Job, rank: float, signs: bool = False) -> Job | None:
     """The best of the rates that the head wants where grass takes it, too."""
     grass = replace(full, rank=rank, scale=1 / rank)
-    if best := plan.bracket(replace(grass, head_scale=4.0), ("head_scale",)):
+    if signs:
+        grass = with_signs(grass)
+    best = plan.bracket(replace(grass, head_scale=4.0), ("head_scale",))
+    if plan.want([grass]) and best:
         plan.varied.append(grass)
     return best
 
@@ -112,8 +125,9 @@ def singly(
         if signs:
             grass = with_signs(grass)
         ways += [grass, *(replace(grass, **way) for way in (*SINGLE, *kinds))]
-        if not signs and (best := with_the_head(plan, full, rank)):
+        if best := with_the_head(plan, full, rank, signs):
             ways.append(replace(best, steps=base.steps))
+        ways += [replace(grass, **way) for way in OTHERS]
     for job in ways:
         jobs = [replace(job, seed=seed) for seed in seeds]
         if plan.want(jobs):

@@ -21,7 +21,7 @@ from data import Batches, cut
 from grass_fx.config import RULES, WARMUP_STEPS, GrassConfig
 from grass_fx.state.subspace import Subspace
 from lab_halves import Halves
-from lab_model import SIZES, build, split
+from lab_model import SIZES, build, copied, split
 
 WARM_UP, FLOOR = 0.05, 0.1  # of the steps, and of the rates
 CURVE = 10  # points of the training loss
@@ -303,6 +303,7 @@ def train(job: Job, out: Path) -> dict:
             break
     finite = math.isfinite(losses[-1])
     result["held_out"] = run.held_out() if finite else None
+    result["copied"] = round(copied(run.model, run.text.held_out, job.seq), 3) if finite else None
     part = max(1, job.steps // CURVE)
     parts = [losses[k : k + part] for k in range(0, len(losses), part)]
     result["train"] = [round(statistics.fmean(part), 4) for part in parts] if finite else []
