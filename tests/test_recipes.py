@@ -15,6 +15,7 @@ import pretrain
 import progress
 import token_files
 from checkpoints import Checkpoints
+from grass_fx import AdamW, CompactGrad
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "examples" / "recipes"
@@ -211,9 +212,21 @@ def test_what_trains_and_in_which_group(recipes, tmp_path):
     model.requires_grad_()
     groups = finetune_hf.groups_of(model, weight_decay=0.1)
     assert [p for p, _ in groups[-1]["params"]] == ["model.embed_tokens.weight"]
-    assert groups[-1]["scale"] == 0.5
+    assert groups[-1]["scale"] == 1.0
     with pytest.raises(SystemExit, match="--freeze 'embed': no parameter"):
         finetune_hf.freeze(model, ["embed"])
+
+    given = ["--model", f"{tmp_path}/model", "--rank", "0.25", "--signs", "--compiler", "aot_eager"]
+    model = finetune_hf.load(finetune_hf.parser("").parse_args(given))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.arange(64).reshape(2, 32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    matrix, head = "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
+    columns = {name: isinstance(p.grad, CompactGrad) for name, p in model.named_parameters()}
+    assert columns[matrix] and not columns[head] and sum(columns.values()) == 7
+    AdamW(finetune_hf.groups_of(model, 0.0), lr=1e-2).step()
+    moved = {name: (p != before[name]).any(0) for name, p in model.named_parameters()}
+    assert moved[matrix].all() and moved[head].all()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     train, held_out = finetune_hf.tokens_of(tmp_path / "text.txt", tokenizer)
@@ -240,9 +253,10 @@ RESUMED = "resumed after step 3: the same losses, the same weights"
 
 
 @pytest.mark.slow
-def test_the_trainer(recipes):
-    printed = smoke(str(RECIPES / "finetune_hf.py"))
-    assert RESUMED in printed and "15 of 21 parameters train by columns" in printed
+@pytest.mark.parametrize("more, count", [((), 15), (("--signs",), 14)])
+def test_the_trainer(recipes, more, count):
+    printed = smoke(str(RECIPES / "finetune_hf.py"), *more)
+    assert RESUMED in printed and f"{count} of 21 parameters train by columns" in printed
 
 
 @pytest.mark.slow

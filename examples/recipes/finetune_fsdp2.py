@@ -172,8 +172,8 @@ def main() -> None:
     made = hf.parser(__doc__.splitlines()[0])
     args = made.parse_args()
     hf.quiet_in_a_file()
-    if args.lookups or args.tensorboard:
-        made.error("--lookups and --tensorboard are not for this script")
+    if args.lookups or args.signs or args.tensorboard:
+        made.error("--lookups, --signs and --tensorboard are not for this script")
     if not args.smoke and (args.model is None or args.data is None):
         made.error("--model and --data are needed (or --smoke)")
     if "RANK" not in os.environ:

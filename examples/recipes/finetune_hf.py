@@ -83,9 +83,16 @@ def load(args: argparse.Namespace) -> nn.Module:
             "refresh_every": args.refresh_every,
             "lookups": args.lookups,
             "compiler": args.compiler,
+            **(signs(model) if args.signs else {}),
         },
     )
     return model
+
+
+def signs(model: nn.Module) -> dict:
+    """Options by which all columns move, and the head stays dense: see docs/quality.md."""
+    head = model.get_output_embeddings().weight
+    return {"rest": "sign", "exclude": [name for name, p in model.named_parameters() if p is head]}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -99,13 +106,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def groups_of(model: nn.Module, weight_decay: float) -> list[dict]:
     """Parameters of the optimizer: no decay for norms and biases; an embedding that grass takes
-    (--lookups) wants a low rate, see docs/quality.md."""
+    (--lookups) wants the rate as it is, and not n/r times it: see docs/quality.md."""
     embedding = model.get_input_embeddings().weight
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parts = {
         "matrices": ([n for n in named if n[1].dim() > 1 and n[1] is not embedding], {}),
         "vectors": ([n for n in named if n[1].dim() == 1], {"weight_decay": 0.0}),
-        "embedding": ([n for n in named if n[1] is embedding], {"scale": 0.5}),
+        "embedding": ([n for n in named if n[1] is embedding], {"scale": 1.0}),
     }
     groups = [{"params": params, **more} for params, more in parts.values() if params]
     return [{"weight_decay": weight_decay, **group} for group in groups]
@@ -188,6 +195,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     add("--refresh-every", type=int, default=100, help="steps between two selections (%(default)s)")
     add("--lookups", action="store_true", help="take embeddings too: less memory, a higher loss")
+    add("--signs", action="store_true", help="move all columns: a lower loss, slower; a dense head")
     add("--freeze", nargs="*", default=[], metavar="PATTERN", help="names that do not train")
     add("--lr", type=float, default=1e-5, help="as for AdamW with full gradients (%(default)s)")
     add("--weight-decay", type=float, default=0.0)
