@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "be
 
 import lab
 import lab_methods
+import lab_rates
 import lab_report
 import lab_train
+from lab_finetuning import NEVER, finetuning, of_lora
 from lab_lora import SCALING, LoRA
 from lab_model import copied
 from lab_plan import Cell, Plan
@@ -95,7 +97,8 @@ def decided(loss, plan_of):
     """Carry a plan out where `loss` gives a run's loss, None if it diverges."""
     results = {}
     while (plan := plan_of(Plan(results))).wanted:
-        results.update({job.key: {"held_out": loss(job)} for job in plan.wanted[:1]})
+        job = plan.wanted[0]
+        results[job.key] = {"held_out": loss(job), "settings": job.settings}
     return plan
 
 
@@ -115,7 +118,7 @@ def test_a_sweep_ends_where_both_neighbours_are_worse():
     (cell,) = plan.cells
     assert (cell.full.lr, cell.full.linear_lr) == (2e-3, 0.032)
     assert cell.best.scale == 0.25 and set(cell.tried) == {0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32}
-    assert lab_report.ratio(cell) == pytest.approx(0.25)
+    assert lab_rates.ratio(cell) == pytest.approx(0.25)
 
 
 def test_peers_stand_beside_grass_at_their_own_rates():
@@ -128,17 +131,47 @@ def test_peers_stand_beside_grass_at_their_own_rates():
 
     def plan_of(plan):
         of_peers(plan, JOB, (0.25,), (2,), (0, 1))
+        of_peers(plan, JOB, (0.25,), (2,), (1,), "another text")
         return plan
 
     plan = decided(loss, plan_of)
-    assert len(plan.peers) == 2 and {job.steps for job in plan.peers[1]} == {1200}
+    assert len(plan.peers) == 3 and {job.steps for job in plan.peers[1]} == {1200}
+    assert plan.peers[2] == [replace(job, text="another text") for job in plan.peers[1]]
+    other = lab_report.finalists_table(plan).splitlines()[2:]
+    assert other[2] == "| grass | 1/4 | +12.5, +12.5 | +12.5 |"
     shown = lab_report.peers_table(plan).splitlines()[3:7]
-    assert [line.split(" | ", 3)[3] for line in shown] == [
+    assert [line.split(" | ", 4)[4] for line in shown] == [
         "grass | 1/4 | 100 | 4e-3 | 2.250 | +12.5 % |",
         'grass, rest="sign" | 1/4 | 100 | 2.5e-3 | 2.000 | +0.0 % |',
-        "galore | 1/4 | 100 | 2e-3 | 2.250 | +12.5 % |",
-        "apollo | 1/4 | 200 | 1.6e-2 | 2.250 | +12.5 % |",
+        "GaLore | 1/4 | 100 | 2e-3 | 2.250 | +12.5 % |",
+        "APOLLO | 1/4 | 200 | 1.6e-2 | 2.250 | +12.5 % |",
     ]
+
+
+def test_fine_tuning_sweeps_every_way_from_the_weights_of_one_run():
+    best = {"adamw": 2e-3, "lora": 8e-3}
+
+    def loss(job):
+        rate = job.linear_lr * (job.rank if job.grass else 1) * job.scale
+        return 2 + abs(math.log2(rate / best[job.method])) + abs(math.log2(job.lr / 1e-3))
+
+    def plan_of(plan):
+        if full := finetuning(plan, JOB, "other", (0.25,), before=5):
+            of_lora(plan, full, (0.25,), (0, 1))
+        return plan
+
+    plan = decided(loss, plan_of)
+    source, *tuned = (job["settings"] for job in plan.results.values())
+    assert source["steps"] == 5 * JOB.steps and source["save"] and "text" not in source
+    assert {(job["text"], job["start"], job["steps"]) for job in tuned} == {
+        ("other", replace(JOB, **source).key, JOB.steps // 2)
+    }
+    assert plan.cells[0].name == "3.7m, fine-tuning" and plan.cells[0].full.lr == 1e-3
+    for seed, jobs in enumerate(plan.peers):
+        assert {job.seed for job in jobs} == {seed} and all(loss(job) == 2 for job in jobs)
+        assert [job.method for job in jobs] == ["adamw", "adamw", "adamw", "lora"]
+        assert [job.refresh_every for job in jobs] == [100, 100, NEVER, 100]
+    assert len(plan.peers) == 2
 
 
 def test_lora_steps_as_a_model_with_two_factors_would():
@@ -165,12 +198,12 @@ def test_what_a_rule_costs():
     cell = Cell(
         "a", JOB, 1 / 8, 100, replace(JOB, scale=4.0), tried, {5e-4: 2.0, 1e-3: 1.0, 2e-3: 1.5}
     )
-    assert lab_report.excess(cell) == pytest.approx(0.1)
-    assert lab_report.at(cell, 8**0.5) == pytest.approx(1.15)
-    assert math.isnan(lab_report.at(cell, 16.0))
-    assert lab_report.vertex(tried, 4.0) == pytest.approx(4 * 2**0.25)
-    assert lab_report.ratio(cell) == pytest.approx(4 * 2**0.25 / 2 ** (1 / 6))
-    shown = "\n".join(lab_report.conclusion([cell]))
+    assert lab_rates.excess(cell) == pytest.approx(0.1)
+    assert lab_rates.at(cell, 8**0.5) == pytest.approx(1.15)
+    assert math.isnan(lab_rates.at(cell, 16.0))
+    assert lab_rates.vertex(tried, 4.0) == pytest.approx(4 * 2**0.25)
+    assert lab_rates.ratio(cell) == pytest.approx(4 * 2**0.25 / 2 ** (1 / 6))
+    shown = "\n".join(lab_rates.conclusion([cell]))
     assert "in 0 of 1 cells" in shown and "| (n/r)^1 | 0.100 | 0.100 | 0 of 1 |" in shown
 
 
@@ -306,9 +339,10 @@ def test_a_gradient_is_that_of_a_grass_graph_or_the_run_stops(tmp_path, monkeypa
         lab_train.compare(job, tmp_path)
 
 
-def test_the_page_has_the_tables_of_the_file():
+def test_the_pages_have_the_tables_of_the_file():
     """If this fails and should: the command is on the page."""
-    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
+    pages = [ROOT / "docs" / name for name in ("quality.md", "comparison.md")]
+    page = "\n".join(each.read_text(encoding="utf-8") for each in pages).splitlines()
     plan = lab.found(ROOT / "docs" / "lab.json")
     for table in lab_report.TABLES:
         for line in table(plan).splitlines():

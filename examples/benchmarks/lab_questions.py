@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from lab_finetuning import finetuning, of_lora, tuning
 from lab_plan import Plan, Results
 from lab_settings import (
     LENGTHS,
@@ -72,7 +73,7 @@ def everything(
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
         vary(plan, small_full, RANKS[0], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
-        in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose)
+        in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose, RANKS[:2])
         if in_bfloat16:
             resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
             of_lora(plan, in_bfloat16, RANKS[:2], (0, 1, 2))
@@ -84,7 +85,7 @@ def everything(
     wide = wider and plan.sweep(model_of(wider), wider, ())
     if wide:
         resting(plan, wide, RANKS[:2], LENGTHS[1:2], (0, 1, 2))
-        beside(plan, wide, RANKS[0], LENGTHS[1], (0, 1), at_half_the_rate)
+        beside(plan, wide, RANKS[0], LENGTHS[1], (0, 1), partial(at_another_rate, 0.5))
         longer_periods(plan, wide, RANKS[:2], LENGTHS[1:2])
     if small_full:
         if small_wide := plan.bracket(widened(small_full), ("linear_lr",)):
@@ -109,11 +110,18 @@ def everything(
     if wide:
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[2:], (1,))
         of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (1,))
+        in_bfloat16 = finetuning(plan, replace(wide, dtype="bfloat16"), prose, RANKS[:2], 5)
+        if in_bfloat16:
+            resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
+            of_lora(plan, in_bfloat16, RANKS[:2], (0, 1))
+        for rank in RANKS[:2]:  # AdamW's best there is twice that of the sweeps
+            beside(plan, wide, rank, LENGTHS[2], (0,), partial(at_another_rate, 2))
+        of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (1,), prose)
         beside(plan, wide, RANKS[1], LENGTHS[1], (0, 1), in_its_time)
     if small_full:
         bfloat16 = replace(small_full, dtype="bfloat16")
         plan.sweep(f"{small.size}, bfloat16 weights", bfloat16, RANKS[:2])
-        tuned = finetuning(plan, small_full, prose)
+        tuned = finetuning(plan, small_full, prose, RANKS[:2])
     plan.sweep(small.size, small, RANKS[:2], (50, 200))
     if small_full:
         roundings(plan, small_full, RANKS[1], (0,))
@@ -139,34 +147,6 @@ def beside_peers(base: Job, results: Results, moves: int = 20) -> Plan:
         of_peers(plan, full, RANKS[:2], LENGTHS[1:2], (0, 1))
     return plan
 
-
-def finetuning(plan: Plan, full: Job, prose: str) -> Job | None:
-    """From the weights of a run twice as long to another text, in half as many steps.
-
-    Returns the best job with full gradients.
-    """
-    start = tuning(plan, full, prose)
-    weights = "" if full.dtype == "float32" else f" in {full.dtype}"
-    return start and plan.sweep(f"{full.size}, fine-tuning{weights}", start, RANKS[:2])
-
-
-def tuning(plan: Plan, full: Job, prose: str) -> Job | None:
-    """A first run of fine-tuning; None if the run is missing from whose weights it starts."""
-    source = replace(full, steps=2 * full.steps, save=True)
-    if not plan.want([source]):
-        return None
-    return replace(
-        full,
-        text=prose,
-        start=source.key,
-        steps=full.steps // 2,
-        lr=full.lr / 8,
-        linear_lr=full.linear_lr / 2,
-    )
-
-
-NEVER = 10**6
-"""A period longer than every run."""
 
 RESTING = (1 / 4, 1 / 8, 1 / 16)
 
@@ -212,11 +192,11 @@ def in_micro_batches(grass: Job) -> list[Job]:
     return [grass, with_signs(grass), four, replace(four, rest_kind="last")]
 
 
-def at_half_the_rate(grass: Job) -> list[Job]:
-    """Whether longer runs want a lower rate than those of the sweeps."""
-    lower = replace(grass, linear_lr=grass.linear_lr / 2)
-    full = replace(lower, rank=Job.rank, scale=Job.scale)
-    return [full, grass, lower, with_signs(grass), with_signs(lower)]
+def at_another_rate(factor: float, grass: Job) -> list[Job]:
+    """Whether longer runs want another rate than those of the sweeps."""
+    other = replace(grass, linear_lr=factor * grass.linear_lr)
+    full = replace(other, rank=Job.rank, scale=Job.scale)
+    return [full, grass, other, with_signs(grass), with_signs(other)]
 
 
 FASTER = (1.216, 1.354)
@@ -239,9 +219,17 @@ PEERS = (("galore", 4, 100), ("apollo", 8, 200))
 
 
 def of_peers(
-    plan: Plan, full: Job, ranks: Sequence[float], lengths: Sequence[float], seeds: Sequence[int]
+    plan: Plan,
+    full: Job,
+    ranks: Sequence[float],
+    lengths: Sequence[float],
+    seeds: Sequence[int],
+    text: str = "",
 ) -> None:
-    """Methods that project full gradients, at the same ranks, each at its own best rate."""
+    """Methods that project full gradients, at the same ranks, each at its own best rate.
+
+    With another text all keep the rates of the first.
+    """
     found: dict[float, list[Job]] = {rank: [] for rank in ranks}
     for method, factor, every in PEERS:
         for rank in ranks:
@@ -251,36 +239,15 @@ def of_peers(
                 found[rank].append(best)
     if any(len(peers) < len(PEERS) for peers in found.values()):
         return
-    for jobs in pairs(plan, full, ranks, lengths, seeds, with_signs):
+    for jobs in pairs(plan, replace(full, text=text), ranks, lengths, seeds, with_signs):
         base, *grass = jobs
-        longer = {"steps": base.steps, "seed": base.seed}
+        longer = {"steps": base.steps, "seed": base.seed, "text": text}
         ways = [base]
         for k, rank in enumerate(ranks):
             ways += [grass[k], grass[len(ranks) + k]]
             ways += [replace(peer, **longer) for peer in found[rank]]
         if plan.want(ways):
             plan.peers.append(ways)
-
-
-def of_lora(plan: Plan, full: Job, ranks: Sequence[float], seeds: Sequence[int]) -> None:
-    """Fine-tuning by LoRA and by columns that never change, each at its own best rate."""
-    ways = [full]
-    for rank in ranks:
-        grass = replace(full, rank=rank, scale=1 / rank)
-        lora = replace(full, method="lora", rank=rank, dtype="float32")
-        for job, name in (
-            (grass, "scale"),
-            (replace(grass, refresh_every=NEVER), "scale"),
-            (replace(lora, linear_lr=4 * full.linear_lr), "linear_lr"),
-        ):
-            if best := plan.bracket(job, (name,)):
-                ways.append(best)
-    if len(ways) < 1 + 3 * len(ranks):
-        return
-    for seed in seeds:
-        jobs = [replace(job, seed=seed) for job in ways]
-        if plan.want(jobs):
-            plan.peers.append(jobs)
 
 
 def ruled(

@@ -4,120 +4,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 from lab_model import SIZES
-from lab_plan import Cell, Plan
+from lab_plan import Plan
+from lab_rates import fraction, rate, rates_table
 from lab_train import Job, model_of
 
-CLOSE = 0.01  # nats
 DEFAULT = "the default"
-
-
-def fraction(rank: float) -> str:
-    part = Fraction(rank).limit_denominator(64)
-    return f"{part.numerator}/{part.denominator}" if rank < 1 else "1"
-
-
-def rate(value: float) -> str:
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def vertex(tried: dict[float, float], middle: float) -> float:
-    """Where the best stands, between the values that were tried: the vertex of the parabola, over
-    the logarithm, through the best and its neighbours."""
-    left, best, right = (tried.get(k * middle, math.inf) for k in (0.5, 1, 2))
-    if not math.isfinite(left + right):
-        return middle
-    curvature = left - 2 * best + right
-    return middle * 2 ** ((left - right) / (2 * curvature)) if curvature > 0 else middle
-
-
-def ratio(cell: Cell) -> float:
-    """The best linear rate of grass over that of full gradients, both between those tried."""
-    rate = cell.full.linear_lr
-    return vertex(cell.tried, cell.best.scale) * rate / vertex(cell.rates, rate)
-
-
-def at(cell: Cell, scale: float) -> float:
-    """The loss at a scale, between those that were tried along straight lines over log(scale)."""
-    lower = max((each for each in cell.tried if each <= scale), default=None)
-    upper = min((each for each in cell.tried if each >= scale), default=None)
-    if lower is None or upper is None:
-        return math.nan
-    if lower == upper:
-        return cell.tried[lower]
-    part = math.log(scale / lower) / math.log(upper / lower)
-    return (1 - part) * cell.tried[lower] + part * cell.tried[upper]
-
-
-def rates_table(plan: Plan) -> str:
-    """For each cell the loss by scale, and what the scale n/r costs beside the best."""
-    scales = sorted({scale for cell in plan.cells for scale in cell.tried})
-    lines = []
-    for name in dict.fromkeys(cell.name for cell in plan.cells):
-        cells = [cell for cell in plan.cells if cell.name == name]
-        lines += [f"**{name}**", "", *references(plan, cells[0].full), ""]
-        lines += [
-            "| r | K | " + " | ".join(f"{c:g}" for c in scales) + " | best ratio | n/r - best |"
-        ]
-        lines += ["|---" * (len(scales) + 4) + "|"]
-        for cell in sorted(cells, key=lambda cell: (cell.refresh_every, -cell.rank)):
-            shown = []
-            for scale in scales:
-                loss = cell.tried.get(scale)
-                text = "" if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-                shown.append(f"**{text}**" if scale == 1 / cell.rank else text)
-            lines.append(
-                f"| {fraction(cell.rank)} | {cell.refresh_every} | {' | '.join(shown)} | "
-                f"{ratio(cell):.1f} | {excess(cell):+.3f} |"
-            )
-        lines.append("")
-    return "\n".join(
-        lines + conclusion([cell for cell in plan.cells if cell.full.method == "adamw"])
-    )
-
-
-def references(plan: Plan, full: Job) -> list[str]:
-    """The sweep with full gradients, in a sentence."""
-    lines = (("linear", plan.along("linear_lr", full)), ("dense", plan.along("lr", full)))
-    swept = "; ".join(
-        f"{name} " + ", ".join(f"{rate(x)}: {loss:.3f}" for x, loss in sorted(line.items()))
-        for name, line in lines
-    )
-    return [f"Full gradients: {plan.loss(full):.3f} ({swept})"]
-
-
-def excess(cell: Cell) -> float:
-    return cell.tried[1 / cell.rank] - cell.tried[cell.best.scale]
-
-
-def conclusion(cells: list[Cell]) -> list[str]:
-    if not cells:
-        return ["No cell is complete."]
-    close = sum(excess(cell) <= CLOSE for cell in cells)
-    worst = max(map(excess, cells))
-    powers = [math.log(ratio(cell)) / math.log(1 / cell.rank) for cell in cells]
-    lines = [
-        f"With AdamW n/r is within {CLOSE} nats of the best scale in {close} of {len(cells)} "
-        f"cells, and at most {worst:.3f} above it. The ratio of the best rates is (n/r)^p with p "
-        f"= {statistics.median(powers):.2f} in the median, from {min(powers):.2f} to "
-        f"{max(powers):.2f}.",
-        "",
-        "| rule | mean above the best | at most | within 0.01 |",
-        "|---|---|---|---|",
-    ]
-    for power in (0, 0.5, 0.75, 1, 1.25):
-        above = [at(cell, cell.rank**-power) - cell.tried[cell.best.scale] for cell in cells]
-        known = [each for each in above if math.isfinite(each)]
-        if known:
-            lines.append(
-                f"| (n/r)^{power:g} | {statistics.fmean(known):.3f} | {max(known):.3f} | "
-                f"{sum(each <= CLOSE for each in known)} of {len(known)} |"
-            )
-    return lines
+NAMES = {"adamw": "AdamW", "apollo": "APOLLO", "galore": "GaLore", "lora": "LoRA"}
 
 
 def roundings_table(plan: Plan) -> str:
@@ -209,29 +104,53 @@ def resting_table(plan: Plan) -> str:
 def peers_table(plan: Plan) -> str:
     """By length and seed: full gradients, grass, and methods that project them."""
     lines = [
-        "| model | steps | seed | method | r | K | linear rate | held-out | over full |",
-        "|---" * 9 + "|",
+        "| model | text | steps | seed | method | r | K | linear rate | held-out | over full |",
+        "|---" * 10 + "|",
     ]
     for full, *ways in plan.peers:
         for job in (full, *ways):
-            name = f"{job.method}, all gradients"
-            if job.grass:
-                name = 'grass, rest="sign"' if job.rest_scale else "grass"
-                if job.micro_batches > 1:
-                    name += f", {job.rest_kind or 'majority'} of {job.micro_batches}"
-                name += ", 8-bit states" if job.method == "adamw8bit" else ""
-            elif job.rank:
-                name = job.method
             every = "never" if job.refresh_every >= job.steps else str(job.refresh_every)
             every = "" if job.method == "lora" else every
             of = f"{fraction(job.rank)} | {every}" if job.rank else " | "
-            loss = plan.loss(job)
             lines.append(
-                f"| {model_of(job)} | {job.steps} | {job.seed} | {name} | {of} | "
-                f"{rate(job.linear_lr * job.scale)} | {loss:.3f} | "
-                f"{100 * (loss / plan.loss(full) - 1):+.1f} % |"
+                f"| {' | '.join(map(str, what(job)))} | {job.seed} | {called(job)} | {of} | "
+                f"{rate(job.linear_lr * job.scale)} | {plan.loss(job):.3f} | "
+                f"{percent(plan, job, full)} % |"
             )
     return "\n".join(lines) if plan.peers else "Nothing is known of peers yet."
+
+
+def called(job: Job) -> str:
+    """The method of a run of `Plan.peers`."""
+    if not job.grass:
+        name = NAMES.get(job.method, job.method)
+        return name if job.rank else f"{name}, all gradients"
+    name = 'grass, rest="sign"' if job.rest_scale else "grass"
+    if job.micro_batches > 1:
+        name += f", {job.rest_kind or 'majority'} of {job.micro_batches}"
+    return f"{name}, 8-bit states" if job.method == "adamw8bit" else name
+
+
+def percent(plan: Plan, job: Job, full: Job) -> str:
+    """How far a run's loss is above another's."""
+    return f"{100 * (plan.loss(job) / plan.loss(full) - 1):+.1f}"
+
+
+def finalists_table(plan: Plan) -> str:
+    """The same for grass, GaLore and APOLLO alone, all seeds in a line."""
+    found: dict[tuple, dict[tuple, list[str]]] = {}
+    for full, *ways in plan.peers:
+        if {"galore", "apollo"} <= {job.method for job in ways}:
+            for job in ways:
+                row = found.setdefault((-job.rank, called(job)), {})
+                row.setdefault(what(full), []).append(percent(plan, job, full))
+    runs = sorted({of for row in found.values() for of in row})
+    heads = [f"{model}; {text} text" for model, text, _ in runs]
+    lines = [f"| method | r | {' | '.join(heads)} |", "|---" * (len(runs) + 2) + "|"]
+    for (rank, name), row in sorted(found.items()):
+        cells = [", ".join(row.get(of, [])) for of in runs]
+        lines.append(f"| {name} | {fraction(-rank)} | {' | '.join(cells)} |")
+    return "\n".join(lines) if found else "No peer is beside grass yet."
 
 
 def ruled_table(plan: Plan) -> str:
@@ -247,13 +166,12 @@ def what(job: Job) -> tuple[str, str, int]:
 def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> str:
     rows = {}  # two questions may share runs
     for full, *grass in runs:
-        reference, count = plan.loss(full), len(grass) // 2
+        count = len(grass) // 2
         for still, moving in zip(grass[:count], grass[count:], strict=True):
             of = *what(full), full.seed
-            cells = [*map(str, of), f"{reference:.3f}", fraction(still.rank)]
+            cells = [*map(str, of), f"{plan.loss(full):.3f}", fraction(still.rank)]
             for job in (still, moving):
-                loss = plan.loss(job)
-                cells += [f"{loss:.3f}", f"{100 * (loss / reference - 1):+.1f} %"]
+                cells += [f"{plan.loss(job):.3f}", f"{percent(plan, job, full)} %"]
             rows[(*of, -still.rank)] = f"| {' | '.join(cells)} |"
     lines = [
         f"| model | text | steps | seed | full | r | {one} | over full | {other} | over full |",
@@ -365,12 +283,12 @@ def longer_table(plan: Plan) -> str:
     for dense, *ways in plan.longer:
         head = "tied" if dense.tied else "of its own"
         for job in (dense, *ways):
-            kind, over = job.lookups or "dense", 100 * (plan.loss(job) / plan.loss(dense) - 1)
+            kind = job.lookups or "dense"
             by_columns = job.lookups not in ("", "factored")
             of = f"{fraction(job.lookup_rank)} | {job.lookup_every}" if by_columns else " | "
             lines.append(
                 f"| {head} | {job.steps} | {job.seed} | {kind} | {of} | {plan.loss(job):.3f} "
-                f"| {over:+.1f} % |"
+                f"| {percent(plan, job, dense)} % |"
             )
     return "\n".join(lines) if plan.longer else "No longer run of these is complete yet."
 
@@ -387,4 +305,5 @@ TABLES = (
     longer_table,
     ruled_table,
     peers_table,
+    finalists_table,
 )
