@@ -198,6 +198,7 @@ def test_a_tokenizer_makes_the_vocabulary_of_the_model(tokenizer):
 # --- finetune_*.py --------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:grass has taken")
 def test_what_trains_and_in_which_group(recipes, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
