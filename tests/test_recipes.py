@@ -228,6 +228,10 @@ def test_what_trains_and_in_which_group(recipes, tmp_path):
     AdamW(finetune_hf.groups_of(model, 0.0), lr=1e-2).step()
     moved = {name: (p != before[name]).any(0) for name, p in model.named_parameters()}
     assert moved[matrix].all() and moved[head].all()
+    model.lm_head.weight = model.get_input_embeddings().weight
+    assert finetune_hf.signs(model, lookups=False)["exclude"] == ["model.embed_tokens.weight"]
+    with pytest.raises(SystemExit, match="omit --lookups"):
+        finetune_hf.signs(model, lookups=True)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     train, held_out = finetune_hf.tokens_of(tmp_path / "text.txt", tokenizer)

@@ -83,15 +83,17 @@ def load(args: argparse.Namespace) -> nn.Module:
             "refresh_every": args.refresh_every,
             "lookups": args.lookups,
             "compiler": args.compiler,
-            **(signs(model) if args.signs else {}),
+            **(signs(model, args.lookups) if args.signs else {}),
         },
     )
     return model
 
 
-def signs(model: nn.Module) -> dict:
+def signs(model: nn.Module, lookups: bool) -> dict:
     """Options by which all columns move, and the head stays dense: see docs/quality.md."""
     head = model.get_output_embeddings().weight
+    if lookups and head is model.get_input_embeddings().weight:
+        raise SystemExit("--signs leaves the head dense, which is the embedding: omit --lookups")
     return {"rest": "sign", "exclude": [name for name, p in model.named_parameters() if p is head]}
 
 
