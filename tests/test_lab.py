@@ -98,7 +98,7 @@ def decided(loss, plan_of):
     results = {}
     while (plan := plan_of(Plan(results))).wanted:
         job = plan.wanted[0]
-        results[job.key] = {"held_out": loss(job), "settings": job.settings}
+        results[job.key] = {"held_out": loss(job), "job": job.settings}
     return plan
 
 
@@ -161,7 +161,7 @@ def test_fine_tuning_sweeps_every_way_from_the_weights_of_one_run():
         return plan
 
     plan = decided(loss, plan_of)
-    source, *tuned = (job["settings"] for job in plan.results.values())
+    source, *tuned = (run["job"] for run in plan.results.values())
     assert source["steps"] == 5 * JOB.steps and source["save"] and "text" not in source
     assert {(job["text"], job["start"], job["steps"]) for job in tuned} == {
         ("other", replace(JOB, **source).key, JOB.steps // 2)

@@ -73,10 +73,7 @@ def everything(
     if small_full:
         vary(plan, small_full, RANKS[1], LENGTHS[2], "rest_scale", (0.25, 0.5, 1.0))
         vary(plan, small_full, RANKS[0], LENGTHS[1], "rest_scale", (0.25, 0.5, 1.0))
-        in_bfloat16 = finetuning(plan, replace(small_full, dtype="bfloat16"), prose, RANKS[:2])
-        if in_bfloat16:
-            resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
-            of_lora(plan, in_bfloat16, RANKS[:2], (0, 1, 2))
+        in_bfloat16(plan, small_full, prose, 2, (0, 1, 2))
     looked_up(plan, words, (False,))
     looked_up_further(plan, words, prose)
     if full:
@@ -110,10 +107,7 @@ def everything(
     if wide:
         resting(plan, replace(wide, text=prose), RANKS[:2], LENGTHS[2:], (1,))
         of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (1,))
-        in_bfloat16 = finetuning(plan, replace(wide, dtype="bfloat16"), prose, RANKS[:2], 5)
-        if in_bfloat16:
-            resting(plan, in_bfloat16, RANKS[:2], (1,), (0, 1))
-            of_lora(plan, in_bfloat16, RANKS[:2], (0, 1))
+        in_bfloat16(plan, wide, prose, 5, (0, 1))
         for rank in RANKS[:2]:  # AdamW's best there is twice that of the sweeps
             beside(plan, wide, rank, LENGTHS[2], (0,), partial(at_another_rate, 2))
         of_peers(plan, wide, RANKS[:2], LENGTHS[1:2], (1,), prose)
@@ -149,6 +143,13 @@ def beside_peers(base: Job, results: Results, moves: int = 20) -> Plan:
 
 
 RESTING = (1 / 4, 1 / 8, 1 / 16)
+
+
+def in_bfloat16(plan: Plan, full: Job, prose: str, before: int, seeds: Sequence[int]) -> None:
+    """Fine-tuning of weights in bfloat16: signs, LoRA, and columns that never change."""
+    if tuned := finetuning(plan, replace(full, dtype="bfloat16"), prose, RANKS[:2], before):
+        resting(plan, tuned, RANKS[:2], (1,), (0, 1))
+        of_lora(plan, tuned, RANKS[:2], seeds)
 
 
 def of_others(plan: Plan, full: Job) -> None:

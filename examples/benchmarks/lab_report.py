@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,7 +115,7 @@ def peers_table(plan: Plan) -> str:
             lines.append(
                 f"| {' | '.join(map(str, what(job)))} | {job.seed} | {called(job)} | {of} | "
                 f"{rate(job.linear_lr * job.scale)} | {plan.loss(job):.3f} | "
-                f"{percent(plan, job, full)} % |"
+                f"{percent(plan.loss, job, full)} % |"
             )
     return "\n".join(lines) if plan.peers else "Nothing is known of peers yet."
 
@@ -131,19 +131,19 @@ def called(job: Job) -> str:
     return f"{name}, 8-bit states" if job.method == "adamw8bit" else name
 
 
-def percent(plan: Plan, job: Job, full: Job) -> str:
+def percent(loss: Callable[[Job], float], job: Job, full: Job) -> str:
     """How far a run's loss is above another's."""
-    return f"{100 * (plan.loss(job) / plan.loss(full) - 1):+.1f}"
+    return f"{100 * (loss(job) / loss(full) - 1):+.1f}"
 
 
 def finalists_table(plan: Plan) -> str:
     """The same for grass, GaLore and APOLLO alone, all seeds in a line."""
     found: dict[tuple, dict[tuple, list[str]]] = {}
-    for full, *ways in plan.peers:
+    for full, *ways in sorted(plan.peers, key=lambda jobs: jobs[0].seed):
         if {"galore", "apollo"} <= {job.method for job in ways}:
             for job in ways:
                 row = found.setdefault((-job.rank, called(job)), {})
-                row.setdefault(what(full), []).append(percent(plan, job, full))
+                row.setdefault(what(full), []).append(percent(plan.loss, job, full))
     runs = sorted({of for row in found.values() for of in row})
     heads = [f"{model}; {text} text" for model, text, _ in runs]
     lines = [f"| method | r | {' | '.join(heads)} |", "|---" * (len(runs) + 2) + "|"]
@@ -171,7 +171,7 @@ def _pairs(plan: Plan, runs: Sequence[Sequence[Job]], one: str, other: str) -> s
             of = *what(full), full.seed
             cells = [*map(str, of), f"{plan.loss(full):.3f}", fraction(still.rank)]
             for job in (still, moving):
-                cells += [f"{plan.loss(job):.3f}", f"{percent(plan, job, full)} %"]
+                cells += [f"{plan.loss(job):.3f}", f"{percent(plan.loss, job, full)} %"]
             rows[(*of, -still.rank)] = f"| {' | '.join(cells)} |"
     lines = [
         f"| model | text | steps | seed | full | r | {one} | over full | {other} | over full |",
@@ -189,8 +189,7 @@ def gaps_table(plan: Plan) -> str:
         for name, loss in (("held-out", plan.loss), ("training", plan.last)):
             row = found.setdefault((*what(full), name), {kind: {} for kind in kinds})
             for job in grass:
-                above = f"{100 * (loss(job) / loss(full) - 1):+.1f}"
-                row[job.rank, job.rest_scale > 0][full.seed] = above
+                row[job.rank, job.rest_scale > 0][full.seed] = percent(loss, job, full)
     heads = [f"{fraction(rank)}{', signs' if signs else ''}" for rank, signs in kinds]
     lines = [f"| model | text | steps | loss | {' | '.join(heads)} |"]
     lines.append("|---" * (len(heads) + 4) + "|")
@@ -288,7 +287,7 @@ def longer_table(plan: Plan) -> str:
             of = f"{fraction(job.lookup_rank)} | {job.lookup_every}" if by_columns else " | "
             lines.append(
                 f"| {head} | {job.steps} | {job.seed} | {kind} | {of} | {plan.loss(job):.3f} "
-                f"| {percent(plan, job, dense)} % |"
+                f"| {percent(plan.loss, job, dense)} % |"
             )
     return "\n".join(lines) if plan.longer else "No longer run of these is complete yet."
 
